@@ -1,0 +1,1 @@
+"""Data sets: the phantom, the conversion of Decathlon tasks, and the recipes that describe both."""
