@@ -1,0 +1,319 @@
+"""``ima-seg doctor``: is this environment fit for training and evaluation, and if not, what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ima_seg.errors import UserError
+from ima_seg.nnunet.compat import SUPPORTED_NNUNET, check_nnunet_version
+
+_REINSTALL = "pip install --force-reinstall --no-deps ima-seg"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table.
+
+    Attributes:
+        name: what was looked at.
+        value: what was found.
+        state: ``"ok"``; ``"note"``: works, but worth knowing; ``"wrong"``: training or evaluation will fail.
+        remedy: what to do; given whenever something is wrong.
+    """
+
+    name: str
+    value: str
+    state: Literal["ok", "note", "wrong"] = "ok"
+    remedy: str = ""
+
+
+def ext_trainer_folder() -> Path:
+    """The folder through which nnU-Net finds the trainers.
+
+    An installed ima-seg adds it to ``nnUNet_extTrainer`` at each start of Python. Where Python does not process
+    ``.pth`` files (``pip install --target`` with ``PYTHONPATH``), export it yourself.
+
+    Raises:
+        UserError: the folder is missing from the installation.
+    """
+    spec = importlib.util.find_spec("_ima_seg_nnunet")
+    if spec is not None and spec.origin is not None:
+        package = Path(spec.origin).parent
+    else:  # a checkout that was put on the path without an installation
+        package = Path(__file__).parents[2] / "nnunet_trainers" / "discovery" / "_ima_seg_nnunet"
+    folder = package / "trainers"
+    if not folder.is_dir():
+        raise UserError(f"folder {folder}, where nnU-Net finds the trainers, is missing; {_REINSTALL}")
+    return folder
+
+
+def run_doctor(console: Console | None = None) -> int:
+    """Examine the environment and print the findings as a table, with one remedy for each thing that is wrong.
+
+    Args:
+        console: where to print; default: standard output.
+
+    Returns:
+        0 when everything is fine, 1 when something is wrong.
+    """
+    console = console or Console()
+    findings = examine()
+    table = Table(title="ima-seg doctor", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("found", overflow="fold")
+    style = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+    for finding in findings:
+        table.add_row(
+            f"[{style[finding.state]}]{finding.state}[/]",
+            escape(finding.name),
+            escape(finding.value),
+            end_section=False,
+        )
+    console.print(table)
+    for finding in findings:
+        if finding.remedy:
+            console.print(f"{finding.name}: remedy: {finding.remedy}", soft_wrap=True, markup=False, highlight=False)
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    console.print(f"{wrong} of {len(findings)} checks found something wrong." if wrong else "Everything is fine.")
+    return 1 if wrong else 0
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order of the table. Prints nothing."""
+    findings: list[Finding] = []
+    for check in (_versions, _torch, _compile, _search_path, _trainers, _folders, _settings):
+        findings.extend(check())
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    python = f"{platform.python_version()} ({sys.executable})"
+    yield _version_of("ima-seg", "pip install ima-seg")
+    yield Finding("Python", python)
+    first, end = SUPPORTED_NNUNET
+    try:
+        version = check_nnunet_version()
+    except UserError as error:
+        found, _, remedy = str(error).partition("; ")
+        yield Finding("nnU-Net", found, "wrong", remedy)
+    else:
+        yield _nnunet_location(f"{version} (supported: >={first},<{end})")
+    yield _version_of("monai", 'pip install "monai>=1.4"')
+
+
+def _version_of(distribution: str, remedy: str) -> Finding:
+    try:
+        return Finding(distribution, importlib.metadata.version(distribution) + _editable(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(distribution, "not installed", "wrong", remedy)
+
+
+def _editable(distribution: str) -> str:
+    """`` (editable)`` if the distribution was installed so, else an empty string."""
+    text = importlib.metadata.distribution(distribution).read_text("direct_url.json")
+    return " (editable)" if text and json.loads(text).get("dir_info", {}).get("editable") else ""
+
+
+def _nnunet_location(version: str) -> Finding:
+    spec = importlib.util.find_spec("nnunetv2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        return Finding("nnU-Net", f"{version}, but cannot be imported", "wrong", "reinstall nnunetv2")
+    if not Path(folders[0], "training", "nnUNetTrainer", "nnUNetTrainer.py").is_file():
+        return Finding(
+            "nnU-Net",
+            f"{version}, hidden by the folder {folders[0]}, which is not nnU-Net",
+            "wrong",
+            f"remove {folders[0]} (a leftover of another package or a copied trainer), then reinstall nnunetv2",
+        )
+    return Finding("nnU-Net", f"{version}{_editable('nnunetv2')} in {folders[0]}")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    from ima_seg.model import resolve_precision
+
+    version = torch.__version__
+    remedy = 'pip install "torch>=2.3,!=2.9.*"'
+    if version.startswith("2.9."):
+        yield Finding(
+            "PyTorch", f"{version}: the 2.9 series slows 3D convolutions down in mixed precision", "wrong", remedy
+        )
+    else:
+        yield Finding("PyTorch", version)
+
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        device, finding = torch.device("cuda"), Finding("device", f"cuda ({names})")
+    elif torch.backends.mps.is_available():
+        device, finding = torch.device("mps"), Finding("device", "mps")
+    elif torch.version.cuda is not None:
+        value = f"cpu: PyTorch is built for CUDA {torch.version.cuda} but sees no GPU; train with -device cpu"
+        device, finding = torch.device("cpu"), Finding("device", value, "note")
+    else:
+        device, finding = torch.device("cpu"), Finding("device", "cpu; train with -device cpu", "note")
+    yield finding
+    dtype = resolve_precision("auto", device)
+    bf16 = "native" if dtype is torch.bfloat16 else "not native"
+    yield Finding("bfloat16", f"{bf16}; the search computes in {str(dtype or torch.float32).removeprefix('torch.')}")
+
+
+def _compile() -> Iterator[Finding]:
+    import torch
+
+    value = os.environ.get("nnUNet_compile")
+    shown = "not set" if value is None else f"nnUNet_compile={value}"
+    has_triton = importlib.util.find_spec("triton") is not None
+    # nnU-Net never compiles on the CPU, on mps and on Windows, whatever the variable says.
+    wanted = value is None or value.lower() in ("true", "1", "t")
+    compiles = wanted and torch.cuda.is_available() and os.name != "nt"
+    if compiles and not has_triton:
+        yield Finding(
+            "torch.compile",
+            f"on ({shown}), but Triton is missing",
+            "wrong",
+            "pip install triton, or export nnUNet_compile=f",
+        )
+    else:
+        yield Finding("torch.compile", f"{'on' if compiles else 'off'} in training ({shown})")
+    if has_triton:
+        yield Finding("Triton", importlib.metadata.version("triton") if _is_distribution("triton") else "installed")
+    else:
+        yield Finding("Triton", "not installed; the plain PyTorch operations are used", "note")
+
+
+def _is_distribution(name: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=name))
+
+
+def _search_path() -> Iterator[Finding]:
+    value = os.environ.get("nnUNet_extTrainer", "")
+    entries = [entry for entry in value.split(os.pathsep) if entry.strip()]
+    try:
+        ours = str(ext_trainer_folder())
+    except UserError as error:
+        yield Finding("nnUNet_extTrainer", str(error), "wrong", _REINSTALL)
+        return
+    if os.path.realpath(ours) not in map(os.path.realpath, entries):
+        remedy = f"export nnUNet_extTrainer={os.pathsep.join([*entries, ours])}"
+        yield Finding("nnUNet_extTrainer", f"{value or 'not set'}: names no folder of ima-seg", "wrong", remedy)
+        return
+    yield Finding("nnUNet_extTrainer", value)
+    for entry in entries:
+        if not os.path.isdir(entry):
+            yield Finding("nnUNet_extTrainer", f"{entry} does not exist; nnU-Net skips it", "note")
+
+
+def _trainers() -> Iterator[Finding]:
+    with _quiet():
+        try:
+            package: Any = importlib.import_module("nnunet_trainers")
+            names = list(package.__all__)
+            find = _lookup()
+        except (ImportError, AttributeError) as error:
+            package, names, problem = None, [], error
+    if package is None:
+        yield Finding("trainers", f"cannot be imported: {problem}", "wrong", _REINSTALL)
+        return
+    for name in names:
+        own = getattr(package, name)
+        if isinstance(own, type):
+            yield _find_trainer(name, own, find)
+
+
+def _lookup() -> Callable[[str], type]:
+    """nnU-Net's own lookup of a trainer by name."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    found: Callable[[str], type] = recursive_find_trainer_class_by_name
+    return found
+
+
+def _find_trainer(name: str, own: type, find: Callable[[str], type]) -> Finding:
+    try:
+        with _quiet():
+            found = find(name)
+    except Exception as error:  # the lookup runs every module of every folder in nnUNet_extTrainer, whoever wrote it
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        return Finding(
+            name,
+            f"nnU-Net does not find it: {first_line}",
+            "wrong",
+            "see nnUNet_extTrainer above; take out folders whose modules cannot be imported",
+        )
+    where = getattr(sys.modules.get(found.__module__), "__file__", None) or f"module {found.__module__}"
+    if found is not own:
+        return Finding(
+            name,
+            f"nnU-Net finds another class of this name, in {where}",
+            "wrong",
+            "remove or rename that copy: nnU-Net looks in its own package first, then in nnUNet_extTrainer in order",
+        )
+    return Finding(name, f"found by nnU-Net, defined in {where}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Swallow what nnU-Net and its dependencies print while they are imported and searched."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _folders() -> Iterator[Finding]:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        value = os.environ.get(name)
+        if not value:
+            yield Finding(name, "not set", "wrong", f"mkdir -p ~/{name} && export {name}=~/{name}")
+        elif not os.path.exists(value):
+            yield Finding(name, f"{value} does not exist", "wrong", f"mkdir -p {value}, or correct {name}")
+        elif not os.path.isdir(value):
+            yield Finding(name, f"{value} is not a folder", "wrong", f"let {name} name a folder")
+        elif not os.access(value, os.W_OK | os.X_OK):
+            if name == "nnUNet_raw":
+                yield Finding(name, f"{value} (read-only: enough for training, not for adding datasets)", "note")
+            else:
+                yield Finding(
+                    name, f"{value} is not writable", "wrong", f"chmod u+rwx {value}, or let {name} name another"
+                )
+        else:
+            yield Finding(name, value)
+
+
+def _settings() -> Iterator[Finding]:
+    from ima_seg.settings import ENVIRONMENT_VARIABLE, load_settings
+
+    value = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not value:
+        yield Finding(ENVIRONMENT_VARIABLE, "not set; the trainers' own settings are used")
+        return
+    try:
+        load_settings()
+    except UserError as error:
+        remedy = f"correct the file, or unset {ENVIRONMENT_VARIABLE}"
+        yield Finding(ENVIRONMENT_VARIABLE, str(error), "wrong", remedy)
+    else:
+        yield Finding(ENVIRONMENT_VARIABLE, f"{value} (valid)")
+
+
+if __name__ == "__main__":
+    sys.exit(run_doctor())

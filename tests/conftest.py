@@ -1,0 +1,28 @@
+"""Fixtures and rules for all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    """Small tensors gain nothing from more threads, and a shared machine has few cores."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Each test starts from the same random state, whichever tests ran before it."""
+    torch.manual_seed(0)
