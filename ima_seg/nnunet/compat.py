@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from ima_seg.errors import UserError
+from ima_seg.nnunet.training import IMATraining
+from ima_seg.types import Labels
 
 #: The nnU-Net versions supported: from the first (inclusive) to the second (exclusive).
 SUPPORTED_NNUNET = ("2.8", "2.9")
@@ -33,3 +40,81 @@ def _release(version: str) -> tuple[int, int]:
     """Major and minor number; (0, 0) for a version that does not start with two numbers."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def make_training(trainer: Any) -> IMATraining:
+    """The :class:`IMATraining` that fits a freshly constructed nnU-Net trainer with ``ima_settings``."""
+    configuration, labels = trainer.configuration_manager, trainer.label_manager
+    return IMATraining(
+        trainer.ima_settings,
+        labels=Labels(
+            outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label
+        ),
+        patch_size=configuration.patch_size,
+        image_channels=len(channel_names(trainer.dataset_json)),
+        epochs=trainer.num_epochs,
+        native=shared_native_scale(trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json),
+        log=trainer.print_to_log_file,
+    )
+
+
+def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """Names of the image channels in order; masks that a cascade appends are not among them."""
+    names = dataset_json.get("channel_names") or dataset_json["modality"]
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def shared_native_scale(
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+) -> dict[str, float]:
+    """Native intensity units per network unit of each channel whose normalisation is the same for all cases.
+
+    That is CT normalisation (one standard deviation of the training set's foreground, in HU) and none at all. Z-scored
+    channels have another scale in each case, which only the raw image tells: see :mod:`ima_seg.nnunet.intensity`.
+    Column names are ``CHANNEL_native``, ``hu`` for a single CT channel.
+    """
+    schemes = plans["configurations"][configuration].get("normalization_schemes")
+    while schemes is None:
+        configuration = plans["configurations"][configuration]["inherits_from"]
+        schemes = plans["configurations"][configuration].get("normalization_schemes")
+    scale = {}
+    for index, (name, scheme) in enumerate(zip(channel_names(dataset_json), schemes, strict=True)):
+        column = f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}_native"
+        if scheme == "CTNormalization":
+            column = "hu" if len(schemes) == 1 else column
+            scale[column] = float(plans["foreground_intensity_properties_per_channel"][str(index)]["std"])
+        elif scheme == "NoNormalization":
+            scale[column] = 1.0
+    return scale
+
+
+def require_foreground(trainer: Any, cases: Iterable[str]) -> None:
+    """Refuse a fold without a single foreground voxel in its training cases.
+
+    Raises:
+        UserError: naming the folder and where to look.
+    """
+    from batchgenerators.utilities.file_and_folder_operations import load_pickle
+
+    folder = Path(trainer.preprocessed_dataset_folder)
+    # Also holds the location of all annotated voxels together, under a key with -1, when there is an ignore label.
+    for case in cases:
+        locations = load_pickle(str(folder / f"{case}.pkl")).get("class_locations", {})
+        for label, voxels in locations.items():
+            if len(voxels) and not (isinstance(label, tuple) and -1 in label):
+                return
+    raise UserError(
+        f"none of the training cases in {folder} has a foreground voxel, so there is nothing to segment; check that the "
+        "label files carry the values that dataset.json names, then preprocess again"
+    )
+
+
+def map_heads(target: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply ``function`` to a target: a tensor, or with deep supervision a list of them."""
+    return [function(head) for head in target] if isinstance(target, list) else function(target)
+
+
+def full_resolution_target(target: Any) -> torch.Tensor:
+    """The target of the full-resolution head."""
+    full: torch.Tensor = target[0] if isinstance(target, list) else target
+    return full

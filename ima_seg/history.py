@@ -1,0 +1,123 @@
+"""The course of an IMA training: sums over an epoch, the per-epoch table, the margins table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ima_seg.files import write_text
+from ima_seg.ima import StepReport
+from ima_seg.ledger import EpochSummary, MarginLedger
+from ima_seg.types import Norm
+
+_SUMS = ("clean_loss", "adversarial_loss", "searched", "crossed", "background", "below", "nonfinite", "stalled")
+
+
+class EpochTally:
+    """Sums of an epoch's step reports, kept on the device until the epoch ends."""
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._host = {"iterations": 0, "patches": 0, "forwards": 0, "gradients": 0, "dropped": 0}
+
+    def add(self, report: StepReport) -> None:
+        """Add one step."""
+        values = [getattr(report, name).detach().float().sum() for name in _SUMS]
+        row = torch.stack(values)
+        self._sums = row if self._sums is None else self._sums + row
+        self._host["iterations"] += 1
+        self._host["patches"] += len(report.crossed)
+        self._host["forwards"] += report.passes.forwards
+        self._host["gradients"] += report.passes.gradients
+
+    def drop(self, patches: int) -> None:
+        """Note patches left out for NaN or infinite voxels."""
+        self._host["dropped"] += patches
+
+    def totals(self) -> dict[str, float]:
+        """Sums over all steps and ranks; a collective call when ``torch.distributed`` is initialised."""
+        sums = [0.0] * len(_SUMS) if self._sums is None else self._sums.tolist()
+        mine = {**self._host, **dict(zip(_SUMS, sums, strict=True))}
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return mine
+        parts: list[dict[str, float] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return {key: math.fsum(part[key] for part in parts if part) for key in mine}
+
+
+def history_row(summary: EpochSummary, totals: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """One row of ``ima_history.csv``.
+
+    Margins are per voxel in network units. ``passes_per_sample`` counts the network passes of the search (forwards and
+    input gradients) per patch; the two training passes come on top.
+    """
+    patches = max(totals["patches"], 1)
+    iterations = max(totals["iterations"], 1)
+    names = ("margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
+    return {
+        "epoch": summary.epoch,
+        **dict(zip(names, summary.quantiles, strict=True)),
+        "expanding_share": summary.expanding_share,
+        "crossed_share": summary.crossed_share,
+        "equilibrium": summary.equilibrium,
+        "cases_visited": summary.cases_visited,
+        "visits": summary.visits,
+        "clean_loss": totals["clean_loss"] / iterations,
+        "adversarial_loss": totals["adversarial_loss"] / iterations,
+        "seconds": seconds,
+        "passes_per_sample": (totals["forwards"] + totals["gradients"]) / patches,
+        "forwards_per_sample": totals["forwards"] / patches,
+        "gradients_per_sample": totals["gradients"] / patches,
+        "searched_share": totals["searched"] / patches,
+        "background_share": totals["background"] / patches,
+        "below_tau_share": totals["below"] / patches,
+        "nonfinite_gradients": int(totals["nonfinite"]),
+        "zero_gradients": int(totals["stalled"]),
+        "dropped_patches": int(totals["dropped"]),
+    }
+
+
+def margin_rows(ledger: MarginLedger, *, norm: Norm, voxels: int, native: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Rows of ``ima_margins.csv``.
+
+    Args:
+        ledger: the margins.
+        norm: norm of the threat model.
+        voxels: image channels x voxels of a training patch, for the L2 norm of the whole perturbation.
+        native: native intensity units (HU, scanner units) per network unit of each channel, where they are the same for
+            all cases; each adds a column.
+    """
+    size = "margin_rms" if norm == "l2" else "margin_linf"
+    rows = []
+    for record in ledger.table():
+        row = {"case": record["case"], size: record["margin"]}
+        if norm == "l2":
+            row["margin_l2"] = record["margin"] * math.sqrt(voxels)
+        row |= {f"margin_{channel}": record["margin"] * scale for channel, scale in native.items()}
+        row |= {
+            "visits": record["visits"],
+            "crossed_share": record["crossed"] / record["visits"] if record["visits"] else float("nan"),
+            "expanding": record["expanding"],
+            "last_epoch": record["seen"],
+        }
+        rows.append(row)
+    return rows
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``rows`` (all with the keys of the first) in one rename; floats with 6 significant digits."""
+    if not rows:
+        return
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_text(path, buffer.getvalue())

@@ -1,0 +1,273 @@
+"""The margin ledger: what each training case is known to tolerate.
+
+A *margin* is the size of the largest perturbation a case is believed to tolerate, per voxel in network units (see
+:mod:`ima_seg.types`). It belongs to the case; a *visit* is one patch of it in one batch. Margins move only at the end of
+an epoch, so the copies of a case in a batch, and all its visits in an epoch, are searched with the same margin and
+weigh the same, in whatever order and on whatever rank they came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from ima_seg.errors import UserError
+
+Rule = Literal["paper", "majority", "mean"]
+RULES: tuple[Rule, ...] = ("paper", "majority", "mean")
+
+#: Layout version of :meth:`MarginLedger.state_dict`.
+STATE_VERSION = 1
+
+
+@dataclass
+class CaseRecord:
+    """One case: its margin and its visits over the whole training.
+
+    ``held`` visits found no adversarial sample within the margin; ``crossed`` ones did. ``expanding`` is whether the
+    margin grew, or was held only by the cap, when it last moved; ``seen`` is the last epoch with a visit that counted.
+    """
+
+    margin: float
+    visits: int = 0
+    crossed: int = 0
+    expanding: bool = True
+    seen: int = -1
+
+
+@dataclass
+class _EpochVisits:
+    held: int = 0
+    distances: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EpochSummary:
+    """What an epoch did to the margins.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        cases: known cases; ``cases_visited`` had a visit that counted in this epoch.
+        visits: visits that counted; ``crossed_share`` of them crossed (NaN without visits).
+        expanding_share: share of the known cases whose margin last grew (cases at the cap do not expand).
+        quantiles: margins at 5, 25, 50, 75 and 95 %.
+        equilibrium: whether margins have stopped growing.
+    """
+
+    epoch: int
+    cases: int
+    cases_visited: int
+    visits: int
+    crossed_share: float
+    expanding_share: float
+    quantiles: tuple[float, float, float, float, float]
+    equilibrium: bool
+
+
+class MarginLedger:
+    """Margins per case, updated once per epoch.
+
+    Args:
+        delta: expansion step and first margin of every case, per voxel in network units.
+        eps_max: cap on margins, same unit.
+        rule: how a case's visits of an epoch move its margin E (then clamped to [0, eps_max]):
+
+            - ``"paper"``: E + delta if any visit held, else (E + mean distance) / 2;
+            - ``"majority"``: E + delta if at least half of the visits held, else (E + mean distance of the crossed) / 2;
+            - ``"mean"``: the mean over visits of E + delta (held) and (E + distance) / 2 (crossed).
+
+            With one visit per epoch the three agree. With n visits that cross with probability p each, ``"paper"``
+            contracts only with probability p^n.
+        patience: equilibrium is reported when the median margin has grown by less than delta / 2 over this many
+            epochs, and after the first ``patience`` epochs at the earliest.
+
+    Raises:
+        UserError: a step or cap that is not positive, an unknown rule.
+
+    Cases without a visit that counted keep their margin.
+    """
+
+    def __init__(self, *, delta: float, eps_max: float, rule: Rule = "mean", patience: int = 5) -> None:
+        for name, value in (("delta", delta), ("eps_max", eps_max)):
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name} is {value!r}; it must be a positive number (per voxel, network units)")
+        if delta > eps_max:
+            raise UserError(f"delta is {delta:g}, more than eps_max {eps_max:g}; use a smaller step or a larger cap")
+        if rule not in RULES:
+            raise UserError(f"margin rule is {rule!r}; the rules there are: {', '.join(map(repr, RULES))}")
+        self.delta, self.eps_max, self.rule, self.patience = delta, eps_max, rule, patience
+        self.cases: dict[str, CaseRecord] = {}
+        self.epoch = 0
+        self._medians: list[float] = []
+        self._pending: list[tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    # --- during an epoch -------------------------------------------------------------------------------------------
+
+    def register(self, case_ids: Iterable[str]) -> None:
+        """Enter cases that are not known yet, at the first margin."""
+        for case_id in case_ids:
+            if str(case_id) not in self.cases:
+                self.cases[str(case_id)] = CaseRecord(min(self.delta, self.eps_max))
+
+    def get(self, case_ids: Sequence[str], device: torch.device | str | None = None) -> torch.Tensor:
+        """Margins of ``case_ids`` as (B,) float32; unknown cases are entered."""
+        self.register(case_ids)
+        return torch.tensor([self.cases[str(c)].margin for c in case_ids], dtype=torch.float32, device=device)
+
+    def record(
+        self, case_ids: Sequence[str], *, crossed: torch.Tensor, distance: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """Note a batch of visits; nothing moves before :meth:`step`.
+
+        Args:
+            case_ids: B case ids, repeats allowed: each is a visit of its own.
+            crossed: (B,) bool.
+            distance: (B,) size of the perturbation where it crossed; unused elsewhere.
+            counts: (B,) bool, False for visits that say nothing about the margin (no foreground in the patch, clean
+                patch already below the threshold, no finite gradient).
+
+        The tensors are kept on their device and read at the end of the epoch, so that no iteration waits for them.
+        """
+        ids = [str(c) for c in case_ids]
+        for name, value in (("crossed", crossed), ("distance", distance), ("counts", counts)):
+            if value.shape != (len(ids),):
+                raise UserError(
+                    f"{name} has shape {tuple(value.shape)} for {len(ids)} case ids; expected one per visit"
+                )
+        self.register(ids)
+        self._pending.append(
+            (ids, crossed.detach().clone(), distance.detach().float().clone(), counts.detach().clone())
+        )
+
+    # --- end of an epoch -------------------------------------------------------------------------------------------
+
+    def _drain(self) -> list[tuple[str, bool, float]]:
+        """The visits that count, read from the device."""
+        visits = []
+        for ids, crossed, distance, counts in self._pending:
+            rows = zip(ids, crossed.tolist(), distance.tolist(), counts.tolist(), strict=True)
+            visits += [(case, was_crossed, size) for case, was_crossed, size, counted in rows if counted]
+        self._pending.clear()
+        return visits
+
+    def step(self) -> EpochSummary:
+        """End the epoch: gather all ranks' visits, move the margins, say what happened.
+
+        With ``torch.distributed`` initialised this is a collective call. Every rank computes from the same visits and
+        sums them exactly (``math.fsum``), so all ranks hold the same margins, equal to those of a single process that
+        made all the visits.
+        """
+        visits = self._drain()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            gathered: list[tuple[list[str], list[tuple[str, bool, float]]] | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (list(self.cases), visits))
+            visits = []
+            for part in gathered:
+                assert part is not None
+                self.register(part[0])
+                visits += part[1]
+        by_case: defaultdict[str, _EpochVisits] = defaultdict(_EpochVisits)
+        for case, was_crossed, size in visits:
+            if was_crossed:
+                by_case[case].distances.append(size)
+            else:
+                by_case[case].held += 1
+        for case, epoch_visits in by_case.items():
+            self._move(self.cases[case], epoch_visits)
+        return self._summarise(len(by_case), visits)
+
+    def _move(self, record: CaseRecord, epoch_visits: _EpochVisits) -> None:
+        held, distances = epoch_visits.held, epoch_visits.distances
+        visits = held + len(distances)
+        expanded = record.margin + self.delta
+        contracted = (record.margin + math.fsum(distances) / len(distances)) / 2 if distances else expanded
+        if self.rule == "paper":
+            moved = expanded if held else contracted
+        elif self.rule == "majority":
+            moved = expanded if 2 * held >= visits else contracted
+        else:
+            moved = (held * expanded + len(distances) * contracted) / visits
+        moved = min(max(moved, 0.0), self.eps_max)
+        record.expanding = moved > record.margin
+        record.margin = moved
+        record.visits += visits
+        record.crossed += len(distances)
+        record.seen = self.epoch
+
+    def _summarise(self, cases_visited: int, visits: list[tuple[str, bool, float]]) -> EpochSummary:
+        margins = torch.tensor([r.margin for r in self.cases.values()] or [float("nan")], dtype=torch.float64)
+        quantiles = torch.quantile(margins, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
+        self._medians.append(quantiles[2])
+        summary = EpochSummary(
+            epoch=self.epoch,
+            cases=len(self.cases),
+            cases_visited=cases_visited,
+            visits=len(visits),
+            crossed_share=sum(v[1] for v in visits) / len(visits) if visits else float("nan"),
+            expanding_share=sum(r.expanding for r in self.cases.values()) / max(len(self.cases), 1),
+            quantiles=(quantiles[0], quantiles[1], quantiles[2], quantiles[3], quantiles[4]),
+            equilibrium=self._at_equilibrium(),
+        )
+        self.epoch += 1
+        return summary
+
+    def _at_equilibrium(self) -> bool:
+        if len(self._medians) <= self.patience or not any(r.visits for r in self.cases.values()):
+            return False
+        return self._medians[-1] - self._medians[-1 - self.patience] < self.delta / 2
+
+    # --- checkpoint ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as JSON types and plain float64 / int64 tensors (safe under ``weights_only``)."""
+        records = list(self.cases.values())
+        return {
+            "version": STATE_VERSION,
+            "delta": self.delta,
+            "eps_max": self.eps_max,
+            "rule": self.rule,
+            "epoch": self.epoch,
+            "medians": list(self._medians),
+            "cases": list(self.cases),
+            "margin": torch.tensor([r.margin for r in records], dtype=torch.float64),
+            "visits": torch.tensor([r.visits for r in records], dtype=torch.int64),
+            "crossed": torch.tensor([r.crossed for r in records], dtype=torch.int64),
+            "expanding": torch.tensor([r.expanding for r in records], dtype=torch.bool),
+            "seen": torch.tensor([r.seen for r in records], dtype=torch.int64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`. Step, cap and rule stay those of this ledger; margins are clamped to the cap.
+
+        Raises:
+            UserError: a state of another layout, or one that lacks a field.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise UserError(
+                f"margin ledger of version {state.get('version')!r}, this ima-seg reads version {STATE_VERSION}; "
+                "resume with the ima-seg that wrote it"
+            )
+        try:
+            columns = (state[key].tolist() for key in ("margin", "visits", "crossed", "expanding", "seen"))
+            rows = zip(state["cases"], *columns, strict=True)
+            self.cases = {
+                str(case): CaseRecord(
+                    min(float(margin), self.eps_max), int(visits), int(crossed), bool(grows), int(seen)
+                )
+                for case, margin, visits, crossed, grows, seen in rows
+            }
+            self.epoch = int(state["epoch"])
+            self._medians = [float(m) for m in state["medians"]]
+        except KeyError as error:
+            raise UserError(f"margin ledger without {error}; the checkpoint is damaged, use an earlier one") from None
+        self._pending.clear()
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per case, sorted by id: ``case`` and the fields of :class:`CaseRecord`."""
+        return [{"case": case, **asdict(self.cases[case])} for case in sorted(self.cases)]

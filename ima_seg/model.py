@@ -1,0 +1,98 @@
+"""Network access for attacks: full-resolution logits, frozen flags, reduced precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ima_seg.errors import UserError
+from ima_seg.types import Network
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def inner_module(model: Network) -> Network:
+    """The module inside a DistributedDataParallel wrapper, whose forward cannot be used with ``autograd.grad``."""
+    if isinstance(model, DistributedDataParallel):
+        return cast(Network, model.module)
+    return model
+
+
+def full_resolution(output: Any) -> torch.Tensor:
+    """The full-resolution logits of a network's output: itself, or the first of its deep-supervision heads.
+
+    The loss over all heads points elsewhere than the loss of the prediction, and attacks it less well.
+    """
+    if isinstance(output, (list, tuple)):
+        output = output[0]
+    if not isinstance(output, torch.Tensor) or output.ndim < 3:
+        kind = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise UserError(f"the network returned {kind}; expected logits (B, K, *S), or a list with the largest first")
+    return output
+
+
+@contextlib.contextmanager
+def frozen(model: Network) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside the block; every flag is as before afterwards.
+
+    Batch-norm statistics, dropout and ``p.grad`` are thereby left alone. Callables that are no module pass through.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _cpu_has_bf16() -> bool:
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe is not None and probe())
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype for the search, ``None`` for float32.
+
+    ``auto``: bfloat16 where the device computes in it natively (its exponent range rules out underflow of input
+    gradients), else float16 on CUDA, else float32.
+
+    Raises:
+        UserError: an explicit precision that this device does not have. It is never replaced in silence.
+    """
+    if precision == "fp32":
+        return None
+    if device.type == "cuda":
+        native_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if precision == "auto":
+            return torch.bfloat16 if native_bf16 else torch.float16
+        if precision == "bf16" and not native_bf16:
+            raise UserError(
+                f"search precision 'bf16' is not native to {torch.cuda.get_device_name(device)}; use 'fp16'"
+            )
+        return torch.bfloat16 if precision == "bf16" else torch.float16
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
+    if device.type == "cpu" and precision == "bf16":
+        return torch.bfloat16
+    raise UserError(f"search precision {precision!r} does not exist on device {device.type!r}; use 'fp32' or 'auto'")
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to ``dtype`` on ``device``; nothing for ``None``."""
+    # MPS refuses even a disabled autocast, hence the null context.
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

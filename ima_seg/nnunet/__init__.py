@@ -1,0 +1,1 @@
+"""What knows nnU-Net: everything else in :mod:`ima_seg` works without it."""

@@ -1,0 +1,77 @@
+"""Reading and amending nnU-Net checkpoints."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ima_seg.errors import UserError
+from ima_seg.files import replacing
+
+#: Key of our state in a checkpoint. Stock nnU-Net ignores keys that it does not know.
+KEY = "ima"
+
+
+def _allowed_globals() -> list[Any]:
+    """What stock nnU-Net checkpoints hold beyond tensors: numpy scalars and arrays in the logged curves."""
+    core = getattr(np, "_core", None) or np.core
+    scalars = [np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_]
+    dtypes = [type(np.dtype(scalar)) for scalar in scalars]
+    return [core.multiarray.scalar, core.multiarray._reconstruct, np.dtype, np.ndarray, *scalars, *dtypes]
+
+
+def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU without executing pickled code.
+
+    Args:
+        path: a ``checkpoint_*.pth`` of nnU-Net.
+        trust: load it with full unpickling, which runs whatever code it carries.
+
+    Raises:
+        UserError: no such file, not a checkpoint of nnU-Net, or one that needs code to be read and ``trust`` is not set.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"checkpoint {file} does not exist; train the fold first or name another one")
+    try:
+        if trust:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        else:
+            with torch.serialization.safe_globals(_allowed_globals()):
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"checkpoint {file} holds more than tensors and plain values ({reason}); reading it would run code from "
+            "the file. If you trust its origin, pass --trust-checkpoint"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"checkpoint {file} cannot be read ({error}); it may be truncated, use another one") from None
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint or "trainer_name" not in checkpoint:
+        raise UserError(f"{file} is not a checkpoint of nnU-Net v2 (no network_weights, trainer_name)")
+    return checkpoint
+
+
+def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Write ``checkpoint`` to ``path`` in one rename: a reader finds the old file or the new one, never a part."""
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def checkpoint_files(model_folder: str | Path) -> list[Path]:
+    """All ``fold_*/checkpoint_*.pth`` of a model folder, sorted.
+
+    Raises:
+        UserError: the folder does not exist or holds none.
+    """
+    folder = Path(model_folder)
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
+    files = sorted(folder.glob("fold_*/checkpoint_*.pth"))
+    if not files:
+        raise UserError(f"model folder {folder} has no fold_*/checkpoint_*.pth; name the folder that holds plans.json")
+    return files

@@ -1,0 +1,190 @@
+"""What an IMA training keeps beside the network: settings, margins, history, and the files made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ima_seg.errors import UserError
+from ima_seg.files import write_text
+from ima_seg.history import EpochTally, history_row, margin_rows, write_csv
+from ima_seg.ima import IMA
+from ima_seg.ledger import EpochSummary
+from ima_seg.plots import plot_progress
+from ima_seg.settings import IMASettings
+from ima_seg.types import Labels
+
+SETTINGS_FILE = "ima_settings.json"
+MARGINS_FILE = "ima_margins.csv"
+HISTORY_FILE = "ima_history.csv"
+PROGRESS_FILE = "ima_progress.png"
+
+
+class IMATraining:
+    """One fold's IMA training.
+
+    Args:
+        settings: see :class:`IMASettings`.
+        labels: how the network's outputs are read.
+        patch_size: voxels of a training patch per axis.
+        image_channels: input channels that are images; channels after them (cascade) are never perturbed.
+        epochs: length of the training.
+        native: native intensity units per network unit of each channel, where all cases share them (CT).
+        log: prints a line to the training log.
+    """
+
+    def __init__(
+        self,
+        settings: IMASettings,
+        *,
+        labels: Labels,
+        patch_size: Iterable[int],
+        image_channels: int,
+        epochs: int,
+        native: Mapping[str, float],
+        log: Callable[[str], None],
+    ) -> None:
+        self.settings, self.epochs, self.log, self.native = settings, epochs, log, dict(native)
+        self.voxels = image_channels * math.prod(patch_size)
+        self.ima = IMA.from_settings(
+            settings, labels=labels, patch_voxels=self.voxels, epochs=epochs, image_channels=image_channels
+        )
+        self.tally = EpochTally()
+        self.history: list[dict[str, Any]] = []
+        self.resumed_settings: dict[str, Any] | None = None
+
+    # --- settings --------------------------------------------------------------------------------------------------
+
+    def described(self) -> dict[str, Any]:
+        """The settings with everything automatic resolved: what makes two trainings comparable."""
+        ledger = self.ima.ledger
+        return {**self.settings.model_dump(), "epochs": self.epochs, "delta": ledger.delta, "eps_max": ledger.eps_max,
+                "unit": "voxel"}  # fmt: skip
+
+    def log_settings(self) -> None:
+        """Echo the settings, one per line, sizes with their L2 view."""
+        self.log("IMA settings:")
+        for name, value in self.described().items():
+            view = ""
+            if name in ("delta", "eps_max"):
+                view = (
+                    f" SD per voxel = {self.ima.threat.to_total(value, self.voxels):.4g} as the {self.settings.norm} "
+                )
+                view += f"norm of a patch of {self.voxels} values"
+            self.log(f"  {name}: {value if not isinstance(value, float) else f'{value:.6g}'}{view}")
+
+    def guard(self, folder: Path) -> None:
+        """Refuse to continue, or to overwrite, a training made with other settings; then store ours in ``folder``.
+
+        Raises:
+            UserError: naming the settings that differ.
+        """
+        mine = json.loads(json.dumps(self.described()))
+        if self.resumed_settings is not None:
+            changed = _differences(self.resumed_settings, mine)
+            if changed:
+                raise UserError(
+                    f"the checkpoint in {folder} was trained with other IMA settings ({changed}); continue with its "
+                    "settings, or start anew in another folder (other plans name with -p, or other nnUNet_results)"
+                )
+        elif (folder / SETTINGS_FILE).is_file() and any(folder.glob("checkpoint_*.pth")):
+            changed = _differences(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")), mine)
+            if changed:
+                raise UserError(
+                    f"{folder} holds a training with other IMA settings ({changed}), which this one would overwrite; "
+                    "give this one plans of another name (`ima-seg plans`, then -p), another nnUNet_results, or move "
+                    "the folder away"
+                )
+        write_text(folder / SETTINGS_FILE, json.dumps(mine, indent=2) + "\n")
+
+    # --- cases -----------------------------------------------------------------------------------------------------
+
+    def enter_cases(self, training_cases: Iterable[str]) -> None:
+        """Enter the fold's training cases; report those that are new to a resumed ledger, or gone from the fold."""
+        ledger = self.ima.ledger
+        current = {str(case) for case in training_cases}
+        known = set(ledger.cases)
+        if known and current - known:
+            self.log(
+                f"IMA: {len(current - known)} cases are new to the margin ledger; they start at {ledger.delta:.4g}"
+            )
+        if known - current:
+            gone = sorted(known - current)
+            self.log(f"IMA: {len(gone)} cases of the margin ledger are not in this fold ({', '.join(gone[:5])}"
+                     f"{', ...' if len(gone) > 5 else ''}); their margins are kept")  # fmt: skip
+        ledger.register(sorted(current))
+
+    # --- epochs ----------------------------------------------------------------------------------------------------
+
+    def end_epoch(self, seconds: float) -> EpochSummary:
+        """Move the margins, extend the history, log a summary. Collective over ranks."""
+        totals = self.tally.totals()
+        self.tally = EpochTally()
+        summary = self.ima.end_epoch()
+        row = history_row(summary, totals, seconds)
+        self.history.append(row)
+        q05, _, median, _, q95 = summary.quantiles
+        self.log(
+            f"IMA margins: median {median:.4f} (5-95 %: {q05:.4f}-{q95:.4f}) SD per voxel, expanding "
+            f"{summary.expanding_share:.0%} of {summary.cases} cases, crossed {summary.crossed_share:.0%} of "
+            f"{summary.visits} visits, {row['passes_per_sample']:.1f} search passes per patch"
+        )
+        if summary.equilibrium and not any(earlier["equilibrium"] for earlier in self.history[:-1]):
+            self.log("IMA equilibrium: the median margin has stopped growing")
+        self._warn(row)
+        return summary
+
+    def _warn(self, row: Mapping[str, Any]) -> None:
+        foreground = 1 - row["background_share"]
+        if foreground == 0:
+            self.log("IMA WARNING: no patch of this epoch had foreground, so no margin could be searched")
+        elif row["epoch"] >= 0.2 * self.epochs and row["below_tau_share"] > 0.5 * foreground:
+            self.log(
+                f"IMA WARNING: {row['below_tau_share'] / foreground:.0%} of the patches with foreground have a clean "
+                f"Dice below tau = {self.settings.tau:g} and are trained without perturbation; lower tau if it stays so"
+            )
+        for name, what in (("nonfinite_gradients", "NaN or infinite gradients"), ("zero_gradients", "zero gradients"),
+                           ("dropped_patches", "NaN or infinite voxels (left out of training)")):  # fmt: skip
+            if row[name]:
+                self.log(f"IMA WARNING: {row[name]} patches with {what} in this epoch")
+
+    def write_files(self, folder: Path) -> None:
+        """``ima_margins.csv``, ``ima_history.csv`` and ``ima_progress.png``."""
+        ledger, norm = self.ima.ledger, self.settings.norm
+        write_csv(folder / MARGINS_FILE, margin_rows(ledger, norm=norm, voxels=self.voxels, native=self.native))
+        write_csv(folder / HISTORY_FILE, self.history)
+        plot_progress(
+            folder / PROGRESS_FILE,
+            self.history,
+            [record.margin for record in ledger.cases.values()],
+            delta=ledger.delta,
+            eps_max=ledger.eps_max,
+            unit="SD per voxel (RMS)" if norm == "l2" else "SD (largest absolute value)",
+        )
+
+    # --- checkpoint ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and JSON types."""
+        return {
+            "settings": self.described(),
+            "voxels": self.voxels,
+            "ledger": self.ima.ledger.state_dict(),
+            "history": [dict(row) for row in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; settings are compared by :meth:`guard`, when training goes on."""
+        self.ima.ledger.load_state_dict(state["ledger"])
+        self.history = [dict(row) for row in state["history"]]
+        self.resumed_settings = json.loads(json.dumps(state["settings"]))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    # How often to save and validate changes nothing about what is trained.
+    ignored = {"save_every", "val_iterations_per_epoch", "precision"}
+    names = [n for n in {**old, **new} if n not in ignored and old.get(n) != new.get(n)]
+    return ", ".join(f"{n}: {old.get(n)} there, {new.get(n)} now" for n in names)

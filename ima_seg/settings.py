@@ -1,0 +1,183 @@
+"""Settings of IMA training: validated, serialisable, read from a TOML or YAML file or a plans section."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ima_seg.attacks.boundary import Refine, SearchSettings
+from ima_seg.errors import UserError
+from ima_seg.ledger import Rule
+from ima_seg.model import Precision
+from ima_seg.types import Norm
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+#: Names the settings file.
+ENVIRONMENT_VARIABLE = "IMA_CONFIG"
+#: Cap on margins unless set: the paper's largest, L2 15 on a 56x40 slice, is 0.317 SD per voxel.
+DEFAULT_EPS_MAX = 0.3
+
+Auto = Literal["auto"]
+
+
+class IMASettings(BaseModel):
+    """Settings of IMA training. Every size is in the unit named by ``unit``.
+
+    Attributes:
+        norm: ``"l2"`` or ``"linf"``.
+        unit: of ``eps_max`` and ``delta``. ``"voxel"``: per voxel in network units, RMS for l2 and largest absolute
+            value for linf. ``"l2"``: L2 norm of the perturbation of a whole training patch.
+        eps_max: cap on margins; ``"auto"``: 0.3 standard deviations per voxel. Only a cap: a case stops expanding at
+            its own boundary.
+        delta: expansion step and first margin; ``"auto"``: the cap divided by a sixth of the epochs, between 5 and 50
+            steps, so that the cap can be reached in the first sixth of a long training.
+        tau: a patch has crossed when its hard foreground Dice is below.
+        beta: weight of the adversarial loss; 0 is standard training.
+        steps: gradient steps K of the search, at most.
+        step_factor: alpha; a step is ``step_factor * margin / steps`` long.
+        refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``).
+        background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
+            clean.
+        rule: how visits move margins (see ``MarginLedger``).
+        precision: arithmetic of the search; ``"auto"`` is bfloat16 where the device computes in it natively.
+        epochs, iterations_per_epoch, val_iterations_per_epoch, save_every: replace nnU-Net's own where given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    norm: Norm = "l2"
+    unit: Literal["voxel", "l2"] = "voxel"
+    eps_max: Auto | float = "auto"
+    delta: Auto | float = "auto"
+    tau: float = Field(0.6, gt=0, lt=1)
+    beta: float = Field(0.5, ge=0, le=1)
+    steps: int = Field(10, ge=1, le=1000)
+    step_factor: float = Field(4.0, gt=0)
+    refine: Refine = "root"
+    refine_steps: int = Field(10, ge=0, le=100)
+    refine_tolerance: float = Field(0.01, ge=0, lt=1)
+    background_steps: int = Field(1, ge=0, le=1000)
+    rule: Rule = "mean"
+    precision: Precision = "auto"
+    epochs: int | None = Field(None, ge=1)
+    iterations_per_epoch: int | None = Field(None, ge=1)
+    val_iterations_per_epoch: int | None = Field(None, ge=1)
+    save_every: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> IMASettings:
+        for name in ("eps_max", "delta"):
+            value = getattr(self, name)
+            if value != "auto" and value <= 0:
+                raise ValueError(f"{name} is {value:g}; it must be positive (or 'auto')")
+        if self.unit == "l2" and self.norm != "l2":
+            raise ValueError("unit 'l2' goes with norm 'l2'; give linf sizes per voxel (unit = 'voxel')")
+        if self.eps_max != "auto" and self.delta != "auto" and self.delta > self.eps_max:
+            raise ValueError(f"delta {self.delta:g} is more than eps_max {self.eps_max:g}; use a smaller step")
+        return self
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, source: str, base: IMASettings | None = None) -> IMASettings:
+        """Validate ``values`` on top of ``base`` (default: the defaults).
+
+        Raises:
+            UserError: an unknown key or a value out of range, naming ``source``, key, value and what is allowed.
+        """
+        merged = {**(base.model_dump(exclude_unset=True) if base else {}), **values}
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise UserError("\n".join(_explain(item, source, cls) for item in error.errors())) from None
+
+    def resolve_sizes(self, *, patch_voxels: int, epochs: int) -> tuple[float, float]:
+        """``(delta, eps_max)`` per voxel in network units.
+
+        Args:
+            patch_voxels: image channels x voxels of a training patch.
+            epochs: length of the training.
+        """
+        per_voxel = 1 / math.sqrt(patch_voxels) if self.unit == "l2" else 1.0
+        eps_max = DEFAULT_EPS_MAX if self.eps_max == "auto" else self.eps_max * per_voxel
+        delta = eps_max / min(max(epochs / 6, 5), 50) if self.delta == "auto" else self.delta * per_voxel
+        if delta > eps_max:
+            raise UserError(f"delta {delta:g} is more than eps_max {eps_max:g} (per voxel); use a smaller step")
+        return delta, eps_max
+
+    def search(self, *, delta: float, shrink_in: int | None) -> SearchSettings:
+        """The settings of the boundary search; ``delta`` per voxel."""
+        return SearchSettings(
+            steps=self.steps,
+            step_factor=self.step_factor,
+            start_slack=delta,
+            refine=self.refine,
+            refine_steps=self.refine_steps,
+            refine_tolerance=self.refine_tolerance,
+            shrink_in=shrink_in,
+        )
+
+
+def _explain(item: Any, source: str, model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in item["loc"] if part not in ("literal['auto']", "float"))
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, model.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; the settings there are: {', '.join(model.model_fields)}"
+        return f"{source}: unknown setting {key!r}{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{source}: {key} = {item['input']!r}: {message}" if key else f"{source}: {message}"
+
+
+def read_settings_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The raw settings of a ``.toml``, ``.yaml`` or ``.yml`` file, at its top level or in a section ``ima``.
+
+    Raises:
+        UserError: no such file, another suffix, or not parseable.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"settings file {file} does not exist; correct {ENVIRONMENT_VARIABLE} or unset it")
+    try:
+        if file.suffix == ".toml":
+            values: Any = tomllib.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        else:
+            raise UserError(f"settings file {file} ends in {file.suffix!r}; use .toml, .yaml or .yml")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"settings file {file} cannot be read: {error}") from None
+    if isinstance(values, dict) and set(values) == {"ima"}:
+        values = values["ima"]
+    if not isinstance(values, dict):
+        raise UserError(f"settings file {file} holds a {type(values).__name__}; expected key = value pairs")
+    return values
+
+
+def load_settings(
+    *, base: IMASettings | None = None, plans: Mapping[str, Any] | None = None, file: str | None = None
+) -> IMASettings:
+    """Settings in order of precedence: ``file`` (default: ``$IMA_CONFIG``), the plans' ``ima`` section, ``base``.
+
+    Raises:
+        UserError: see :meth:`IMASettings.parse` and :func:`read_settings_file`.
+    """
+    settings = base or IMASettings()
+    section = (plans or {}).get("ima")
+    if section is not None:
+        if not isinstance(section, Mapping):
+            raise UserError(f"plans: the section 'ima' is a {type(section).__name__}; expected key: value pairs")
+        settings = IMASettings.parse(section, source="plans, section 'ima'", base=settings)
+    file = file or os.environ.get(ENVIRONMENT_VARIABLE)
+    if file:
+        settings = IMASettings.parse(read_settings_file(file), source=file, base=settings)
+    return settings

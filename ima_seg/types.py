@@ -1,0 +1,146 @@
+"""Shared types: threat model, label semantics, results.
+
+The canonical size of a perturbation is measured **per voxel in network units** (the standard deviations of a z-scored
+image): the root mean square over channels and voxels for L2, the largest absolute value for L-infinity. One number then
+carries over between 2D, 3D and patch sizes; :meth:`ThreatModel.to_total` and :meth:`ThreatModel.from_total` convert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ima_seg.errors import UserError
+
+Norm = Literal["l2", "linf"]
+
+#: Maps a batch (B, C, *S) to logits (B, K, *S), or to a list of them with the full resolution first.
+Network = Callable[[torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What the adversary may change.
+
+    Args:
+        norm: ``"l2"`` or ``"linf"``; sizes are RMS per voxel or largest absolute value, in network units.
+        image_channels: the first this many input channels may be perturbed, the rest (one-hot masks of a cascade)
+            never are; ``None`` means all.
+
+    There is no box: network inputs are z-scored or CT-normalised, so values have no natural bounds.
+    """
+
+    norm: Norm = "l2"
+    image_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l2", "linf"):
+            raise UserError(f"norm is {self.norm!r}; the norms there are: 'l2', 'linf'")
+        if self.image_channels is not None and self.image_channels < 1:
+            raise UserError(f"image_channels is {self.image_channels}; at least one channel must be perturbable")
+
+    def perturbable(self, x: torch.Tensor) -> torch.Tensor:
+        """The view of ``x`` (B, C, *S) that may be perturbed: (B, image_channels, *S)."""
+        if self.image_channels is None or self.image_channels == x.shape[1]:
+            return x
+        if self.image_channels > x.shape[1]:
+            raise UserError(
+                f"image_channels is {self.image_channels}, but the batch has {x.shape[1]} channels (B, C, *S)"
+            )
+        return x[:, : self.image_channels]
+
+    def to_total(self, size: float, voxels: int) -> float:
+        """Per-voxel size -> norm of the whole perturbation of ``voxels`` (channels x space) elements."""
+        return size * math.sqrt(voxels) if self.norm == "l2" else size
+
+    def from_total(self, total: float, voxels: int) -> float:
+        """Norm of a whole perturbation of ``voxels`` (channels x space) elements -> per-voxel size."""
+        return total / math.sqrt(voxels) if self.norm == "l2" else total
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How the network's outputs are to be read.
+
+    Args:
+        outputs: number of output channels K. Multi-class: softmax over K, channel 0 is background. Regions: K
+            overlapping foreground regions with a sigmoid each.
+        regions: whether the outputs are regions.
+        ignore_label: value of the label map to leave out of every loss and criterion (multi-class). With regions the
+            target then carries one more channel, 1 where ignored; its value is not used.
+    """
+
+    outputs: int
+    regions: bool = False
+    ignore_label: int | None = None
+
+    def __post_init__(self) -> None:
+        least = 1 if self.regions else 2
+        if self.outputs < least:
+            raise UserError(
+                f"outputs is {self.outputs}; {'regions' if self.regions else 'classes'} need {least} or more"
+            )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reference segmentation, prepared once per batch.
+
+    Attributes:
+        onehot: (B, K, N) bool over flattened space, ignored voxels False everywhere.
+        valid: (B, 1, N) bool, or ``None`` where nothing is ignored.
+        labels: how outputs are read.
+    """
+
+    onehot: torch.Tensor
+    valid: torch.Tensor | None
+    labels: Labels
+
+    def __getitem__(self, rows: torch.Tensor) -> Target:
+        return Target(self.onehot[rows], None if self.valid is None else self.valid[rows], self.labels)
+
+    @property
+    def foreground(self) -> torch.Tensor:
+        """(B, F, N) bool: the channels that count as foreground."""
+        return self.onehot if self.labels.regions else self.onehot[:, 1:]
+
+    @classmethod
+    def from_raw(cls, raw: torch.Tensor, labels: Labels) -> Target:
+        """From a label map (B, 1, *S) or (B, *S), or from regions (B, K[+1], *S), of any dtype.
+
+        A value outside 0..K-1 belongs to no class; it is not looked for, because that would wait for the device.
+
+        Raises:
+            UserError: a wrong number of channels.
+        """
+        flat = raw.flatten(2) if labels.regions or raw.shape[1] == 1 else raw.flatten(1)[:, None]
+        if labels.regions:
+            expected = labels.outputs + (labels.ignore_label is not None)
+            if flat.shape[1] != expected:
+                raise UserError(f"region target has {flat.shape[1]} channels, expected {expected} (B, K, *S)")
+            valid = None if labels.ignore_label is None else ~flat[:, -1:].bool()
+            onehot = flat[:, : labels.outputs].bool()
+            return cls(onehot if valid is None else onehot & valid, valid, labels)
+        classes = torch.arange(labels.outputs, device=raw.device, dtype=flat.dtype)[:, None]
+        valid = None if labels.ignore_label is None else flat != labels.ignore_label
+        return cls(flat == classes, valid, labels)
+
+
+@dataclass(frozen=True)
+class PassCount:
+    """Network passes, counted per sample: a batch of 8 through the network once is 8 forwards."""
+
+    forwards: int = 0
+    gradients: int = 0  # forward + gradient with respect to the input
+
+    def __add__(self, other: PassCount) -> PassCount:
+        return PassCount(self.forwards + other.forwards, self.gradients + other.gradients)
+
+    @property
+    def total(self) -> int:
+        """Forwards and gradients alike."""
+        return self.forwards + self.gradients

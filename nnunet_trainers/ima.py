@@ -1,0 +1,164 @@
+"""The IMA trainer: nnU-Net's hooks, each handing over to :mod:`ima_seg`."""
+
+import contextlib
+from pathlib import Path
+from time import time
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from ima_seg.errors import UserError, show_plainly
+from ima_seg.files import replacing
+from ima_seg.nnunet import compat
+from ima_seg.nnunet.checkpoint import KEY
+from ima_seg.nnunet.training import IMATraining
+from ima_seg.settings import IMASettings, load_settings
+
+#: So many batches in a row without a single usable patch end the training.
+PATIENCE_NONFINITE = 10
+
+
+class nnUNetTrainerIMA(nnUNetTrainer):
+    """nnU-Net's trainer with increasing-margin adversarial training (arXiv 2005.09147).
+
+    Settings: the defaults of :class:`ima_seg.IMASettings`, overridden by ``preset`` (subclasses), by a section ``ima``
+    in the plans, by the file that ``IMA_CONFIG`` names, in this order.
+    """
+
+    preset = IMASettings()
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        show_plainly()
+        compat.check_nnunet_version()
+        # Before nnU-Net makes a folder or a log: a mistake in the settings costs nothing.
+        self.ima_settings = load_settings(base=self.preset, plans=plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        settings = self.ima_settings
+        self.num_epochs = settings.epochs or self.num_epochs
+        self.num_iterations_per_epoch = settings.iterations_per_epoch or self.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = settings.val_iterations_per_epoch or self.num_val_iterations_per_epoch
+        self.save_every = settings.save_every or self.save_every
+        self.training: IMATraining = compat.make_training(self)
+        self._unusable_batches = 0
+
+    def on_train_start(self) -> None:
+        cases = self.do_split()[0]
+        compat.require_foreground(self, cases)
+        self.training.enter_cases(cases)
+        if self.local_rank == 0:
+            self.training.guard(Path(self.output_folder))
+        self.training.log_settings()
+        super().on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._epoch_began = time()
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = compat.map_heads(batch["target"], lambda head: head.to(self.device, non_blocking=True))
+        keys = [str(key) for key in batch["keys"]]
+        usable = torch.isfinite(data.flatten(1).sum(1))
+        if not bool(usable.all()):
+            rows = usable.nonzero()[:, 0]
+            self._note_unusable(keys, usable.tolist())
+            if len(rows) == 0:
+                return {"loss": np.float32(np.nan)}
+            data, keys = data[rows], [keys[row] for row in rows.tolist()]
+            target = compat.map_heads(target, lambda head: head[rows])
+
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler = self.grad_scaler
+
+        def amp() -> contextlib.AbstractContextManager[Any]:
+            cuda = self.device.type == "cuda"
+            return torch.autocast("cuda") if cuda else contextlib.nullcontext()
+
+        def forward(network: torch.nn.Module, x: torch.Tensor) -> Any:
+            with amp():
+                return network(x)
+
+        def loss(output: Any) -> torch.Tensor:
+            with amp():
+                value: torch.Tensor = self.loss(output, target)
+            return value
+
+        report = self.training.ima.step(
+            self.network,
+            data,
+            compat.full_resolution_target(target),
+            keys,
+            loss=loss,
+            forward=forward,
+            backward=lambda value: (value if scaler is None else scaler.scale(value)).backward(),
+        )
+        self.training.tally.add(report)
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if scaler is not None:
+            scaler.step(self.optimizer)
+            scaler.update()
+        elif bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        value = report.loss.cpu().numpy()
+        self._watch(value)
+        return {"loss": value}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        finite = [output for output in train_outputs if np.isfinite(output["loss"])]
+        super().on_train_epoch_end(finite or train_outputs)
+        self.training.end_epoch(time() - self._epoch_began)
+        if self.local_rank == 0:
+            self.training.write_files(Path(self.output_folder))
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        with replacing(filename) as temporary:
+            super().save_checkpoint(str(temporary))
+            # Our own file of a moment ago: reading it back is the only way to add to what nnU-Net saves.
+            checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
+            checkpoint[KEY] = self.training.state_dict()
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        state = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False).get(KEY)
+        if state is None:
+            self.print_to_log_file(
+                f"IMA WARNING: {filename_or_checkpoint} holds no margin ledger; all margins start anew at "
+                f"{self.training.ima.ledger.delta:.4g}"
+            )
+            return
+        self.training.load_state_dict(state)
+
+    def _note_unusable(self, keys: list[str], usable: list[bool]) -> None:
+        bad = sorted({key for key, good in zip(keys, usable, strict=True) if not good})
+        self.training.tally.drop(usable.count(False))
+        self.print_to_log_file(f"IMA WARNING: NaN or infinite voxels in {', '.join(bad)}; left out of this batch")
+        if not any(usable):
+            self._watch(np.nan)
+            if self.is_ddp:
+                # The other ranks wait for this one's gradients: skipping the step would hang them.
+                raise UserError(
+                    f"no usable patch in the batch of rank {self.local_rank} ({', '.join(bad)}); repair them"
+                )
+
+    def _watch(self, loss: Any) -> None:
+        self._unusable_batches = 0 if np.isfinite(loss) else self._unusable_batches + 1
+        if self._unusable_batches >= PATIENCE_NONFINITE:
+            raise UserError(
+                f"{PATIENCE_NONFINITE} batches in a row had no finite loss; check the images for NaN or infinite voxels "
+                "(the log names the cases), or lower the learning rate"
+            )
