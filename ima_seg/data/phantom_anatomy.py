@@ -131,12 +131,15 @@ def blob(
 
 
 def _legendre(degree: int, x: Array) -> Array:
-    square = x * x
+    square: Array = x * x
+    value: Array
     if degree == 2:
-        return 1.5 * square - 0.5
-    if degree == 3:
-        return (2.5 * square - 1.5) * x
-    return (4.375 * square - 3.75) * square + 0.375
+        value = 1.5 * square - 0.5
+    elif degree == 3:
+        value = (2.5 * square - 1.5) * x
+    else:
+        value = (4.375 * square - 3.75) * square + 0.375
+    return value
 
 
 @dataclass

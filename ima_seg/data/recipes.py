@@ -1,0 +1,226 @@
+"""Recipes: what is known about a data set, one TOML file each.
+
+They lie in the repository's ``datasets`` folder; a wheel carries them in ``ima_seg/data/recipes``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+
+from ima_seg.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdversarialSettings(_Strict):
+    """The published 2D experiment on this data set: how large the noise was.
+
+    Attributes:
+        norm: always "l2": the Euclidean norm over one whole patch, all channels, in network units.
+        patch: voxels per axis of the patch that the norm runs over.
+        eps_max_l2: cap of a case's margin.
+        delta_l2: step by which margins grow.
+        test_l2: amounts of noise at test, 0 first.
+    """
+
+    norm: Literal["l2"]
+    patch: tuple[int, int] | tuple[int, int, int]
+    eps_max_l2: float = Field(gt=0)
+    delta_l2: float = Field(gt=0)
+    test_l2: tuple[float, ...] = Field(min_length=1)
+
+
+class DecathlonSource(_Strict):
+    """A task of the Medical Segmentation Decathlon.
+
+    Attributes:
+        task: folder name, ``TaskNN_Name``.
+        archive: file name of the published archive.
+        md5: its MD5 sum, hexadecimal.
+        training_cases: number of labelled cases.
+        test_cases: number of unlabelled cases.
+        channel_names: in channel order.
+        labels: name to value.
+    """
+
+    task: str = Field(pattern=r"^Task\d\d_[A-Za-z0-9]+$")
+    archive: str
+    md5: str = Field(pattern=r"^[0-9a-f]{32}$")
+    training_cases: int = Field(gt=0)
+    test_cases: int = Field(ge=0)
+    channel_names: tuple[str, ...] = Field(min_length=1)
+    labels: dict[str, int]
+
+
+class PhantomSettings(_Strict):
+    """Arguments of :func:`ima_seg.data.phantom.write_phantom_dataset` that make a flavour.
+
+    Attributes:
+        modality: "mr", "mr2" or "ct".
+        spacing: voxel size, mm.
+        shape: voxels per axis.
+        regions: whether labels are nested regions.
+        ignore_label: whether the annotation is sparse.
+    """
+
+    modality: Literal["mr", "mr2", "ct"]
+    spacing: tuple[float, float, float]
+    shape: tuple[int, int, int]
+    regions: bool = False
+    ignore_label: bool = False
+
+
+class Recipe(_Strict):
+    """One data set.
+
+    Attributes:
+        name: the recipe's name, that of its file.
+        kind: which of the sections ``decathlon`` and ``phantom`` it has.
+        title: one line for a table.
+        source: where the data come from.
+        licence: of the data.
+        citation, doi: what to cite, empty for a phantom.
+        decathlon, phantom: the section that ``kind`` names; the other is None.
+        adversarial: the published settings, if there are any.
+    """
+
+    name: str
+    kind: Literal["decathlon", "phantom"]
+    title: str
+    source: str
+    licence: str
+    citation: str = ""
+    doi: str = ""
+    decathlon: DecathlonSource | None = None
+    phantom: PhantomSettings | None = None
+    adversarial: AdversarialSettings | None = None
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        present = [key for key in ("decathlon", "phantom") if getattr(self, key) is not None]
+        if present != [self.kind]:
+            raise ValueError(f"kind is {self.kind!r}, but the sections are {present}")
+        if self.adversarial is not None and self.decathlon is None:
+            raise ValueError("the section [adversarial] needs the section [decathlon]")
+        return self
+
+    def rms(self, l2: float) -> float:
+        """Convert an L2 norm over the published patch, all channels, into RMS per voxel.
+
+        Args:
+            l2: Euclidean norm, network units.
+
+        Returns:
+            ``l2 / sqrt(channels * voxels)``, network units (standard deviations under z-scoring).
+
+        Raises:
+            UserError: the recipe has no published patch.
+        """
+        if self.adversarial is None or self.decathlon is None:
+            raise UserError(f"recipe {self.name} has no [adversarial] section, so it gives no patch to convert L2 with")
+        return l2 / math.sqrt(len(self.decathlon.channel_names) * math.prod(self.adversarial.patch))
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def eps_max_rms(self) -> float | None:
+        """``adversarial.eps_max_l2`` as RMS per voxel, network units; None without published settings."""
+        return None if self.adversarial is None else self.rms(self.adversarial.eps_max_l2)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def delta_rms(self) -> float | None:
+        """``adversarial.delta_l2`` as RMS per voxel, network units; None without published settings."""
+        return None if self.adversarial is None else self.rms(self.adversarial.delta_l2)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def test_rms(self) -> tuple[float, ...]:
+        """``adversarial.test_l2`` as RMS per voxel, network units; empty without published settings."""
+        return () if self.adversarial is None else tuple(self.rms(value) for value in self.adversarial.test_l2)
+
+
+def recipe_folder() -> Path:
+    """Return the folder that holds the recipes: the wheel's, else the repository's.
+
+    Raises:
+        UserError: neither is there.
+    """
+    here = Path(__file__).resolve()
+    for folder in (here.parent / "recipes", here.parents[2] / "datasets"):
+        if next(folder.glob("*.toml"), None) is not None:
+            return folder
+    raise UserError(f"no data set recipes beside {here.parent}: the installation is incomplete, install ima-seg again")
+
+
+def list_recipes() -> list[str]:
+    """Return the names of all recipes, sorted."""
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+@cache
+def load_recipe(name: str) -> Recipe:
+    """Read and check one recipe.
+
+    Args:
+        name: one of :func:`list_recipes`.
+
+    Raises:
+        UserError: there is no such recipe, or its file is malformed.
+    """
+    known = list_recipes()
+    if name not in known:
+        raise UserError(f"there is no data set recipe {name!r}: use one of {', '.join(known)}")
+    return read_recipe(recipe_folder() / f"{name}.toml")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check the recipe in ``path``.
+
+    Raises:
+        UserError: the file is not valid TOML, a key is missing, unknown or ill-typed, or its name is not the file's.
+    """
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe = Recipe.model_validate(content)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a recipe ({error}): repair the file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']} (got {first['input']!r}): repair the file") from error
+    if recipe.name != path.stem:
+        raise UserError(f"{path}: the recipe calls itself {recipe.name!r}: its name must be that of the file")
+    return recipe
+
+
+def flavours() -> dict[str, PhantomSettings]:
+    """Return the phantom's named flavours: "mr" stands for the recipe ``phantom_mr``, and so on."""
+    prefix = "phantom_"
+    found: dict[str, PhantomSettings] = {}
+    for name in list_recipes():
+        settings = load_recipe(name).phantom if name.startswith(prefix) else None
+        if settings is not None:
+            found[name.removeprefix(prefix)] = settings
+    return found
+
+
+def recipe_of_task(task: str) -> Recipe | None:
+    """Return the recipe of a Decathlon task by its folder name, e.g. ``Task04_Hippocampus``, or None."""
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        if recipe.decathlon is not None and recipe.decathlon.task == task:
+            return recipe
+    return None
