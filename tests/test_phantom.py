@@ -255,3 +255,18 @@ def test_command_line_lists_the_recipes(capsys: pytest.CaptureFixture[str], monk
     assert run_cli("list") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in recipes.list_recipes())
+
+
+def test_recipes_are_found_in_a_wheel_and_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "ima_seg" / "data" / "recipes.py"
+    packaged = module.parent / "recipes"
+    packaged.mkdir(parents=True)
+    monkeypatch.setattr(recipes, "__file__", str(module))
+    with pytest.raises(UserError, match="install ima-seg again"):
+        recipes.recipe_folder()
+    checkout = tmp_path / "datasets"
+    checkout.mkdir()
+    (checkout / "a.toml").write_text("")
+    assert recipes.recipe_folder() == checkout
+    (packaged / "a.toml").write_text("")
+    assert recipes.recipe_folder() == packaged

@@ -71,7 +71,7 @@ def smooth_field(rng: np.random.Generator, shape: Sequence[int], knots: int) -> 
         at = np.linspace(0, knots - 1, size, dtype=np.float32)[:, None]
         weights = np.exp(-0.5 * ((at - np.arange(knots, dtype=np.float32)[None]) / 0.7) ** 2)
         weights /= np.sqrt((weights**2).sum(1, keepdims=True))
-        values = np.moveaxis(np.tensordot(weights, values, axes=(1, 0)), 0, -1)
+        values = np.einsum("ka,abc->bck", weights, values)  # not BLAS: its threads fight with other workers
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
@@ -112,7 +112,7 @@ def blob(
     offset = space.points - np.asarray(centre, np.float32)[:, None, None, None]
     turn = rotation(rng.normal(0, 1, 3) * tilt) if tilt else np.eye(3)
     matrix = (turn.T / np.asarray(axes)[:, None]).astype(np.float32)
-    local = np.tensordot(matrix, offset, axes=1)
+    local: Array = np.einsum("ij,jxyz->ixyz", matrix, offset)
     length = np.sqrt(np.einsum("ixyz,ixyz->xyz", local, local)) + np.float32(1e-4)
     border: Array = np.ones_like(length)
     if rough:
@@ -121,7 +121,7 @@ def blob(
         way /= np.linalg.norm(way, axis=1, keepdims=True)
         height = rng.standard_normal(terms)
         height *= rough / (np.sqrt((height**2 / 6).sum()) + 1e-9)  # P_l has a mean square of 1/(2l+1), about 1/6
-        cosine = np.tensordot(way.astype(np.float32), local, axes=1) / length
+        cosine = np.einsum("ij,jxyz->ixyz", way.astype(np.float32), local) / length
         total = np.ones_like(length)
         for degree, weight, c in zip((2, 2, 3, 3, 4), height, cosine, strict=True):
             total += np.float32(weight) * _legendre(degree, c)
