@@ -144,7 +144,10 @@ class IMA:
         beta = self.settings.beta
         distributed = isinstance(model, DistributedDataParallel)
         # The first backward only accumulates; ranks exchange gradients in the second.
-        with model.no_sync() if distributed and beta > 0 else contextlib.nullcontext():
+        accumulate: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(model, DistributedDataParallel) and beta > 0:
+            accumulate = model.no_sync()
+        with accumulate:
             output = forward(model, x)
             clean_loss = loss(output)
             target = Target.from_raw(y, self.labels)

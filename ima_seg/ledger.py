@@ -1,8 +1,8 @@
 """The margin ledger: what each training case is known to tolerate.
 
 A *margin* is the size of the largest perturbation a case is believed to tolerate, per voxel in network units (see
-:mod:`ima_seg.types`). It belongs to the case; a *visit* is one patch of it in one batch. Margins move only at the end of
-an epoch, so the copies of a case in a batch, and all its visits in an epoch, are searched with the same margin and
+:mod:`ima_seg.types`). It belongs to the case; a *visit* is one patch of it in one batch. Margins move only at the end
+of an epoch, so the copies of a case in a batch, and all its visits in an epoch, are searched with the same margin and
 weigh the same, in whatever order and on whatever rank they came.
 """
 
@@ -79,7 +79,8 @@ class MarginLedger:
         rule: how a case's visits of an epoch move its margin E (then clamped to [0, eps_max]):
 
             - ``"paper"``: E + delta if any visit held, else (E + mean distance) / 2;
-            - ``"majority"``: E + delta if at least half of the visits held, else (E + mean distance of the crossed) / 2;
+            - ``"majority"``: E + delta if at least half of the visits held, else (E + mean distance) / 2, of those that
+              crossed;
             - ``"mean"``: the mean over visits of E + delta (held) and (E + distance) / 2 (crossed).
 
             With one visit per epoch the three agree. With n visits that cross with probability p each, ``"paper"``

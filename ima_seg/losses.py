@@ -19,7 +19,8 @@ def dice_ce_loss(logits: torch.Tensor, target: Target) -> torch.Tensor:
     """Soft Dice loss plus cross-entropy of each sample, the sum that nnU-Net trains with; (B,) float32.
 
     Multi-class: softmax, cross-entropy, Dice over the foreground classes. Regions: sigmoid, binary cross-entropy, Dice
-    over all regions. Means are over the voxels that are not ignored; a sample that is ignored throughout has loss 0.
+    over all regions; with regions and an ignore label together nnU-Net sums the cross-entropy over regions, here it is
+    the mean as everywhere else. Means are over the voxels that are not ignored; a sample that is ignored throughout has loss 0.
 
     Args:
         logits: full-resolution logits (B, K, *S); computed in float32 whatever their dtype.

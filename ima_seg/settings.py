@@ -115,6 +115,16 @@ class IMASettings(BaseModel):
             raise UserError(f"delta {delta:g} is more than eps_max {eps_max:g} (per voxel); use a smaller step")
         return delta, eps_max
 
+    def replaced(self) -> dict[str, int]:
+        """The attributes of nnU-Net's trainer that these settings replace."""
+        attributes = {
+            "num_epochs": self.epochs,
+            "num_iterations_per_epoch": self.iterations_per_epoch,
+            "num_val_iterations_per_epoch": self.val_iterations_per_epoch,
+            "save_every": self.save_every,
+        }
+        return {name: value for name, value in attributes.items() if value is not None}
+
     def search(self, *, delta: float, shrink_in: int | None) -> SearchSettings:
         """The settings of the boundary search; ``delta`` per voxel."""
         return SearchSettings(

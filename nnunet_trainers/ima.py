@@ -42,11 +42,8 @@ class nnUNetTrainerIMA(nnUNetTrainer):
         # Before nnU-Net makes a folder or a log: a mistake in the settings costs nothing.
         self.ima_settings = load_settings(base=self.preset, plans=plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        settings = self.ima_settings
-        self.num_epochs = settings.epochs or self.num_epochs
-        self.num_iterations_per_epoch = settings.iterations_per_epoch or self.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = settings.val_iterations_per_epoch or self.num_val_iterations_per_epoch
-        self.save_every = settings.save_every or self.save_every
+        for attribute, value in self.ima_settings.replaced().items():
+            setattr(self, attribute, value)
         self.training: IMATraining = compat.make_training(self)
         self._unusable_batches = 0
 
@@ -151,14 +148,12 @@ class nnUNetTrainerIMA(nnUNetTrainer):
             self._watch(np.nan)
             if self.is_ddp:
                 # The other ranks wait for this one's gradients: skipping the step would hang them.
-                raise UserError(
-                    f"no usable patch in the batch of rank {self.local_rank} ({', '.join(bad)}); repair them"
-                )
+                raise UserError(f"rank {self.local_rank}: no usable patch in a batch; repair {', '.join(bad)}")
 
     def _watch(self, loss: Any) -> None:
         self._unusable_batches = 0 if np.isfinite(loss) else self._unusable_batches + 1
         if self._unusable_batches >= PATIENCE_NONFINITE:
             raise UserError(
-                f"{PATIENCE_NONFINITE} batches in a row had no finite loss; check the images for NaN or infinite voxels "
-                "(the log names the cases), or lower the learning rate"
+                f"{PATIENCE_NONFINITE} batches in a row had no finite loss; check the images for NaN or infinite "
+                "voxels (the log names the cases), or lower the learning rate"
             )

@@ -206,7 +206,7 @@ def _refine(
     high = torch.ones_like(threshold)
     low_value, high_value = inner_dice - threshold, outer_dice - threshold
     gap = perturbation_size(outer - inner, batch.threat.norm)
-    # The bracket in units of its length, to be no wider than this; the distance is that of the outer end.
+    # How wide the bracket may be in units of its first width; the distance is that of its outer end.
     wanted = settings.refine_tolerance * perturbation_size(outer, batch.threat.norm) / gap.clamp_min(1e-30)
     alive = crossed & (high - low > wanted)
     rows = torch.arange(len(threshold), device=threshold.device)
@@ -235,6 +235,8 @@ def _refine(
         # Illinois: halve the value of the end that stays.
         _assign(low_value, rows, going, torch.where(inside, value, fa / 2))
         _assign(high_value, rows, going, torch.where(inside, fb / 2, value))
-        alive[rows] = going & (high[rows] - low[rows] > tolerance)
+        nearer = settings.refine_tolerance * perturbation_size(delta, batch.threat.norm) / gap[rows].clamp_min(1e-30)
+        _assign(wanted, rows, going & ~inside, nearer)
+        alive[rows] = going & (high[rows] - low[rows] > wanted[rows])
     end = torch.lerp(inner, outer, high.view(-1, *(1,) * (inner.ndim - 1)))
     return torch.where(crossed.view(-1, *(1,) * (inner.ndim - 1)), end, outer), forwards

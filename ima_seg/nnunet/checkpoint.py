@@ -32,7 +32,8 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         trust: load it with full unpickling, which runs whatever code it carries.
 
     Raises:
-        UserError: no such file, not a checkpoint of nnU-Net, or one that needs code to be read and ``trust`` is not set.
+        UserError: no such file, not a checkpoint of nnU-Net, or one that needs code to be read while ``trust`` is not
+            set.
     """
     file = Path(path)
     if not file.is_file():

@@ -104,8 +104,8 @@ def require_foreground(trainer: Any, cases: Iterable[str]) -> None:
             if len(voxels) and not (isinstance(label, tuple) and -1 in label):
                 return
     raise UserError(
-        f"none of the training cases in {folder} has a foreground voxel, so there is nothing to segment; check that the "
-        "label files carry the values that dataset.json names, then preprocess again"
+        f"none of the training cases in {folder} has a foreground voxel, so there is nothing to segment; check that "
+        "the label files carry the values that dataset.json names, then preprocess again"
     )
 
 

@@ -25,7 +25,8 @@ def perturbation_size(delta: torch.Tensor, norm: Norm) -> torch.Tensor:
     flat = delta.flatten(1).float()
     if norm == "linf":
         return flat.abs().amax(1)
-    return flat.norm(dim=1) / math.sqrt(flat.shape[1])
+    total: torch.Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return total / math.sqrt(flat.shape[1])
 
 
 def project(delta: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tensor:
