@@ -1,0 +1,42 @@
+# `make test` in a fresh clone does all the setup, in .venv. PYTHON chooses the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: venv test test-all demo lint format typecheck bench clean
+
+venv: $(READY)
+
+# An editable install copies the files of nnunet_trainers/discovery, so they are prerequisites too.
+$(READY): pyproject.toml $(shell find nnunet_trainers/discovery -name '*.p*' -type f)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+demo: $(READY)
+	$(BIN)/ima-seg demo -o demo_output
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf .venv build dist demo_output .pytest_cache .mypy_cache .ruff_cache .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
