@@ -8,7 +8,7 @@ READY := .venv/.installed
 venv: $(READY)
 
 # An editable install copies the files of nnunet_trainers/discovery, so they are prerequisites too.
-$(READY): pyproject.toml $(shell find nnunet_trainers/discovery -name '*.p*' -type f)
+$(READY): pyproject.toml $(shell find nnunet_trainers/discovery -name '*.py' -o -name '*.pth')
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install --editable ".[dev]"
