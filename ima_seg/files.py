@@ -1,12 +1,15 @@
-"""Files that are either whole or absent."""
+"""Files and folders that are either whole or absent."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ima_seg.errors import UserError
 
 
 @contextmanager
@@ -35,3 +38,34 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` in one rename."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def building_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty hidden folder beside ``target``; on success it becomes ``target``, on an exception it is removed.
+
+    Args:
+        target: the folder to appear; its parent must exist.
+        replace: put it in the place of an existing ``target``, which is removed only once the new one is in place.
+
+    Raises:
+        UserError: ``target`` appeared meanwhile and ``replace`` is false.
+    """
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        old = work / "old"
+        if target.exists():
+            if not replace:
+                raise UserError(f"{target} exists already: remove it or choose another name")
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

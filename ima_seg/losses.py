@@ -20,7 +20,8 @@ def dice_ce_loss(logits: torch.Tensor, target: Target) -> torch.Tensor:
 
     Multi-class: softmax, cross-entropy, Dice over the foreground classes. Regions: sigmoid, binary cross-entropy, Dice
     over all regions; with regions and an ignore label together nnU-Net sums the cross-entropy over regions, here it is
-    the mean as everywhere else. Means are over the voxels that are not ignored; a sample that is ignored throughout has loss 0.
+    the mean as everywhere else. Means are over the voxels that are not ignored; a sample that is ignored throughout
+    has no gradient.
 
     Args:
         logits: full-resolution logits (B, K, *S); computed in float32 whatever their dtype.

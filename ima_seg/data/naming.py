@@ -1,13 +1,9 @@
-"""Names and places of nnU-Net raw data sets: which ids are free, where they go, how a folder is put there whole."""
+"""Names and places of nnU-Net raw data sets: which ids are free, where they go, how a folder is made."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ima_seg.errors import UserError
@@ -80,34 +76,3 @@ def taken_by_other(dataset_id: int, folder_name: str | None = None) -> list[Path
         if value:
             found += [path for path in folders_with_id(dataset_id, Path(value)) if path.name != folder_name]
     return found
-
-
-@contextmanager
-def building_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty hidden folder beside ``target``; on success it becomes ``target``, on an exception it is removed.
-
-    Args:
-        target: the folder to appear; its parent must exist.
-        replace: put it in the place of an existing ``target``, which is removed only once the new one is in place.
-
-    Raises:
-        UserError: ``target`` appeared meanwhile and ``replace`` is false.
-    """
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        new = work / "new"
-        new.mkdir()
-        yield new
-        old = work / "old"
-        if target.exists():
-            if not replace:
-                raise UserError(f"{target} exists already: remove it or choose another id")
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

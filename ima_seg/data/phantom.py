@@ -18,10 +18,11 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from ima_seg.data.naming import building_folder, dataset_folder_name, folders_with_id, make_folder
+from ima_seg.data.naming import dataset_folder_name, folders_with_id, make_folder
 from ima_seg.data.phantom_anatomy import Array, Space, Vector, draw_abdomen, rotation, smooth_field
 from ima_seg.data.phantom_imaging import CHANNELS, Modality, paint, scan_ct, scan_mr
 from ima_seg.errors import UserError
+from ima_seg.files import building_folder
 
 SpacingPreset = Literal["isotropic", "anisotropic"]
 

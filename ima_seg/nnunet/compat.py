@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ima_seg.errors import UserError
@@ -118,3 +120,32 @@ def full_resolution_target(target: Any) -> torch.Tensor:
     """The target of the full-resolution head."""
     full: torch.Tensor = target[0] if isinstance(target, list) else target
     return full
+
+
+def normalise(
+    files: Sequence[Path], plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """One case as nnU-Net crops and normalises it, before resampling.
+
+    Args:
+        files: one image per channel.
+        plans: contents of the plans file.
+        configuration: name of the configuration.
+        dataset_json: contents of dataset.json.
+
+    Returns:
+        Original and normalised values (C, X, Y, Z) and the mask (X, Y, Z) of voxels that normalisation looked at.
+    """
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(dict(plans))
+    chosen = manager.get_configuration(configuration)
+    image, _ = manager.image_reader_writer_class().read_images([str(file) for file in files])
+    cropped, segmentation, _ = crop_to_nonzero(image.astype(np.float32))
+    normalised = DefaultPreprocessor(verbose=False)._normalize(
+        cropped.copy(), segmentation, chosen, manager.foreground_intensity_properties_per_channel
+    )
+    inside = segmentation[0] >= 0 if any(chosen.use_mask_for_norm) else np.ones(cropped.shape[1:], dtype=bool)
+    return cropped, normalised, inside

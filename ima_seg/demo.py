@@ -1,0 +1,134 @@
+"""``ima-seg demo``: the whole way on a phantom data set, in minutes on two cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
+from ima_seg.errors import UserError
+from ima_seg.files import write_text
+
+DATASET_ID = 990
+DATASET_NAME = "Phantom"
+PLANS = "nnUNetPlans_demo"
+CONFIGURATION = "3d_fullres"
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How long the demo takes: cases of the phantom, epochs and iterations of both trainings."""
+
+    cases: int = 20
+    shape: tuple[int, int, int] = (40, 40, 40)
+    standard_epochs: int = 6
+    ima_epochs: int = 6
+    iterations: int = 40
+    features: int = 8
+
+
+def run_demo(output: Path, size: DemoSize | None = None) -> None:
+    """Make a phantom data set, plan and preprocess it, train nnUNetTrainer and nnUNetTrainerIMA, compare.
+
+    Args:
+        output: folder for everything; its nnU-Net folders are used whatever the environment says.
+        size: how much to do.
+
+    Raises:
+        UserError: ``output`` is a file, or holds something that is no demo.
+    """
+    size = size or DemoSize()
+    console = Console()
+    began = time.monotonic()
+    marker = output / "demo.json"
+    if output.exists() and not marker.is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and was not made by the demo; name another folder with -o")
+    output = output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("raw", "preprocessed", "results"):
+        folder = output / f"nnUNet_{name}"
+        folder.mkdir(exist_ok=True)
+        os.environ[f"nnUNet_{name}"] = str(folder)
+    os.environ.pop("IMA_CONFIG", None)
+    os.environ.setdefault("nnUNet_n_proc_DA", "1")
+    os.environ.setdefault("nnUNet_def_n_proc", "2")
+    os.environ.setdefault("nnUNet_compile", "f")
+    write_text(marker, json.dumps({"made_by": "ima-seg demo", **size.__dict__}, indent=2) + "\n")
+
+    def stage(number: int, text: str) -> None:
+        console.print()
+        console.print(Rule(f"[bold]{number}/5  {text}  ({time.monotonic() - began:.0f} s so far)", align="left"))
+
+    stage(1, f"phantom data set: {size.cases} MR-like volumes")
+    from ima_seg.data.phantom import write_phantom_dataset
+
+    write_phantom_dataset(
+        output / "nnUNet_raw",
+        dataset_id=DATASET_ID,
+        name=DATASET_NAME,
+        cases=size.cases,
+        shape=size.shape,
+        overwrite=True,
+    )
+    stage(2, "nnU-Net: fingerprint, plans, preprocessing")
+    _call("nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-c", CONFIGURATION, "-np", "2", "--clean")
+    (output / "nnUNet_preprocessed" / f"Dataset{DATASET_ID}_{DATASET_NAME}" / f"{PLANS}.json").unlink(missing_ok=True)
+    _call("ima-seg", "plans", str(DATASET_ID), "-o", PLANS, "-c", CONFIGURATION,
+          "--features", str(size.features), "--max-features", str(8 * size.features), "--batch-size", "2")  # fmt: skip
+    stage(3, f"nnUNetTrainer: {size.standard_epochs} epochs of {size.iterations} iterations")
+    standard = _train("nnUNetTrainer", size.standard_epochs, size.iterations)
+    stage(4, f"nnUNetTrainerIMA from its weights: {size.ima_epochs} epochs of {size.iterations} iterations")
+    ima = _train("nnUNetTrainerIMA", size.ima_epochs, size.iterations, pretrained=standard / "checkpoint_final.pth")
+    stage(5, "what came out")
+    _call("ima-seg", "margins", str(ima.parent), "-f", "0")
+    console.print(_comparison({"nnUNetTrainer": standard, "nnUNetTrainerIMA": ima}))
+    console.print(f"models: {standard.parent}\n        {ima.parent}", soft_wrap=True)
+    console.print(f"Done in {time.monotonic() - began:.0f} s. Open {ima / 'ima_progress.png'}", soft_wrap=True)
+
+
+def _call(program: str, *arguments: str) -> None:
+    """Run a console script of this environment; its output is shown."""
+    command = [str(Path(sys.executable).parent / program), *arguments]
+    sys.stdout.flush()
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise UserError(f"{program} {' '.join(arguments)} ended with status {status}; see its message above")
+
+
+def _train(trainer_name: str, epochs: int, iterations: int, pretrained: Path | None = None) -> Path:
+    """Train and validate fold 0 as ``nnUNetv2_train`` does, but shorter; returns the fold's folder.
+
+    nnU-Net's command line has no option for the number of iterations, so its trainer is driven from here.
+    """
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainer: Any = get_trainer_from_args(
+        f"Dataset{DATASET_ID}_{DATASET_NAME}", CONFIGURATION, 0, trainer_name, PLANS, device=device
+    )
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, iterations, 5
+    maybe_load_checkpoint(trainer, False, False, None if pretrained is None else str(pretrained))
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    return Path(trainer.output_folder)
+
+
+def _comparison(folds: dict[str, Path]) -> Table:
+    table = Table(title="Dice of the validation cases, clean images")
+    table.add_column("trainer")
+    table.add_column("organ", justify="right")
+    table.add_column("lesion", justify="right")
+    for name, folder in folds.items():
+        mean = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))["mean"]
+        table.add_row(name, *(f"{mean[label]['Dice']:.3f}" for label in ("1", "2")))
+    return table

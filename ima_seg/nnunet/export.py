@@ -1,0 +1,71 @@
+"""A copy of a trained model that a stock nnU-Net, without this package, predicts with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ima_seg.errors import UserError
+from ima_seg.files import building_folder
+from ima_seg.nnunet.checkpoint import KEY, checkpoint_files, read_checkpoint, write_checkpoint
+
+STOCK_TRAINER = "nnUNetTrainer"
+#: What nnU-Net's inference reads from a model folder, beside the checkpoints.
+_REQUIRED = ("plans.json", "dataset.json")
+_OPTIONAL = ("dataset_fingerprint.json", "postprocessing.pkl", "postprocessing.json")
+
+
+def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = False) -> Path:
+    """Write a copy of ``model_folder`` whose checkpoints name ``nnUNetTrainer``.
+
+    Inference needs the trainer only for the network architecture, which IMA leaves as it is; weights are copied as they
+    are. The margin ledger (case ids of the training set) is left out.
+
+    Args:
+        model_folder: ``TRAINER__PLANS__CONFIGURATION`` in nnUNet_results, with ``fold_*`` inside.
+        output: folder to make; nnU-Net's ``-m`` takes any name.
+        trust: read checkpoints with full unpickling.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: something is missing, the output exists, or a trainer with another architecture.
+    """
+    source, target = Path(model_folder), Path(output)
+    files = checkpoint_files(source)
+    for name in _REQUIRED:
+        if not (source / name).is_file():
+            raise UserError(f"model folder {source} has no {name}; name the folder that nnUNetv2_train wrote")
+    if target.exists():
+        raise UserError(f"{target} exists already; name a new folder with -o")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with building_folder(target) as folder:
+        for name in (*_REQUIRED, *_OPTIONAL):
+            if (source / name).is_file():
+                shutil.copy2(source / name, folder / name)
+        for file in files:
+            checkpoint = read_checkpoint(file, trust=trust)
+            _check_architecture(str(checkpoint["trainer_name"]), file)
+            checkpoint["trainer_name"] = STOCK_TRAINER
+            checkpoint.pop(KEY, None)
+            write_checkpoint(folder / file.relative_to(source), checkpoint)
+    return target
+
+
+def _check_architecture(trainer_name: str, file: Path) -> None:
+    """Refuse a trainer whose network a stock nnU-Net would build differently."""
+    if trainer_name == STOCK_TRAINER:
+        return
+    import nnunet_trainers
+
+    trainer: Any = getattr(nnunet_trainers, trainer_name, None)
+    if trainer is None:
+        raise UserError(
+            f"{file} was trained by {trainer_name}, which is not a trainer of ima-seg; nothing was exported"
+        )
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    if trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture:
+        raise UserError(f"{file}: {trainer_name} builds a network of its own, which stock nnU-Net cannot; not exported")

@@ -1,0 +1,121 @@
+"""``ima-seg margins``: the margins of a trained model, printed and plotted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ima_seg.errors import UserError
+from ima_seg.history import margin_rows, write_csv
+from ima_seg.ledger import MarginLedger
+from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
+from ima_seg.nnunet.intensity import native_scale
+from ima_seg.nnunet.training import PROGRESS_FILE
+from ima_seg.plots import plot_progress
+
+#: The one that training goes on from comes first.
+_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+
+
+@dataclass(frozen=True)
+class FoldMargins:
+    """The ledger of one fold, as its newest checkpoint holds it."""
+
+    folder: Path
+    checkpoint: str
+    ledger: MarginLedger
+    settings: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    voxels: int
+    configuration: str
+
+
+def read_margins(
+    model_folder: str | Path, folds: Sequence[str] | None = None, *, trust: bool = False
+) -> list[FoldMargins]:
+    """The margins of every fold of a model folder (or of the ``folds`` named).
+
+    Raises:
+        UserError: no such folder or fold, or a checkpoint without a margin ledger.
+    """
+    model = Path(model_folder)
+    if not model.is_dir():
+        raise UserError(f"model folder {model} does not exist")
+    folders = [model / f"fold_{fold}" for fold in folds] if folds else sorted(model.glob("fold_*"))
+    if not folders:
+        raise UserError(f"model folder {model} has no fold_*; name the folder that holds plans.json")
+    found = []
+    for folder in folders:
+        name = next((name for name in _CHECKPOINTS if (folder / name).is_file()), None)
+        if name is None:
+            raise UserError(f"{folder} has no checkpoint; train the fold first")
+        checkpoint = read_checkpoint(folder / name, trust=trust)
+        state = checkpoint.get(KEY)
+        if state is None:
+            raise UserError(f"{folder / name} holds no margin ledger; it was trained by {checkpoint['trainer_name']}")
+        settings = state["settings"]
+        ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"], rule=settings["rule"])
+        ledger.load_state_dict(state["ledger"])
+        configuration = checkpoint["init_args"]["configuration"]
+        found.append(
+            FoldMargins(folder, name, ledger, settings, state["history"], int(state["voxels"]), str(configuration))
+        )
+    return found
+
+
+def show_margins(
+    fold: FoldMargins, *, images: Path | None = None, output: Path | None = None, console: Console | None = None
+) -> None:
+    """Print one fold's margins, widest last, and write its plot.
+
+    Args:
+        fold: what to show.
+        images: folder of the training images; adds the margins in native intensity units.
+        output: folder for ``ima_progress.png`` and, with ``images``, ``ima_margins_native.csv``; default the fold's.
+        console: where to print.
+    """
+    console = console or Console()
+    rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native={})
+    if images is not None:
+        model = fold.folder.parent
+        plans, dataset_json = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+        for row in rows:
+            scales = native_scale(
+                row["case"], images, plans=plans, configuration=fold.configuration, dataset_json=dataset_json
+            )
+            size = row["margin_rms"] if "margin_rms" in row else row["margin_linf"]
+            row.update({f"{channel} (native)": size * scale for channel, scale in scales.items()})
+    rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
+    table = Table(title=f"{escape(str(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
+    for name in rows[0] if rows else ():
+        table.add_column(escape(name), justify="left" if name == "case" else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+    console.print(table)
+    folder = output or fold.folder
+    plot = folder / PROGRESS_FILE
+    plot_progress(
+        plot,
+        fold.history,
+        [record.margin for record in fold.ledger.cases.values()],
+        delta=fold.ledger.delta,
+        eps_max=fold.ledger.eps_max,
+    )
+    if fold.history:
+        last = fold.history[-1]
+        state = "yes" if last["equilibrium"] else "no"
+        console.print(
+            f"median {last['margin_q50']:.4g} SD per voxel, {last['expanding_share']:.0%} of cases expanding, "
+            f"{last['crossed_share']:.0%} of visits crossed; equilibrium: {state}"
+        )
+    if images is not None:
+        write_csv(folder / "ima_margins_native.csv", rows)
+        console.print(f"wrote {folder / 'ima_margins_native.csv'}", soft_wrap=True)
+    console.print(f"plot: {plot}", soft_wrap=True)

@@ -1,0 +1,131 @@
+"""Variants of an nnU-Net plans file: smaller networks and batches, and an ``ima`` section with settings."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ima_seg.data.naming import folders_with_id
+from ima_seg.errors import UserError
+from ima_seg.files import write_text
+from ima_seg.settings import IMASettings
+
+
+def preprocessed_folder(dataset: str) -> Path:
+    """The folder of ``dataset`` (``4``, ``004`` or ``Dataset004_Name``) in ``nnUNet_preprocessed``.
+
+    Raises:
+        UserError: the variable is not set, or there is no such data set, or more than one.
+    """
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise UserError(
+            "the environment variable nnUNet_preprocessed is not set; `ima-seg doctor` tells what is missing"
+        )
+    if dataset.startswith("Dataset"):
+        found = [Path(root) / dataset] if (Path(root) / dataset).is_dir() else []
+    elif dataset.isdigit():
+        found = folders_with_id(int(dataset), Path(root))
+    else:
+        raise UserError(f"dataset is {dataset!r}; give its id (4) or its folder name (Dataset004_Hippocampus)")
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(
+            f"data sets {dataset} in {root}: {names}; expected one, run nnUNetv2_plan_and_preprocess -d first"
+        )
+    return found[0]
+
+
+def vary_plans(
+    plans: Mapping[str, Any],
+    name: str,
+    *,
+    configurations: Sequence[str] | None = None,
+    features: int | None = None,
+    max_features: int | None = None,
+    batch_size: int | None = None,
+    patch_size: Sequence[int] | None = None,
+    ima: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A copy of ``plans`` under ``name``, with changes that need no new preprocessing.
+
+    Args:
+        plans: contents of a plans file.
+        name: name of the variant; nnU-Net's ``-p``.
+        configurations: which to change; default all that state a patch size.
+        features: feature maps of the first stage, doubled in each further one.
+        max_features: at most so many feature maps.
+        batch_size: patches per batch.
+        patch_size: voxels per axis; each must be divisible by the network's total stride.
+        ima: settings of IMA training, stored in the section ``ima``.
+
+    Raises:
+        UserError: an unknown configuration, a patch size that the network cannot take, or invalid settings.
+    """
+    varied = copy.deepcopy(dict(plans))
+    varied["plans_name"] = name
+    known = [c for c, values in varied["configurations"].items() if "patch_size" in values]
+    for configuration in configurations or known:
+        if configuration not in known:
+            raise UserError(f"configuration {configuration!r} is not in the plans; there are: {', '.join(known)}")
+        values = varied["configurations"][configuration]
+        architecture = values["architecture"]["arch_kwargs"]
+        if features is not None or max_features is not None:
+            first = features or architecture["features_per_stage"][0]
+            most = max_features or max(architecture["features_per_stage"])
+            stages = architecture["n_stages"]
+            architecture["features_per_stage"] = [min(first * 2**stage, most) for stage in range(stages)]
+        if batch_size is not None:
+            values["batch_size"] = batch_size
+        if patch_size is not None:
+            strides = [1] * len(values["patch_size"])
+            for stage in architecture["strides"]:
+                strides = [total * step for total, step in zip(strides, stage, strict=True)]
+            if len(patch_size) != len(strides) or any(size % s for size, s in zip(patch_size, strides, strict=True)):
+                raise UserError(
+                    f"patch size {list(patch_size)} does not fit {configuration}: axes must be multiples of {strides}"
+                )
+            values["patch_size"] = list(patch_size)
+    if ima:
+        IMASettings.parse(ima, source="--set")
+        varied["ima"] = dict(ima)
+    return varied
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["tau=0.7", "norm=linf"]`` as settings, values read as YAML scalars.
+
+    Raises:
+        UserError: an item without ``=``.
+    """
+    values = {}
+    for item in assignments:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise UserError(f"--set {item}: expected KEY=VALUE")
+        values[key.strip()] = yaml.safe_load(value)
+    return values
+
+
+def write_plans(dataset: str, source: str, name: str, **changes: Any) -> Path:
+    """Write the variant ``name`` of the plans ``source`` of a preprocessed data set; see :func:`vary_plans`.
+
+    Raises:
+        UserError: there is no such plans file, or ``name`` exists with other contents.
+    """
+    folder = preprocessed_folder(dataset)
+    origin, target = folder / f"{source}.json", folder / f"{name}.json"
+    if not origin.is_file():
+        names = sorted(p.stem for p in folder.glob("*lans*.json"))
+        raise UserError(f"plans {origin} do not exist; there are: {', '.join(names) or 'none'}")
+    varied = vary_plans(json.loads(origin.read_text(encoding="utf-8")), name, **changes)
+    if target.is_file() and json.loads(target.read_text(encoding="utf-8")) != varied:
+        raise UserError(f"plans {target} exist with other contents; choose another name with -o, or remove them")
+    write_text(target, json.dumps(varied, indent=4) + "\n")
+    return target
