@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ima_seg.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_progress(
@@ -28,6 +31,16 @@ def plot_progress(
         eps_max: cap on margins.
         unit: unit of margins, for the axes.
     """
+    from matplotlib import style
+
+    # nnU-Net sets seaborn's fonts for the whole process when it draws its own progress.png.
+    with style.context("default"), replacing(path) as temporary:
+        _figure(history, margins, delta=delta, eps_max=eps_max, unit=unit).savefig(temporary, dpi=100)
+
+
+def _figure(
+    history: Sequence[Mapping[str, Any]], margins: Sequence[float], *, delta: float, eps_max: float, unit: str
+) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -41,8 +54,12 @@ def plot_progress(
     def column(name: str) -> list[float]:
         return [float(row[name]) for row in history]
 
-    course.fill_between(epochs, column("margin_q05"), column("margin_q95"), alpha=0.15, label="5-95 % of cases")
-    course.fill_between(epochs, column("margin_q25"), column("margin_q75"), alpha=0.3, label="25-75 %")
+    course.fill_between(
+        epochs, column("margin_q05"), column("margin_q95"), color="C0", alpha=0.15, lw=0, label="5-95 % of cases"
+    )
+    course.fill_between(
+        epochs, column("margin_q25"), column("margin_q75"), color="C0", alpha=0.3, lw=0, label="25-75 %"
+    )
     course.plot(epochs, column("margin_q50"), color="C0", marker=dot, label="median")
     course.axhline(delta, color="grey", linestyle=":", label=f"first margin, step δ = {delta:.3g}")
     course.axhline(eps_max, color="black", linestyle="--", linewidth=0.8, label=f"cap ε_max = {eps_max:.3g}")
@@ -80,5 +97,4 @@ def plot_progress(
     for axes in (course, shares, losses):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+    return figure

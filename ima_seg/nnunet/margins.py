@@ -22,6 +22,8 @@ from ima_seg.plots import plot_progress
 
 #: The one that training goes on from comes first.
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+#: Of many cases, so many with the smallest and with the largest margins are printed.
+ENDS = 12
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def read_margins(
 def show_margins(
     fold: FoldMargins, *, images: Path | None = None, output: Path | None = None, console: Console | None = None
 ) -> None:
-    """Print one fold's margins, widest last, and write its plot.
+    """Print one fold's margins, widest last (of many cases both ends only), and write its plot.
 
     Args:
         fold: what to show.
@@ -95,9 +97,14 @@ def show_margins(
     rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
     table = Table(title=f"{escape(str(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
     for name in rows[0] if rows else ():
-        table.add_column(escape(name), justify="left" if name == "case" else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+        case = name == "case"
+        table.add_column(escape(name), justify="left" if case else "right", overflow="fold", no_wrap=case)
+    hidden = len(rows) - 2 * ENDS
+    for index, row in enumerate(rows):
+        if hidden <= 1 or index < ENDS or index >= len(rows) - ENDS:
+            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+        elif index == ENDS:
+            table.add_row(f"... {hidden} more in ima_margins.csv", end_section=True)
     console.print(table)
     folder = output or fold.folder
     plot = folder / PROGRESS_FILE
