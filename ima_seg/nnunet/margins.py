@@ -96,15 +96,17 @@ def show_margins(
             row.update({f"{channel} (native)": size * scale for channel, scale in scales.items()})
     rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
     table = Table(title=f"{escape(str(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
-    for name in rows[0] if rows else ():
-        case = name == "case"
-        table.add_column(escape(name), justify="left" if case else "right", overflow="fold", no_wrap=case)
+    names = [name for name in (rows[0] if rows else ()) if name != "last_epoch"]
+    for name in names:
+        heading = escape(name.replace("expanding", "grows").replace("_", " "))
+        table.add_column(heading, justify="left" if name == "case" else "right", no_wrap=name == "case")
     hidden = len(rows) - 2 * ENDS
     for index, row in enumerate(rows):
         if hidden <= 1 or index < ENDS or index >= len(rows) - ENDS:
-            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+            cells = (row[name] for name in names)
+            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in cells))
         elif index == ENDS:
-            table.add_row(f"... {hidden} more in ima_margins.csv", end_section=True)
+            table.add_row(f"... {hidden} more", end_section=True)
     console.print(table)
     folder = output or fold.folder
     plot = folder / PROGRESS_FILE
