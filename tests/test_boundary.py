@@ -3,6 +3,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ima_seg.attacks import SearchSettings, boundary_search, pgd
 from ima_seg.attacks._gradient import Perturbed
@@ -307,3 +308,50 @@ def test_pgd_on_a_network_is_as_strong_as_foolboxs(norm):
         mine = dice_ce_loss(network(ours.adversarial), target)
         other = dice_ce_loss(network(theirs.raw if hasattr(theirs, "raw") else theirs), target)
     torch.testing.assert_close(mine, other, rtol=0.02, atol=0.01)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that wait for a device: reading a scalar, asking how many entries are nonzero."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+        self.count += function.overloadpacket.__name__ in waiting
+        return function(*args, **(kwargs or {}))
+
+
+def test_one_host_read_per_step():
+    network, x, target = trained_unet(2)
+    eps = torch.tensor([0.2, 0.5, 1.0, 2.0, 3.0, 0.1])
+    clean = hard_dice(network(x).detach(), target)
+    settings = SearchSettings(steps=7, refine_steps=4)
+    with HostReads() as reads:
+        boundary_search(network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=clean,
+                        settings=settings, threat=ThreatModel())  # fmt: skip
+    assert 7 <= reads.count <= 7 + 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_cuda_finds_the_hyperplane_and_waits_once_per_step(norm, no_random_start):
+    import warnings
+
+    network, x, target = hyperplane_problem((9, 7))
+    true = network.distance(x, norm).detach()
+    network, x = network.cuda(), x.cuda()
+    target = Target.from_raw(target.onehot[:, 1].view(5, 1, 9, 7).long().cuda(), Labels(2))
+    eps = torch.full((5,), float(2 * true.max()), device="cuda")
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = boundary_search(
+                network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=torch.ones_like(eps),
+                settings=SearchSettings(steps=20, shrink_in=4), threat=ThreatModel(norm),
+            )  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchroniz" in str(warning.message) for warning in caught)
+    assert waits <= 20 + 10
+    assert ((found.distance.cpu() / true - 1).abs() < 0.011).all()

@@ -104,7 +104,7 @@ def show_margins(
     for index, row in enumerate(rows):
         if hidden <= 1 or index < ENDS or index >= len(rows) - ENDS:
             cells = (row[name] for name in names)
-            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in cells))
+            table.add_row(*(_short(value) for value in cells))
         elif index == ENDS:
             table.add_row(f"... {hidden} more", end_section=True)
     console.print(table)
@@ -128,3 +128,9 @@ def show_margins(
         write_csv(folder / "ima_margins_native.csv", rows)
         console.print(f"wrote {folder / 'ima_margins_native.csv'}", soft_wrap=True)
     console.print(f"plot: {plot}", soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, float):
+        return escape(str(value))
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
