@@ -45,6 +45,8 @@ class nnUNetTrainerIMA(nnUNetTrainer):
         for attribute, value in self.ima_settings.replaced().items():
             setattr(self, attribute, value)
         self.training: IMATraining = compat.make_training(self)
+        if self._do_i_compile():
+            compat.allow_recompiles()
         self._unusable_batches = 0
 
     def on_train_start(self) -> None:

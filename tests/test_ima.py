@@ -146,6 +146,30 @@ def test_compiled_network_is_trained_and_attacked():
     torch.testing.assert_close(reports[0].loss, reports[1].loss, rtol=1e-3, atol=1e-4)
 
 
+def test_shrinking_batches_of_a_compiled_network_stay_compiled(monkeypatch):
+    import torch._dynamo.config as config
+    from torch._dynamo.utils import counters
+
+    from ima_seg.nnunet.compat import RECOMPILE_LIMIT, allow_recompiles
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    monkeypatch.setattr(config, name, getattr(config, name))
+    allow_recompiles()
+    assert getattr(config, name) >= RECOMPILE_LIMIT
+    torch._dynamo.reset()
+    network, x, target = trained_unet(2)
+    y = target.onehot[:, 1].view(6, 1, 16, 16).long()
+    compiled = torch.compile(network, backend="aot_eager")
+    for rows in (6, 5, 4, 3, 2, 1):
+        make_ima().step(compiled, x[:rows], y[:rows], list("abcdef")[:rows], loss=cross_entropy(y[:rows]))
+    frames = counters["frames"]
+    graphs = counters["stats"]["unique_graphs"]
+    for rows in (6, 5, 4, 3, 2, 1):
+        make_ima().step(compiled, x[:rows], y[:rows], list("abcdef")[:rows], loss=cross_entropy(y[:rows]))
+    assert frames["ok"] == frames["total"]
+    assert counters["stats"]["unique_graphs"] <= graphs + 2, "batch sizes are compiled once, not at every step"
+
+
 def _train_on_rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
