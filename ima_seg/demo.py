@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
@@ -22,6 +23,8 @@ DATASET_ID = 990
 DATASET_NAME = "Phantom"
 PLANS = "nnUNetPlans_demo"
 CONFIGURATION = "3d_fullres"
+#: Validation batches per epoch.
+VALIDATION = 5
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,17 @@ def run_demo(output: Path, size: DemoSize | None = None) -> None:
     (output / "nnUNet_preprocessed" / f"Dataset{DATASET_ID}_{DATASET_NAME}" / f"{PLANS}.json").unlink(missing_ok=True)
     _call("ima-seg", "plans", str(DATASET_ID), "-o", PLANS, "-c", CONFIGURATION,
           "--features", str(size.features), "--max-features", str(8 * size.features), "--batch-size", "2")  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     stage(3, f"nnUNetTrainer: {size.standard_epochs} epochs of {size.iterations} iterations")
-    standard = _train("nnUNetTrainer", size.standard_epochs, size.iterations)
+    standard = _train_standard(size, device)
     stage(4, f"nnUNetTrainerIMA from its weights: {size.ima_epochs} epochs of {size.iterations} iterations")
-    ima = _train("nnUNetTrainerIMA", size.ima_epochs, size.iterations, pretrained=standard / "checkpoint_final.pth")
+    settings = output / "ima.toml"
+    lines = {"epochs": size.ima_epochs, "iterations_per_epoch": size.iterations, "val_iterations_per_epoch": VALIDATION}
+    write_text(settings, "".join(f"{key} = {value}\n" for key, value in lines.items()))
+    os.environ["IMA_CONFIG"] = str(settings)
+    _call("nnUNetv2_train", str(DATASET_ID), CONFIGURATION, "0", "-tr", "nnUNetTrainerIMA", "-p", PLANS,
+          "-device", device, "-pretrained_weights", str(standard / "checkpoint_final.pth"))  # fmt: skip
+    ima = standard.parent.parent / f"nnUNetTrainerIMA__{PLANS}__{CONFIGURATION}" / "fold_0"
     stage(5, "what came out")
     _call("ima-seg", "margins", str(ima.parent), "-f", "0")
     console.print(_comparison({"nnUNetTrainer": standard, "nnUNetTrainerIMA": ima}))
@@ -104,20 +114,18 @@ def _call(program: str, *arguments: str) -> None:
         raise UserError(f"{program} {' '.join(arguments)} ended with status {status}; see its message above")
 
 
-def _train(trainer_name: str, epochs: int, iterations: int, pretrained: Path | None = None) -> Path:
-    """Train and validate fold 0 as ``nnUNetv2_train`` does, but shorter; returns the fold's folder.
+def _train_standard(size: DemoSize, device: str) -> Path:
+    """Train and validate fold 0 as ``nnUNetv2_train -tr nnUNetTrainer`` does, but shorter; returns the fold's folder.
 
     nnU-Net's command line has no option for the number of iterations, so its trainer is driven from here.
     """
-    import torch
-    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+    from nnunetv2.run.run_training import get_trainer_from_args
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer: Any = get_trainer_from_args(
-        f"Dataset{DATASET_ID}_{DATASET_NAME}", CONFIGURATION, 0, trainer_name, PLANS, device=device
+        f"Dataset{DATASET_ID}_{DATASET_NAME}", CONFIGURATION, 0, "nnUNetTrainer", PLANS, device=torch.device(device)
     )
-    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, iterations, 5
-    maybe_load_checkpoint(trainer, False, False, None if pretrained is None else str(pretrained))
+    trainer.num_epochs, trainer.num_iterations_per_epoch = size.standard_epochs, size.iterations
+    trainer.num_val_iterations_per_epoch = VALIDATION
     trainer.run_training()
     trainer.perform_actual_validation()
     return Path(trainer.output_folder)
