@@ -86,7 +86,8 @@ class MarginLedger:
             With one visit per epoch the three agree. With n visits that cross with probability p each, ``"paper"``
             contracts only with probability p^n.
         patience: equilibrium is reported when the median margin has grown by less than delta / 2 over this many
-            epochs, and after the first ``patience`` epochs at the earliest.
+            epochs. They count from the epoch in which half of the cases have had a visit that counted: before, margins
+            stand still because the network is not good enough to be attacked.
 
     Raises:
         UserError: a step or cap that is not positive, an unknown rule.
@@ -204,7 +205,8 @@ class MarginLedger:
     def _summarise(self, cases_visited: int, visits: list[tuple[str, bool, float]]) -> EpochSummary:
         margins = torch.tensor([r.margin for r in self.cases.values()] or [float("nan")], dtype=torch.float64)
         quantiles = torch.quantile(margins, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
-        self._medians.append(quantiles[2])
+        if 2 * sum(record.visits > 0 for record in self.cases.values()) >= len(self.cases) > 0:
+            self._medians.append(quantiles[2])
         summary = EpochSummary(
             epoch=self.epoch,
             cases=len(self.cases),
@@ -219,7 +221,7 @@ class MarginLedger:
         return summary
 
     def _at_equilibrium(self) -> bool:
-        if len(self._medians) <= self.patience or not any(r.visits for r in self.cases.values()):
+        if len(self._medians) <= self.patience:
             return False
         return self._medians[-1] - self._medians[-1 - self.patience] < self.delta / 2
 

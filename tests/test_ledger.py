@@ -105,6 +105,19 @@ def test_equilibrium_when_the_median_stops_growing():
     assert not any(seen[:6]) and seen[-1]
 
 
+def test_waiting_for_a_usable_network_is_no_equilibrium():
+    ledger = MarginLedger(delta=0.05, eps_max=1.0, patience=3)
+    ledger.register("abc")
+    for _ in range(10):
+        assert not ledger.step().equilibrium
+    visit(ledger, "a")
+    assert not ledger.step().equilibrium, "one case of three is not half"
+    for _ in range(3):
+        visit(ledger, "b", 0.05)
+        assert not ledger.step().equilibrium
+    assert ledger.step().equilibrium
+
+
 def test_state_survives_weights_only_and_goes_on_exactly(tmp_path):
     first = MarginLedger(delta=0.04, eps_max=0.3)
     generator = torch.Generator().manual_seed(0)
