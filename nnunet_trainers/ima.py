@@ -55,6 +55,9 @@ class nnUNetTrainerIMA(nnUNetTrainer):
         self.training.enter_cases(cases)
         if self.local_rank == 0:
             self.training.guard(Path(self.output_folder))
+            if self.training.history:
+                # A killed training may have written an epoch that its checkpoint does not have.
+                self.training.write_files(Path(self.output_folder))
         self.training.log_settings()
         super().on_train_start()
 

@@ -84,6 +84,8 @@ def test_resumed_training_has_the_margins_and_learning_rate_of_the_checkpoint(re
     assert resumed.current_epoch == 2
     assert resumed.training.ima.ledger.table() == saved
     resumed.on_train_start()
+    on_disk = {row["case"]: float(row["margin_rms"]) for row in rows(Path(resumed.output_folder) / "ima_margins.csv")}
+    assert on_disk == pytest.approx({row["case"]: row["margin"] for row in saved}, rel=1e-5)
     epoch(resumed)
     assert resumed.optimizer.param_groups[0]["lr"] == rates[1] < rates[0]
     assert [row["epoch"] for row in resumed.training.history] == [0, 1, 2]
