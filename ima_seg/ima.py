@@ -7,6 +7,7 @@ arXiv 2005.09147, doi 10.1016/j.cmpb.2023.107687.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ima_seg.attacks import BoundaryResult, boundary_search, pgd
+from ima_seg.attacks import boundary_search, pgd
+from ima_seg.attacks._rows import assign, remaining
 from ima_seg.errors import UserError
 from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.model import full_resolution, inner_module, resolve_precision
@@ -170,13 +172,24 @@ class IMA:
         distance = torch.zeros_like(eps)
         passes = PassCount()
         dtype = resolve_precision(self.settings.precision, x.device)
-        rows = searched.nonzero()[:, 0]
-        if len(rows):
-            found = self._search(network, x[rows], target[rows], eps[rows], clean_dice[rows], dtype, generator)
-            adversarial[rows], crossed[rows], finite[rows] = found.adversarial, found.crossed, found.finite
-            distance[rows], stalled[rows] = found.distance, found.stalled
-            passes += found.passes
-        rows = background.nonzero()[:, 0]
+        multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
+        if bool(searched.any()):
+            found = boundary_search(
+                network,
+                x,
+                target,
+                eps=eps,
+                threshold=torch.full_like(eps, self.settings.tau),
+                clean_dice=clean_dice,
+                settings=self.settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
+                threat=self.threat,
+                searched=searched,
+                dtype=dtype,
+                generator=generator,
+            )
+            adversarial, crossed, finite = found.adversarial, found.crossed, found.finite
+            distance, stalled, passes = found.distance, found.stalled, found.passes
+        rows = remaining(torch.arange(len(x), device=x.device), background, multiple_of)
         if len(rows) and self.settings.background_steps:
             hit = pgd(
                 network,
@@ -189,7 +202,8 @@ class IMA:
                 dtype=dtype,
                 generator=generator,
             )
-            adversarial[rows], distance[rows] = hit.adversarial, hit.distance
+            assign(adversarial, rows, background[rows], hit.adversarial)
+            assign(distance, rows, background[rows], hit.distance)
             passes += hit.passes
         self.ledger.record(case_ids, crossed=crossed, distance=distance, counts=searched & finite)
 
@@ -214,30 +228,6 @@ class IMA:
     def end_epoch(self) -> EpochSummary:
         """Move the margins; a collective call when ``torch.distributed`` is initialised."""
         return self.ledger.step()
-
-    def _search(
-        self,
-        network: Any,
-        x: torch.Tensor,
-        target: Target,
-        eps: torch.Tensor,
-        clean_dice: torch.Tensor,
-        dtype: torch.dtype | None,
-        generator: torch.Generator | None,
-    ) -> BoundaryResult:
-        shrink_in = None if x.device.type == "cpu" else ACCELERATOR_SIZES
-        return boundary_search(
-            network,
-            x,
-            target,
-            eps=eps,
-            threshold=torch.full_like(eps, self.settings.tau),
-            clean_dice=clean_dice,
-            settings=self.settings.search(delta=self.ledger.delta, shrink_in=shrink_in),
-            threat=self.threat,
-            dtype=dtype,
-            generator=generator,
-        )
 
     def _unattacked(
         self,

@@ -76,6 +76,15 @@ class IMASettings(BaseModel):
     val_iterations_per_epoch: int | None = Field(None, ge=1)
     save_every: int | None = Field(None, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, values: Any) -> Any:
+        # pydantic reads true as 1, which is no number of epochs that anybody meant.
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} is {str(value).lower()}; no setting is a boolean, give a number or a name")
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> IMASettings:
         for name in ("eps_max", "delta"):
@@ -84,8 +93,9 @@ class IMASettings(BaseModel):
                 raise ValueError(f"{name} is {value:g}; it must be positive (or 'auto')")
         if self.unit == "l2" and self.norm != "l2":
             raise ValueError("unit 'l2' goes with norm 'l2'; give linf sizes per voxel (unit = 'voxel')")
-        if self.eps_max != "auto" and self.delta != "auto" and self.delta > self.eps_max:
-            raise ValueError(f"delta {self.delta:g} is more than eps_max {self.eps_max:g}; use a smaller step")
+        cap = DEFAULT_EPS_MAX if self.eps_max == "auto" and self.unit == "voxel" else self.eps_max
+        if cap != "auto" and self.delta != "auto" and self.delta > cap:
+            raise ValueError(f"delta {self.delta:g} is more than eps_max {cap:g}; use a smaller step or a larger cap")
         return self
 
     @classmethod
@@ -95,7 +105,11 @@ class IMASettings(BaseModel):
         Raises:
             UserError: an unknown key or a value out of range, naming ``source``, key, value and what is allowed.
         """
-        merged = {**(base.model_dump(exclude_unset=True) if base else {}), **values}
+        inherited = base.model_dump(exclude_unset=True) if base else {}
+        if base is not None and values.get("unit", base.unit) != base.unit:
+            # Sizes given in the other unit would be misread; they are chosen anew unless restated.
+            inherited = {key: value for key, value in inherited.items() if key not in ("eps_max", "delta")}
+        merged = {**inherited, **values}
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -125,7 +139,7 @@ class IMASettings(BaseModel):
         }
         return {name: value for name, value in attributes.items() if value is not None}
 
-    def search(self, *, delta: float, shrink_in: int | None) -> SearchSettings:
+    def search(self, *, delta: float, multiple_of: int) -> SearchSettings:
         """The settings of the boundary search; ``delta`` per voxel."""
         return SearchSettings(
             steps=self.steps,
@@ -134,7 +148,7 @@ class IMASettings(BaseModel):
             refine=self.refine,
             refine_steps=self.refine_steps,
             refine_tolerance=self.refine_tolerance,
-            shrink_in=shrink_in,
+            multiple_of=multiple_of,
         )
 
 
@@ -164,7 +178,7 @@ def read_settings_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         else:
             raise UserError(f"settings file {file} ends in {file.suffix!r}; use .toml, .yaml or .yml")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"settings file {file} cannot be read: {error}") from None
     if isinstance(values, dict) and set(values) == {"ima"}:
         values = values["ima"]

@@ -171,10 +171,38 @@ def test_shrinking_in_fixed_sizes_changes_nothing_but_the_passes(no_random_start
     exact = search(network, x, target, eps, steps=10)
     assert min(sizes) < 3, "crossed samples must leave the working batch"
     sizes.clear()
-    fixed = search(network, x, target, eps, steps=10, shrink_in=2)
+    fixed = search(network, x, target, eps, steps=10, multiple_of=3)
     torch.testing.assert_close(exact.distance, fixed.distance, rtol=1e-3, atol=1e-6)
     assert torch.equal(exact.crossed, fixed.crossed)
     assert set(sizes) == {6, 3}
+
+
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_only_the_searched_samples_are_searched(no_random_start, multiple_of):
+    network, x, target = trained_unet(2)
+    eps = torch.tensor([0.2, 0.5, 1.0, 2.0, 3.0, 0.1])
+    clean = hard_dice(network(x).detach(), target)
+    common = {"threat": ThreatModel(), "settings": SearchSettings(steps=10, multiple_of=multiple_of)}
+    everything = boundary_search(
+        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=clean, **common
+    )
+    searched = torch.tensor([False, True, False, True, False, True])
+    sizes = []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    some = boundary_search(
+        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=clean, searched=searched, **common
+    )
+    torch.testing.assert_close(some.distance, everything.distance * searched, rtol=1e-3, atol=1e-6)
+    assert torch.equal(some.crossed, everything.crossed & searched)
+    assert torch.equal(some.adversarial[~searched], x[~searched])
+    assert max(sizes) == (3 if multiple_of == 1 else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_floating_dtypes_are_searched_too(dtype):
+    network, x, target = trained_unet(2)
+    found = search(network.to(dtype), x.to(dtype), target, 3.0, steps=5)
+    assert found.adversarial.dtype == dtype and found.crossed.all()
 
 
 def test_crossed_samples_cost_nothing_more_and_passes_are_counted():
@@ -348,7 +376,7 @@ def test_cuda_finds_the_hyperplane_and_waits_once_per_step(norm, no_random_start
             warnings.simplefilter("always")
             found = boundary_search(
                 network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=torch.ones_like(eps),
-                settings=SearchSettings(steps=20, shrink_in=4), threat=ThreatModel(norm),
+                settings=SearchSettings(steps=20, multiple_of=2), threat=ThreatModel(norm),
             )  # fmt: skip
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -7,13 +7,13 @@ root finder. Method: Ma & Liang, arXiv 2005.09147.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ima_seg.attacks._gradient import Perturbed, check_batch
+from ima_seg.attacks._rows import assign, remaining
 from ima_seg.model import frozen
 from ima_seg.ops import gradient_step, hard_dice, perturbation_size, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
@@ -34,8 +34,8 @@ class SearchSettings:
         refine_steps: forwards per crossed sample to place it on the boundary, at most.
         refine_tolerance: the bracket is closed when it is this share of the distance to the clean image.
             Bisection as in the paper makes all its steps: 0.
-        shrink_in: the working batch shrinks in this many sizes at most (None: to just the samples that are left).
-            A few fixed sizes keep CUDA's autotuning and torch.compile from starting over for each new batch size.
+        multiple_of: the working batch holds a multiple of this many samples (or all), filled up with finished ones. A
+            few fixed sizes keep CUDA's autotuning and torch.compile from starting over for each new batch size.
     """
 
     steps: int = 20
@@ -44,7 +44,7 @@ class SearchSettings:
     refine: Refine = "root"
     refine_steps: int = 10
     refine_tolerance: float = 0.01
-    shrink_in: int | None = None
+    multiple_of: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,6 @@ class BoundaryResult:
     passes: PassCount
 
 
-def _remaining(rows: torch.Tensor, alive: torch.Tensor, granularity: int) -> torch.Tensor:
-    """The ``rows`` to go on with: those ``alive`` (over the full batch), filled up to a multiple of ``granularity``.
-
-    The fill are finished rows, whose results nobody reads. Reading the count is the one wait for the device per step.
-    """
-    going = alive[rows]
-    left = int(going.sum())
-    size = min(math.ceil(left / granularity) * granularity, len(rows))
-    if size == len(rows):
-        return rows
-    return rows[torch.argsort(going.logical_not(), stable=True)[:size]]
-
-
-def _assign(full: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor, value: torch.Tensor) -> None:
-    """``full[rows[mask]] = value[mask]`` without asking the device how many that are."""
-    shaped = mask.view(-1, *(1,) * (full.ndim - 1))
-    full[rows] = torch.where(shaped, value, full[rows])
-
-
 @torch.no_grad()
 def boundary_search(
     model: Network,
@@ -99,6 +80,7 @@ def boundary_search(
     clean_dice: torch.Tensor,
     settings: SearchSettings,
     threat: ThreatModel,
+    searched: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> BoundaryResult:
@@ -107,12 +89,13 @@ def boundary_search(
     Args:
         model: network (B, C, *S) -> logits (or a list, full resolution first); its flags are restored.
         x: batch (B, C, *S) in network units.
-        target: reference of the batch; every sample has foreground.
+        target: reference of the batch; every searched sample has foreground.
         eps: budget E of each sample, (B,), per voxel in network units.
         threshold: (B,), a sample has crossed when its hard foreground Dice is below.
         clean_dice: (B,) hard foreground Dice of the clean batch, at or above ``threshold``.
         settings: how to search.
         threat: norm and perturbable channels.
+        searched: (B,) bool, the samples to search; the others are returned as they are. Default: all.
         dtype: autocast dtype of the passes, None for float32.
         generator: source of the random start.
 
@@ -121,15 +104,18 @@ def boundary_search(
     check_batch(x, eps)
     norm, size = threat.norm, len(x)
     batch = Perturbed(model, x, threat, dtype)
-    granularity = 1 if settings.shrink_in is None else math.ceil(size / settings.shrink_in)
     start_radius = torch.minimum(eps, (eps - settings.start_slack).clamp_min(settings.start_slack))
     alpha = settings.step_factor * eps / settings.steps
 
     # All state is kept for the full batch; ``rows`` says which of it the network still works on.
     rows = torch.arange(size, device=x.device)
-    alive = torch.ones(size, dtype=torch.bool, device=x.device)
-    crossed, stalled, finite = ~alive, ~alive, alive.clone()
+    finite = torch.ones(size, dtype=torch.bool, device=x.device)
+    alive = finite.clone() if searched is None else searched.clone()
+    crossed, stalled = ~finite, ~finite
+    start_radius = start_radius * alive
     point = random_start(threat.perturbable(x), start_radius, norm, generator)
+    if searched is not None:
+        rows = remaining(rows, alive, settings.multiple_of)
     inner, inner_dice, dice = torch.zeros_like(point), clean_dice.float().clone(), clean_dice.float().clone()
     passes = PassCount()
 
@@ -148,14 +134,14 @@ def boundary_search(
             sane = torch.isfinite(scores.flatten(1).sum(1, dtype=torch.float32))
             dice_here = hard_dice(scores, reference)
             over = sane & (dice_here < threshold[rows])
-            _assign(dice, rows, going, dice_here)
-            _assign(crossed, rows, going, over)
-            _assign(finite, rows, going, sane)
-            _assign(point, rows, going & ~sane, inner[rows])
+            assign(dice, rows, going, dice_here)
+            assign(crossed, rows, going, over)
+            assign(finite, rows, going, sane)
+            assign(point, rows, going & ~sane, inner[rows])
             alive[rows] = going & sane & ~over
             if final:
                 break
-            following = _remaining(rows, alive, granularity)
+            following = remaining(rows, alive, settings.multiple_of)
             if len(following) == 0:
                 passes += PassCount(forwards=len(rows))
                 break
@@ -164,14 +150,14 @@ def boundary_search(
             del leaf, logits, scores
             length = perturbation_size(gradient, norm)
             usable, going = torch.isfinite(length), alive[rows]
-            _assign(finite, rows, going, usable)
-            _assign(stalled, rows, going, length == 0)
+            assign(finite, rows, going, usable)
+            assign(stalled, rows, going, length == 0)
             alive[rows] = going & usable
             moving = going & usable
             stepped = gradient_step(delta, gradient, alpha=alpha[rows], eps=eps[rows], norm=norm)
-            _assign(inner, rows, moving, delta)
-            _assign(inner_dice, rows, moving, dice_here)
-            _assign(point, rows, moving, stepped)
+            assign(inner, rows, moving, delta)
+            assign(inner_dice, rows, moving, dice_here)
+            assign(point, rows, moving, stepped)
             rows = following
 
         outside, forwards = _refine(batch, target, inner, point, inner_dice, dice, threshold, crossed, settings)
@@ -210,10 +196,9 @@ def _refine(
     wanted = settings.refine_tolerance * perturbation_size(outer, batch.threat.norm) / gap.clamp_min(1e-30)
     alive = crossed & (high - low > wanted)
     rows = torch.arange(len(threshold), device=threshold.device)
-    granularity = 1 if settings.shrink_in is None else math.ceil(len(rows) / settings.shrink_in)
     forwards = 0
     for _ in range(settings.refine_steps):
-        rows = _remaining(rows, alive, granularity)
+        rows = remaining(rows, alive, settings.multiple_of)
         if len(rows) == 0:
             break
         a, b, fa, fb, tolerance = low[rows], high[rows], low_value[rows], high_value[rows], wanted[rows]
@@ -225,18 +210,18 @@ def _refine(
         else:
             share = middle
         shaped = share.view(-1, *(1,) * (inner.ndim - 1))
-        delta = torch.lerp(inner[rows], outer[rows], shaped)
+        delta = torch.lerp(inner[rows], outer[rows], shaped.to(inner.dtype))
         value = hard_dice(batch.select(rows).logits(delta), target[rows]) - threshold[rows]
         forwards += len(rows)
         inside = value >= 0
         going = alive[rows]
-        _assign(low, rows, going & inside, share)
-        _assign(high, rows, going & ~inside, share)
+        assign(low, rows, going & inside, share)
+        assign(high, rows, going & ~inside, share)
         # Illinois: halve the value of the end that stays.
-        _assign(low_value, rows, going, torch.where(inside, value, fa / 2))
-        _assign(high_value, rows, going, torch.where(inside, fb / 2, value))
+        assign(low_value, rows, going, torch.where(inside, value, fa / 2))
+        assign(high_value, rows, going, torch.where(inside, fb / 2, value))
         nearer = settings.refine_tolerance * perturbation_size(delta, batch.threat.norm) / gap[rows].clamp_min(1e-30)
-        _assign(wanted, rows, going & ~inside, nearer)
+        assign(wanted, rows, going & ~inside, nearer)
         alive[rows] = going & (high[rows] - low[rows] > wanted[rows])
-    end = torch.lerp(inner, outer, high.view(-1, *(1,) * (inner.ndim - 1)))
+    end = torch.lerp(inner, outer, high.view(-1, *(1,) * (inner.ndim - 1)).to(inner.dtype))
     return torch.where(crossed.view(-1, *(1,) * (inner.ndim - 1)), end, outer), forwards
