@@ -18,6 +18,7 @@ from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.types import Norm
 
 _SUMS = ("clean_loss", "adversarial_loss", "searched", "crossed", "background", "below", "nonfinite", "stalled")
+_COLUMNS = (*_SUMS, "finite_iterations")
 
 
 class EpochTally:
@@ -25,14 +26,16 @@ class EpochTally:
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
-        self._host = {"iterations": 0, "patches": 0, "forwards": 0, "gradients": 0, "dropped": 0}
+        self._host = {"patches": 0, "forwards": 0, "gradients": 0, "dropped": 0}
 
     def add(self, report: StepReport) -> None:
         """Add one step."""
         values = [getattr(report, name).detach().float().sum() for name in _SUMS]
-        row = torch.stack(values)
+        # A batch whose loss is not finite counts in neither mean.
+        usable = torch.isfinite(values[0] + values[1])
+        row = torch.stack([*values, usable.float()])
+        row = torch.where(usable | (torch.arange(len(row), device=row.device) > 1), row, 0.0)
         self._sums = row if self._sums is None else self._sums + row
-        self._host["iterations"] += 1
         self._host["patches"] += len(report.crossed)
         self._host["forwards"] += report.passes.forwards
         self._host["gradients"] += report.passes.gradients
@@ -43,8 +46,8 @@ class EpochTally:
 
     def totals(self) -> dict[str, float]:
         """Sums over all steps and ranks; a collective call when ``torch.distributed`` is initialised."""
-        sums = [0.0] * len(_SUMS) if self._sums is None else self._sums.tolist()
-        mine = {**self._host, **dict(zip(_SUMS, sums, strict=True))}
+        sums = [0.0] * len(_COLUMNS) if self._sums is None else self._sums.tolist()
+        mine = {**self._host, **dict(zip(_COLUMNS, sums, strict=True))}
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return mine
         parts: list[dict[str, float] | None] = [None] * dist.get_world_size()
@@ -59,7 +62,7 @@ def history_row(summary: EpochSummary, totals: Mapping[str, float], seconds: flo
     input gradients) per patch; the two training passes come on top.
     """
     patches = max(totals["patches"], 1)
-    iterations = max(totals["iterations"], 1)
+    iterations = max(totals["finite_iterations"], 1)
     names = ("margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
     return {
         "epoch": summary.epoch,
@@ -100,7 +103,7 @@ def margin_rows(ledger: MarginLedger, *, norm: Norm, voxels: int, native: Mappin
         row = {"case": record["case"], size: record["margin"]}
         if norm == "l2":
             row["margin_l2"] = record["margin"] * math.sqrt(voxels)
-        row |= {f"margin_{channel}": record["margin"] * scale for channel, scale in native.items()}
+        row |= {f"margin_{column}": record["margin"] * scale for column, scale in native.items()}
         row |= {
             "visits": record["visits"],
             "crossed_share": record["crossed"] / record["visits"] if record["visits"] else float("nan"),

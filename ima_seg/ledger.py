@@ -31,7 +31,7 @@ class CaseRecord:
     """One case: its margin and its visits over the whole training.
 
     ``held`` visits found no adversarial sample within the margin; ``crossed`` ones did. ``expanding`` is whether the
-    margin grew, or was held only by the cap, when it last moved; ``seen`` is the last epoch with a visit that counted.
+    margin grew when it last moved (at the cap it no longer does); ``seen`` is the last epoch with a visit that counted.
     """
 
     margin: float

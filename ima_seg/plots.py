@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ima_seg.files import replacing
+from ima_seg.types import Norm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ def plot_progress(
     *,
     delta: float,
     eps_max: float,
-    unit: str = "SD per voxel (RMS)",
+    norm: Norm,
 ) -> None:
     """Draw the course of a training.
 
@@ -29,22 +30,23 @@ def plot_progress(
         margins: the cases' margins now.
         delta: expansion step.
         eps_max: cap on margins.
-        unit: unit of margins, for the axes.
+        norm: norm of the threat model, for the unit on the axes.
     """
     from matplotlib import style
 
     # nnU-Net sets seaborn's fonts for the whole process when it draws its own progress.png.
     with style.context("default"), replacing(path) as temporary:
-        _figure(history, margins, delta=delta, eps_max=eps_max, unit=unit).savefig(temporary, dpi=100)
+        _figure(history, margins, delta=delta, eps_max=eps_max, norm=norm).savefig(temporary, dpi=100)
 
 
 def _figure(
-    history: Sequence[Mapping[str, Any]], margins: Sequence[float], *, delta: float, eps_max: float, unit: str
+    history: Sequence[Mapping[str, Any]], margins: Sequence[float], *, delta: float, eps_max: float, norm: Norm
 ) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    unit = "SD per voxel (RMS)" if norm == "l2" else "SD (largest absolute value)"
     figure = Figure(figsize=(13, 8), layout="constrained")
     FigureCanvasAgg(figure)
     (course, histogram), (shares, losses) = figure.subplots(2, 2)

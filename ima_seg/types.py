@@ -127,7 +127,8 @@ class Target:
             return cls(onehot if valid is None else onehot & valid, valid, labels)
         classes = torch.arange(labels.outputs, device=raw.device, dtype=flat.dtype)[:, None]
         valid = None if labels.ignore_label is None else flat != labels.ignore_label
-        return cls(flat == classes, valid, labels)
+        onehot = flat == classes
+        return cls(onehot if valid is None else onehot & valid, valid, labels)
 
 
 @dataclass(frozen=True)

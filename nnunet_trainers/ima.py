@@ -50,6 +50,11 @@ class nnUNetTrainerIMA(nnUNetTrainer):
         self._unusable_batches = 0
 
     def on_train_start(self) -> None:
+        if self.num_epochs != self.training.epochs:
+            raise UserError(
+                f"{type(self).__name__} trains for {self.num_epochs} epochs but its margins are planned for "
+                f"{self.training.epochs}; give the length in its preset, IMASettings(epochs={self.num_epochs})"
+            )
         cases = self.do_split()[0]
         compat.require_foreground(self, cases)
         self.training.enter_cases(cases)
@@ -75,6 +80,9 @@ class nnUNetTrainerIMA(nnUNetTrainer):
             self._note_unusable(keys, usable.tolist())
             if len(rows) == 0:
                 return {"loss": np.float32(np.nan)}
+            if self.is_ddp:
+                # nnU-Net's batch Dice gathers tensors of equal shape from all ranks: usable patches are repeated.
+                rows = rows[torch.arange(len(keys), device=rows.device) % len(rows)]
             data, keys = data[rows], [keys[row] for row in rows.tolist()]
             target = compat.map_heads(target, lambda head: head[rows])
 
@@ -113,7 +121,8 @@ class nnUNetTrainerIMA(nnUNetTrainer):
         elif bool(torch.isfinite(norm)):
             self.optimizer.step()
         value = report.loss.cpu().numpy()
-        self._watch(value)
+        # A gradient scaler meets infinite gradients in sound trainings, by design.
+        self._watch(value if scaler is not None else norm.cpu().numpy())
         return {"loss": value}
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
@@ -159,6 +168,6 @@ class nnUNetTrainerIMA(nnUNetTrainer):
         self._unusable_batches = 0 if np.isfinite(loss) else self._unusable_batches + 1
         if self._unusable_batches >= PATIENCE_NONFINITE:
             raise UserError(
-                f"{PATIENCE_NONFINITE} batches in a row had no finite loss; check the images for NaN or infinite "
-                "voxels (the log names the cases), or lower the learning rate"
+                f"{PATIENCE_NONFINITE} batches in a row had no finite loss or gradient; check the images for NaN or "
+                "infinite voxels (the log names the cases), or lower the learning rate"
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.nnunet_data import make_trainer, nnunet, run, settings_file  # noqa: F401
+from tests.nnunet_data import make_trainer, run, settings_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nnunet")]
 
@@ -18,7 +18,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_variant(nnunet, name, change):  # noqa: F811
+def write_variant(nnunet, name, change):
     folder = nnunet / "preprocessed" / "Dataset981_Mr"
     plans = json.loads((folder / "tiny.json").read_text())
     plans["plans_name"] = name
@@ -26,7 +26,7 @@ def write_variant(nnunet, name, change):  # noqa: F811
     (folder / f"{name}.json").write_text(json.dumps(plans))
 
 
-def test_low_resolution_and_cascade(nnunet, results):  # noqa: F811
+def test_low_resolution_and_cascade(nnunet, results):
     def add_cascade(configurations):
         configurations["3d_lowres"] = {
             "data_identifier": "cascade_3d_lowres", "inherits_from": "3d_fullres", "spacing": [1.5, 1.5, 1.5],
@@ -60,7 +60,7 @@ def test_low_resolution_and_cascade(nnunet, results):  # noqa: F811
         assert not torch.equal(clean[:, :1], adversarial[:, :1])
 
 
-def test_residual_encoder(nnunet, results):  # noqa: F811
+def test_residual_encoder(nnunet, results):
     def change(configurations):
         architecture = configurations["3d_fullres"]["architecture"]
         architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"

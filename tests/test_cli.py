@@ -13,11 +13,11 @@ from ima_seg.cli import main
 from ima_seg.errors import UserError
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
 from ima_seg.nnunet.plans import vary_plans
-from tests.nnunet_data import make_trainer, nnunet, run, settings_file  # noqa: F401
+from tests.nnunet_data import make_trainer, run, settings_file
 
 
 @pytest.fixture(scope="module")
-def model(nnunet, tmp_path_factory):  # noqa: F811
+def model(nnunet, tmp_path_factory):
     """A model folder with one trained fold."""
     root = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_carries_code_is_not_read(model, tmp_path, capsys):
     assert not (tmp_path / "executed").exists()
 
 
-def test_margins_are_printed_and_plotted(model, nnunet, tmp_path, capsys):  # noqa: F811
+def test_margins_are_printed_and_plotted(model, nnunet, tmp_path, capsys):
     images = nnunet / "raw" / "Dataset981_Mr" / "imagesTr"
     assert main(["margins", str(model), "-o", str(tmp_path), "--images", str(images)]) == 0
     output = capsys.readouterr().out
@@ -86,13 +86,13 @@ def test_margins_are_printed_and_plotted(model, nnunet, tmp_path, capsys):  # no
     for row in (model / "fold_0" / "ima_margins.csv").read_text().splitlines()[1:]:
         assert row.split(",")[0] in output
     assert (tmp_path / "fold_0" / "ima_progress.png").stat().st_size > 10_000
-    assert "(native)" in (tmp_path / "fold_0" / "ima_margins_native.csv").read_text().splitlines()[0]
+    assert "_native" in (tmp_path / "fold_0" / "ima_margins_native.csv").read_text().splitlines()[0]
     assert main(["margins", str(model), "-f", "3"]) == 2
     assert "fold_3 has no checkpoint" in capsys.readouterr().err
     assert main(["margins", str(tmp_path / "none")]) == 2
 
 
-def test_plans_variants(nnunet, capsys):  # noqa: F811
+def test_plans_variants(nnunet, capsys):
     folder = nnunet / "preprocessed" / "Dataset981_Mr"
     assert main(["plans", "981", "-o", "small", "-c", "3d_fullres", "--features", "4", "--patch-size", "16", "24", "24",
                  "--set", "tau=0.7", "norm=linf"]) == 0  # fmt: skip
@@ -107,6 +107,8 @@ def test_plans_variants(nnunet, capsys):  # noqa: F811
         (["plans", "981", "-o", "x", "-c", "4d"], "configuration '4d' is not in the plans"),
         (["plans", "981", "-o", "x", "--set", "taw=1"], "did you mean 'tau'"),
         (["plans", "981", "-o", "x", "-p", "none"], "there are: nnUNetPlans"),
+        (["plans", "981", "-o", "x", "--set", "tau=["], "neither a number nor a name"),
+        (["plans", "981", "-o", "x", "--batch-size", "0"], "batch_size is 0"),
         (["plans", "980", "-o", "x"], "data sets 980"),
     ):
         assert main(arguments) == 2
@@ -114,7 +116,7 @@ def test_plans_variants(nnunet, capsys):  # noqa: F811
     assert not (folder / "x.json").exists()
 
 
-def test_plans_settings_reach_the_trainer(nnunet, tmp_path, monkeypatch):  # noqa: F811
+def test_plans_settings_reach_the_trainer(nnunet, tmp_path, monkeypatch):
     folder = nnunet / "preprocessed" / "Dataset981_Mr"
     varied = vary_plans(json.loads((folder / "tiny.json").read_text()), "with_ima", ima={"tau": 0.77, "epochs": 3})
     (folder / "with_ima.json").write_text(json.dumps(varied))

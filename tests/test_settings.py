@@ -26,6 +26,8 @@ def no_environment(monkeypatch):
         ({"beta": float("nan")}, "beta = nan"),
         ({"rule": "median"}, "rule = 'median'"),
         ({"delta": 0.5, "eps_max": 0.1}, "delta 0.5 is more than eps_max 0.1"),
+        ({"delta": 0.5}, "delta 0.5 is more than eps_max 0.3"),
+        ({"epochs": True}, "epochs is true; no setting is a boolean"),
         ({"unit": "l2", "norm": "linf"}, "unit 'l2' goes with norm 'l2'"),
     ],
 )
@@ -77,7 +79,14 @@ def test_automatic_sizes_and_units():
     delta, eps_max = IMASettings(unit="l2", eps_max=15, delta=2).resolve_sizes(patch_voxels=2240, epochs=50)
     assert (delta, eps_max) == pytest.approx((2 / math.sqrt(2240), 15 / math.sqrt(2240)))
     with pytest.raises(UserError, match="more than eps_max"):
-        IMASettings(delta=0.5).resolve_sizes(patch_voxels=100, epochs=50)
+        IMASettings(unit="l2", delta=50).resolve_sizes(patch_voxels=100, epochs=50)
+
+
+def test_sizes_do_not_outlive_their_unit():
+    base = IMASettings(eps_max=0.3, delta=0.04)
+    changed = IMASettings.parse({"unit": "l2", "eps_max": 10}, source="x", base=base)
+    assert (changed.eps_max, changed.delta) == (10, "auto")
+    assert IMASettings.parse({"tau": 0.5}, source="x", base=base).delta == 0.04
 
 
 def test_paper_presets_follow_from_the_recipes():

@@ -13,7 +13,7 @@ import nnunet_trainers
 from ima_seg.errors import UserError
 from ima_seg.nnunet import compat
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
-from tests.nnunet_data import MR, make_trainer, nnunet, run, settings_file  # noqa: F401
+from tests.nnunet_data import MR, make_trainer, run, settings_file
 
 pytestmark = pytest.mark.usefixtures("nnunet")
 
@@ -165,7 +165,7 @@ def test_nan_voxels_cost_only_the_patch_that_has_them(results, capsys):
             trainer.train_step(batch)
 
 
-def test_a_fold_without_foreground_is_refused_before_training(results, nnunet, monkeypatch):  # noqa: F811
+def test_a_fold_without_foreground_is_refused_before_training(results, nnunet, monkeypatch):
     trainer = make_trainer()
     empty = nnunet / "preprocessed" / "empty"
     shutil.copytree(trainer.preprocessed_dataset_folder, empty, dirs_exist_ok=True)
@@ -212,7 +212,7 @@ def test_every_name_is_found_by_nnunet_and_has_its_length():
             assert trainer.preset.epochs == int(length)
 
 
-def test_native_units_come_from_the_plans_for_ct_and_from_the_image_otherwise(nnunet, tmp_path):  # noqa: F811
+def test_native_units_come_from_the_plans_for_ct_and_from_the_image_otherwise(nnunet, tmp_path):
     from ima_seg.nnunet.intensity import native_scale
 
     folder = nnunet / "preprocessed" / "Dataset981_Mr"
@@ -228,5 +228,10 @@ def test_native_units_come_from_the_plans_for_ct_and_from_the_image_otherwise(nn
     ct = {**plans, "configurations": {"2d": {"normalization_schemes": ["CTNormalization"]}},
           "foreground_intensity_properties_per_channel": {"0": {"std": 123.0}}}  # fmt: skip
     assert compat.shared_native_scale(ct, "2d", dataset) == {"hu": 123.0}
+    ct["configurations"]["2d"]["normalization_schemes"] *= 2
+    ct["foreground_intensity_properties_per_channel"]["1"] = {"std": 5.0}
+    phases = {"channel_names": {"0": "CT arterial", "1": "CT arterial"}}
+    scales = compat.shared_native_scale(ct, "2d", phases)
+    assert scales == {"CT_arterial_0_native": 123.0, "CT_arterial_1_native": 5.0}
     with pytest.raises(UserError, match=r"none_0000\.nii\.gz does not exist"):
         native_scale("none", images, plans=plans, configuration="3d_fullres", dataset_json=dataset)

@@ -21,7 +21,13 @@ def _allowed_globals() -> list[Any]:
     core = getattr(np, "_core", None) or np.core
     scalars = [np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_]
     dtypes = [type(np.dtype(scalar)) for scalar in scalars]
-    return [core.multiarray.scalar, core.multiarray._reconstruct, np.dtype, np.ndarray, *scalars, *dtypes]
+    # numpy 2 renamed the module; files of either name are read.
+    functions = [
+        (getattr(core.multiarray, name), f"{module}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for module in ("numpy.core", "numpy._core")
+    ]
+    return [*functions, np.dtype, np.ndarray, *scalars, *dtypes]
 
 
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -45,7 +51,8 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
             with torch.serialization.safe_globals(_allowed_globals()):
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if "Unsupported" in line), "unsupported contents")
         raise UserError(
             f"checkpoint {file} holds more than tensors and plain values ({reason}); reading it would run code from "
             "the file. If you trust its origin, pass --trust-checkpoint"

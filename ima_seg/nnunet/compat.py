@@ -73,21 +73,36 @@ def shared_native_scale(
 
     That is CT normalisation (one standard deviation of the training set's foreground, in HU) and none at all. Z-scored
     channels have another scale in each case, which only the raw image tells: see :mod:`ima_seg.nnunet.intensity`.
-    Column names are ``CHANNEL_native``, ``hu`` for a single CT channel.
+    The keys are columns of a table, see :func:`native_columns`.
     """
-    schemes = plans["configurations"][configuration].get("normalization_schemes")
-    while schemes is None:
-        configuration = plans["configurations"][configuration]["inherits_from"]
-        schemes = plans["configurations"][configuration].get("normalization_schemes")
+    schemes = _schemes(plans, configuration)
     scale = {}
-    for index, (name, scheme) in enumerate(zip(channel_names(dataset_json), schemes, strict=True)):
-        column = f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}_native"
+    for index, (column, scheme) in enumerate(
+        zip(native_columns(plans, configuration, dataset_json), schemes, strict=True)
+    ):
         if scheme == "CTNormalization":
-            column = "hu" if len(schemes) == 1 else column
             scale[column] = float(plans["foreground_intensity_properties_per_channel"][str(index)]["std"])
         elif scheme == "NoNormalization":
             scale[column] = 1.0
     return scale
+
+
+def native_columns(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> list[str]:
+    """A column name per channel for sizes in native units: ``hu`` for a single CT, else ``CHANNEL_native``.
+
+    Channels that share a name get their index: ``CT_0_native``, ``CT_1_native``.
+    """
+    names = [re.sub(r"[^A-Za-z0-9]+", "_", name) for name in channel_names(dataset_json)]
+    if _schemes(plans, configuration) == ["CTNormalization"]:
+        return ["hu"]
+    return [f"{n}_{i}_native" if names.count(n) > 1 else f"{n}_native" for i, n in enumerate(names)]
+
+
+def _schemes(plans: Mapping[str, Any], configuration: str) -> list[str]:
+    values = plans["configurations"][configuration]
+    while "normalization_schemes" not in values:
+        values = plans["configurations"][values["inherits_from"]]
+    return list(values["normalization_schemes"])
 
 
 def require_foreground(trainer: Any, cases: Iterable[str]) -> None:

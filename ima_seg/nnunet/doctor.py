@@ -153,7 +153,7 @@ def _torch() -> Iterator[Finding]:
     from ima_seg.model import resolve_precision
 
     version = torch.__version__
-    remedy = 'pip install "torch>=2.3,!=2.9.*"'
+    remedy = 'pip install "torch>=2.5,!=2.9.*"'
     if version.startswith("2.9."):
         yield Finding(
             "PyTorch", f"{version}: the 2.9 series slows 3D convolutions down in mixed precision", "wrong", remedy

@@ -87,13 +87,13 @@ def show_margins(
     rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native={})
     if images is not None:
         model = fold.folder.parent
-        plans, dataset_json = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+        plans, dataset_json = (_read_json(model / name) for name in ("plans.json", "dataset.json"))
         for row in rows:
             scales = native_scale(
                 row["case"], images, plans=plans, configuration=fold.configuration, dataset_json=dataset_json
             )
             size = row["margin_rms"] if "margin_rms" in row else row["margin_linf"]
-            row.update({f"{channel} (native)": size * scale for channel, scale in scales.items()})
+            row.update({f"margin_{column}": size * scale for column, scale in scales.items()})
     rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
     table = Table(title=f"{escape(str(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
     names = [name for name in (rows[0] if rows else ()) if name != "last_epoch"]
@@ -116,6 +116,7 @@ def show_margins(
         [record.margin for record in fold.ledger.cases.values()],
         delta=fold.ledger.delta,
         eps_max=fold.ledger.eps_max,
+        norm=fold.settings["norm"],
     )
     if fold.history:
         last = fold.history[-1]
@@ -128,6 +129,12 @@ def show_margins(
         write_csv(folder / "ima_margins_native.csv", rows)
         console.print(f"wrote {folder / 'ima_margins_native.csv'}", soft_wrap=True)
     console.print(f"plot: {plot}", soft_wrap=True)
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; copy it from where nnUNetv2_train wrote it")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _short(value: Any) -> str:

@@ -68,6 +68,9 @@ def vary_plans(
     Raises:
         UserError: an unknown configuration, a patch size that the network cannot take, or invalid settings.
     """
+    for what, number in (("features", features), ("max_features", max_features), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f"{what} is {number}; it must be at least 1")
     varied = copy.deepcopy(dict(plans))
     varied["plans_name"] = name
     known = [c for c, values in varied["configurations"].items() if "patch_size" in values]
@@ -93,8 +96,8 @@ def vary_plans(
                 )
             values["patch_size"] = list(patch_size)
     if ima:
-        IMASettings.parse(ima, source="--set")
-        varied["ima"] = dict(ima)
+        varied["ima"] = {**varied.get("ima", {}), **ima}
+        IMASettings.parse(varied["ima"], source="--set")
     return varied
 
 
@@ -109,7 +112,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         key, separator, value = item.partition("=")
         if not separator:
             raise UserError(f"--set {item}: expected KEY=VALUE")
-        values[key.strip()] = yaml.safe_load(value)
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {item}: {value!r} is neither a number nor a name") from None
     return values
 
 

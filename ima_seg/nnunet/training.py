@@ -162,7 +162,7 @@ class IMATraining:
             [record.margin for record in ledger.cases.values()],
             delta=ledger.delta,
             eps_max=ledger.eps_max,
-            unit="SD per voxel (RMS)" if norm == "l2" else "SD (largest absolute value)",
+            norm=norm,
         )
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
