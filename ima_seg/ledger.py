@@ -22,6 +22,9 @@ from ima_seg.errors import UserError
 Rule = Literal["paper", "majority", "mean"]
 RULES: tuple[Rule, ...] = ("paper", "majority", "mean")
 
+#: Margins whose median grows by a smaller share over ``patience`` epochs are in equilibrium.
+EQUILIBRIUM_GROWTH = 0.05
+
 #: Layout version of :meth:`MarginLedger.state_dict`.
 STATE_VERSION = 1
 
@@ -85,9 +88,9 @@ class MarginLedger:
 
             With one visit per epoch the three agree. With n visits that cross with probability p each, ``"paper"``
             contracts only with probability p^n.
-        patience: equilibrium is reported when the median margin has grown by less than delta / 2 over this many
-            epochs. They count from the epoch in which half of the cases have had a visit that counted: before, margins
-            stand still because the network is not good enough to be attacked.
+        patience: equilibrium is reported when the median margin has grown by less than 5 % over this many epochs. They
+            count from the epoch in which half of the cases have had a visit that counted: before, margins stand still
+            because the network is not good enough to be attacked.
 
     Raises:
         UserError: a step or cap that is not positive, an unknown rule.
@@ -223,7 +226,7 @@ class MarginLedger:
     def _at_equilibrium(self) -> bool:
         if len(self._medians) <= self.patience:
             return False
-        return self._medians[-1] - self._medians[-1 - self.patience] < self.delta / 2
+        return self._medians[-1] < (1 + EQUILIBRIUM_GROWTH) * self._medians[-1 - self.patience]
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
 
