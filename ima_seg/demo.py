@@ -35,9 +35,9 @@ class DemoSize:
     cases: int = 20
     shape: tuple[int, int, int] = (32, 32, 32)
     standard_epochs: int = 8
-    ima_epochs: int = 6
+    ima_epochs: int = 8
     standard_iterations: int = 50
-    ima_iterations: int = 25
+    ima_iterations: int = 30
     features: int = 12
 
 

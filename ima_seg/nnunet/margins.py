@@ -16,6 +16,7 @@ from ima_seg.errors import UserError
 from ima_seg.history import margin_rows, write_csv
 from ima_seg.ledger import MarginLedger
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
+from ima_seg.nnunet.compat import shared_native_scale
 from ima_seg.nnunet.intensity import native_scale
 from ima_seg.nnunet.training import PROGRESS_FILE
 from ima_seg.plots import plot_progress
@@ -84,10 +85,10 @@ def show_margins(
         console: where to print.
     """
     console = console or Console()
-    rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native={})
+    plans, dataset_json = (_read_json(fold.folder.parent / name) for name in ("plans.json", "dataset.json"))
+    native = shared_native_scale(plans, fold.configuration, dataset_json)
+    rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native=native)
     if images is not None:
-        model = fold.folder.parent
-        plans, dataset_json = (_read_json(model / name) for name in ("plans.json", "dataset.json"))
         for row in rows:
             scales = native_scale(
                 row["case"], images, plans=plans, configuration=fold.configuration, dataset_json=dataset_json

@@ -127,10 +127,11 @@ class IMATraining:
         row = history_row(summary, totals, seconds)
         self.history.append(row)
         q05, _, median, _, q95 = summary.quantiles
+        visits = f"crossed {summary.crossed_share:.0%} of {summary.visits} visits" if summary.visits else "none visited"
         self.log(
             f"IMA margins: median {median:.4f} (5-95 %: {q05:.4f}-{q95:.4f}) SD per voxel, expanding "
-            f"{summary.expanding_share:.0%} of {summary.cases} cases, crossed {summary.crossed_share:.0%} of "
-            f"{summary.visits} visits, {row['passes_per_sample']:.1f} search passes per patch"
+            f"{summary.expanding_share:.0%} of {summary.cases} cases, {visits}, {row['passes_per_sample']:.1f} search "
+            "passes per patch"
         )
         if summary.equilibrium and not any(earlier["equilibrium"] for earlier in self.history[:-1]):
             self.log("IMA equilibrium: the median margin has stopped growing")
