@@ -163,7 +163,8 @@ def main() -> None:
                 "slices": len(x),
                 "cases": options.cases,
                 "results": results,
-                "command": " ".join(["python", "benchmarks/margin_rules.py", *sys.argv[1:]]),
+                # file names only: a path says nothing to a reader
+                "command": " ".join(["python", "benchmarks/margin_rules.py", *(Path(a).name for a in sys.argv[1:])]),
                 "torch": torch.__version__,
                 "machine": platform.machine(),
                 "device": str(device),
