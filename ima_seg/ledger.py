@@ -22,7 +22,7 @@ from ima_seg.errors import UserError
 Rule = Literal["paper", "majority", "mean"]
 RULES: tuple[Rule, ...] = ("paper", "majority", "mean")
 
-#: Margins whose median grows by a smaller share over ``patience`` epochs are in equilibrium.
+#: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
 
 #: Layout version of :meth:`MarginLedger.state_dict`.
@@ -88,9 +88,9 @@ class MarginLedger:
 
             With one visit per epoch the three agree. With n visits that cross with probability p each, ``"paper"``
             contracts only with probability p^n.
-        patience: equilibrium is reported when the median margin has grown by less than 5 % over this many epochs. They
-            count from the epoch in which half of the cases have had a visit that counted: before, margins stand still
-            because the network is not good enough to be attacked.
+        patience: equilibrium is reported when the median margin, averaged over this many epochs, is less than 5 % above
+            its average over as many epochs before. Epochs count from the one in which half of the cases have had a
+            visit that counted: before, margins stand still because the network is not good enough to be attacked.
 
     Raises:
         UserError: a step or cap that is not positive, an unknown rule.
@@ -224,9 +224,10 @@ class MarginLedger:
         return summary
 
     def _at_equilibrium(self) -> bool:
-        if len(self._medians) <= self.patience:
+        if len(self._medians) < 2 * self.patience:
             return False
-        return self._medians[-1] < (1 + EQUILIBRIUM_GROWTH) * self._medians[-1 - self.patience]
+        recent, before = self._medians[-self.patience :], self._medians[-2 * self.patience : -self.patience]
+        return sum(recent) < (1 + EQUILIBRIUM_GROWTH) * sum(before)
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
 

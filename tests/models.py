@@ -1,9 +1,17 @@
 """Networks whose decision boundary is known, and small real ones."""
 
 import math
+import os
 
 import torch
+import torch.distributed as dist
 from torch import nn
+
+
+def leave() -> None:
+    """End a spawned rank once all ranks are done, without torch's tear-down of its threads, which aborts at times."""
+    dist.barrier()
+    os._exit(0)
 
 
 class Hyperplane(nn.Module):

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ima_seg import IMA, IMASettings, Labels, UserError
 from ima_seg.ops import perturbation_size
-from tests.models import TinyUNet
+from tests.models import TinyUNet, leave
 from tests.test_boundary import trained_unet
 
 SETTINGS = IMASettings(eps_max=1.0, delta=0.2, steps=5, precision="fp32")
@@ -188,7 +188,7 @@ def _train_on_rank(rank: int, world: int, folder: str) -> None:
         ima.end_epoch()
     weights = torch.cat([p.detach().flatten() for p in network.parameters()])
     torch.save({"table": ima.ledger.table(), "weights": weights}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_processes_train_one_network_with_one_ledger(tmp_path):

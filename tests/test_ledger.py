@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from ima_seg.errors import UserError
 from ima_seg.ledger import RULES, MarginLedger
+from tests.models import leave
 
 
 def visit(ledger, case, distance=None, counts=True):
@@ -112,7 +113,7 @@ def test_waiting_for_a_usable_network_is_no_equilibrium():
         assert not ledger.step().equilibrium
     visit(ledger, "a")
     assert not ledger.step().equilibrium, "one case of three is not half"
-    for _ in range(3):
+    for _ in range(5):
         visit(ledger, "b", 0.05)
         assert not ledger.step().equilibrium
     assert ledger.step().equilibrium
@@ -176,7 +177,7 @@ def _rank(rank: int, world: int, folder: str, rule: str) -> None:
             visit(ledger, case, distance)
         summary = ledger.step()
     torch.save({"table": ledger.table(), "visits": summary.visits}, f"{folder}/{rule}_{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("rule", RULES)
