@@ -41,7 +41,8 @@ def train(rule: str, folder: Path, options: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / "settings.toml"
     settings.write_text(
-        f'rule = "{rule}"\nepochs = {options.epochs}\niterations_per_epoch = {options.iterations}\n'
+        f'rule = "{rule}"\ndelta = {options.delta}\nepochs = {options.epochs}\n'
+        f"iterations_per_epoch = {options.iterations}\n"
         "val_iterations_per_epoch = 5\nsave_every = 3\n"
     )
     command = ["nnUNetv2_train", options.dataset, "2d", "0", "-tr", "nnUNetTrainerIMA", "-p", options.plans,
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--pretrained", type=Path, help="checkpoint to start from; also attacked, as 'standard'")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--delta", type=float, default=0.06, help="expansion step, SD per voxel")
     parser.add_argument("--cases", type=int, default=12, help="validation cases to attack")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "margin_rules.json")

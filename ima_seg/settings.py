@@ -41,8 +41,9 @@ class IMASettings(BaseModel):
             value for linf. ``"l2"``: L2 norm of the perturbation of a whole training patch.
         eps_max: cap on margins; ``"auto"``: 0.3 standard deviations per voxel. Only a cap: a case stops expanding at
             its own boundary.
-        delta: expansion step and first margin; ``"auto"``: the cap divided by a sixth of the epochs, between 5 and 50
-            steps, so that the cap can be reached in the first sixth of a long training.
+        delta: expansion step and first margin; ``"auto"``: the cap in as many steps as a third of the epochs, but 10
+            to 50. Boundaries in 3D are nearer per voxel than in 2D, and a first margin beyond them trains on noise
+            that is too large.
         tau: a patch has crossed when its hard foreground Dice is below.
         beta: weight of the adversarial loss; 0 is standard training.
         steps: gradient steps K of the search, at most.
@@ -124,7 +125,7 @@ class IMASettings(BaseModel):
         """
         per_voxel = 1 / math.sqrt(patch_voxels) if self.unit == "l2" else 1.0
         eps_max = DEFAULT_EPS_MAX if self.eps_max == "auto" else self.eps_max * per_voxel
-        delta = eps_max / min(max(epochs / 6, 5), 50) if self.delta == "auto" else self.delta * per_voxel
+        delta = eps_max / min(max(epochs / 3, 10), 50) if self.delta == "auto" else self.delta * per_voxel
         if delta > eps_max:
             raise UserError(f"delta {delta:g} is more than eps_max {eps_max:g} (per voxel); use a smaller step")
         return delta, eps_max

@@ -75,7 +75,7 @@ def test_precedence_is_file_then_plans_then_preset(tmp_path, monkeypatch):
 
 def test_automatic_sizes_and_units():
     assert IMASettings().resolve_sizes(patch_voxels=2240, epochs=1000) == (DEFAULT_EPS_MAX / 50, DEFAULT_EPS_MAX)
-    assert IMASettings().resolve_sizes(patch_voxels=2240, epochs=5)[0] == pytest.approx(DEFAULT_EPS_MAX / 5)
+    assert IMASettings().resolve_sizes(patch_voxels=2240, epochs=5)[0] == pytest.approx(DEFAULT_EPS_MAX / 10)
     delta, eps_max = IMASettings(unit="l2", eps_max=15, delta=2).resolve_sizes(patch_voxels=2240, epochs=50)
     assert (delta, eps_max) == pytest.approx((2 / math.sqrt(2240), 15 / math.sqrt(2240)))
     with pytest.raises(UserError, match="more than eps_max"):
