@@ -105,3 +105,10 @@ def test_hard_dice_ignores_ignored_voxels_and_reads_regions():
     logits = torch.tensor([[[-1.0, 1, 1, -1], [-1, 1, 1, -1]]])
     dice = hard_dice(logits, Target.from_raw(regions, Labels(2, regions=True, ignore_label=3)))
     assert dice.item() == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_ties_go_to_the_first_class_as_with_argmax():
+    from ima_seg.ops.reference import _argmax
+
+    logits = torch.randint(0, 3, (2, 4, 50)).float()
+    assert torch.equal(_argmax(logits), logits.argmax(1))
