@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ima_seg.files import write_text
 from ima_seg.ima import StepReport
 from ima_seg.ledger import EpochSummary, MarginLedger
+from ima_seg.ranks import gather
 from ima_seg.types import Norm
 
 _SUMS = ("clean_loss", "adversarial_loss", "searched", "crossed", "background", "below", "nonfinite", "stalled")
@@ -48,11 +48,8 @@ class EpochTally:
         """Sums over all steps and ranks; a collective call when ``torch.distributed`` is initialised."""
         sums = [0.0] * len(_COLUMNS) if self._sums is None else self._sums.tolist()
         mine = {**self._host, **dict(zip(_COLUMNS, sums, strict=True))}
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return mine
-        parts: list[dict[str, float] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        return {key: math.fsum(part[key] for part in parts if part) for key in mine}
+        parts = gather(mine)
+        return {key: math.fsum(part[key] for part in parts) for key in mine}
 
 
 def history_row(summary: EpochSummary, totals: Mapping[str, float], seconds: float) -> dict[str, Any]:

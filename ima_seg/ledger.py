@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from ima_seg.errors import UserError
+from ima_seg.ranks import gather
 
 Rule = Literal["paper", "majority", "mean"]
 RULES: tuple[Rule, ...] = ("paper", "majority", "mean")
@@ -168,15 +168,10 @@ class MarginLedger:
         sums them exactly (``math.fsum``), so all ranks hold the same margins, equal to those of a single process that
         made all the visits.
         """
-        visits = self._drain()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            gathered: list[tuple[list[str], list[tuple[str, bool, float]]] | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, (list(self.cases), visits))
-            visits = []
-            for part in gathered:
-                assert part is not None
-                self.register(part[0])
-                visits += part[1]
+        visits = []
+        for cases, part in gather((list(self.cases), self._drain())):
+            self.register(cases)
+            visits += part
         by_case: defaultdict[str, _EpochVisits] = defaultdict(_EpochVisits)
         for case, was_crossed, size in visits:
             if was_crossed:

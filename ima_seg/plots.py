@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ima_seg.files import replacing
+from ima_seg.ledger import MarginLedger
 from ima_seg.types import Norm
 
 if TYPE_CHECKING:
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 def plot_progress(
     path: str | Path,
     history: Sequence[Mapping[str, Any]],
-    margins: Sequence[float],
+    ledger: MarginLedger,
     *,
-    delta: float,
-    eps_max: float,
     norm: Norm,
 ) -> None:
     """Draw the course of a training.
@@ -27,25 +26,23 @@ def plot_progress(
     Args:
         path: PNG to write, in one rename.
         history: rows of ``ima_history.csv``.
-        margins: the cases' margins now.
-        delta: expansion step.
-        eps_max: cap on margins.
+        ledger: the margins now, their step and cap.
         norm: norm of the threat model, for the unit on the axes.
     """
     from matplotlib import style
 
     # nnU-Net sets seaborn's fonts for the whole process when it draws its own progress.png.
     with style.context("default"), replacing(path) as temporary:
-        _figure(history, margins, delta=delta, eps_max=eps_max, norm=norm).savefig(temporary, dpi=100)
+        _figure(history, ledger, norm).savefig(temporary, dpi=100)
 
 
-def _figure(
-    history: Sequence[Mapping[str, Any]], margins: Sequence[float], *, delta: float, eps_max: float, norm: Norm
-) -> Figure:
+def _figure(history: Sequence[Mapping[str, Any]], ledger: MarginLedger, norm: Norm) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    margins = [record.margin for record in ledger.cases.values()]
+    delta, eps_max = ledger.delta, ledger.eps_max
     unit = "SD per voxel (RMS)" if norm == "l2" else "SD (largest absolute value)"
     figure = Figure(figsize=(13, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -67,7 +64,7 @@ def _figure(
     course.axhline(eps_max, color="black", linestyle="--", linewidth=0.8, label=f"cap ε_max = {eps_max:.3g}")
     course.set(title="Margins over epochs", xlabel="epoch", ylabel=f"margin, {unit}", ylim=(0, None))
 
-    histogram.hist(list(margins), bins=30, color="C0")
+    histogram.hist(margins, bins=30, color="C0")
     histogram.axvline(delta, color="grey", linestyle=":")
     if margins and max(margins) > 0.8 * eps_max:
         histogram.axvline(eps_max, color="black", linestyle="--", linewidth=0.8)

@@ -93,7 +93,7 @@ def show_margins(
             scales = native_scale(
                 row["case"], images, plans=plans, configuration=fold.configuration, dataset_json=dataset_json
             )
-            size = row["margin_rms"] if "margin_rms" in row else row["margin_linf"]
+            size = fold.ledger.cases[row["case"]].margin
             row.update({f"margin_{column}": size * scale for column, scale in scales.items()})
     rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
     table = Table(title=f"{escape(str(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
@@ -111,14 +111,7 @@ def show_margins(
     console.print(table)
     folder = output or fold.folder
     plot = folder / PROGRESS_FILE
-    plot_progress(
-        plot,
-        fold.history,
-        [record.margin for record in fold.ledger.cases.values()],
-        delta=fold.ledger.delta,
-        eps_max=fold.ledger.eps_max,
-        norm=fold.settings["norm"],
-    )
+    plot_progress(plot, fold.history, fold.ledger, norm=fold.settings["norm"])
     if fold.history:
         last = fold.history[-1]
         state = "yes" if last["equilibrium"] else "no"

@@ -157,14 +157,7 @@ class IMATraining:
         ledger, norm = self.ima.ledger, self.settings.norm
         write_csv(folder / MARGINS_FILE, margin_rows(ledger, norm=norm, voxels=self.voxels, native=self.native))
         write_csv(folder / HISTORY_FILE, self.history)
-        plot_progress(
-            folder / PROGRESS_FILE,
-            self.history,
-            [record.margin for record in ledger.cases.values()],
-            delta=ledger.delta,
-            eps_max=ledger.eps_max,
-            norm=norm,
-        )
+        plot_progress(folder / PROGRESS_FILE, self.history, ledger, norm=norm)
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
 
