@@ -111,7 +111,8 @@ def robust_dice(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, labe
             batch, target = x[start : start + 64], Target.from_raw(y[start : start + 64], labels)
             if level:
                 eps = torch.full((len(batch),), level * radius, device=x.device)
-                batch = pgd(network, batch, target, eps=eps, steps=20, threat=ThreatModel("l2")).adversarial
+                hit = pgd(network, batch, target, eps=eps, steps=20, threat=ThreatModel("l2"), keep="last")
+                batch = hit.adversarial
             with torch.no_grad():
                 scores.append(hard_dice(network(batch), target))
         values = torch.cat(scores)

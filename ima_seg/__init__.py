@@ -1,10 +1,15 @@
 """ima-seg: segmentation networks that tolerate imperfect images, by increasing-margin adversarial training."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ima_seg.errors import UserError
-from ima_seg.ima import IMA, StepReport
-from ima_seg.ledger import MarginLedger
-from ima_seg.settings import IMASettings, load_settings
-from ima_seg.types import Labels, Target, ThreatModel
+
+if TYPE_CHECKING:
+    from ima_seg.ima import IMA, StepReport
+    from ima_seg.ledger import MarginLedger
+    from ima_seg.settings import IMASettings, load_settings
+    from ima_seg.types import Labels, Target, ThreatModel
 
 __version__ = "0.1.0"
 
@@ -20,3 +25,23 @@ __all__ = [
     "__version__",
     "load_settings",
 ]
+
+# Imported at first use, for a report must be made where there is no torch.
+_HOMES = {
+    "IMA": "ima",
+    "IMASettings": "settings",
+    "Labels": "types",
+    "MarginLedger": "ledger",
+    "StepReport": "ima",
+    "Target": "types",
+    "ThreatModel": "types",
+    "load_settings": "settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

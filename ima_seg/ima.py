@@ -201,6 +201,7 @@ class IMA:
                 threat=self.threat,
                 dtype=dtype,
                 generator=generator,
+                keep="last",  # costs the gradient passes and nothing else
             )
             assign(adversarial, rows, background[rows], hit.adversarial)
             assign(distance, rows, background[rows], hit.distance)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.nnunet_data import nnunet  # noqa: F401  (a fixture, made once for all test files)
+from tests.evaluation_data import phantoms  # noqa: F401  (fixtures, made once for all test files)
+from tests.nnunet_data import nnunet  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

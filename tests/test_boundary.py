@@ -321,7 +321,8 @@ def test_pgd_on_a_network_is_as_strong_as_foolboxs(norm):
     from ima_seg.losses import dice_ce_loss
 
     eps = 0.3
-    ours = pgd(network, x, target, eps=torch.full((6,), eps), steps=20, threat=ThreatModel(norm), start=False)
+    ours = pgd(network, x, target, eps=torch.full((6,), eps), steps=20, threat=ThreatModel(norm), start=False,
+               keep="last")  # fmt: skip
     base = foolbox.attacks.L2PGD if norm == "l2" else foolbox.attacks.LinfPGD
 
     class Attack(base):

@@ -1,13 +1,14 @@
-"""The forward and input-gradient pass that all white-box attacks share."""
+"""What all white-box attacks share: the pass that yields logits and input gradient, and the best point so far."""
 
 from __future__ import annotations
 
 import torch
 
+from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.errors import UserError
-from ima_seg.losses import dice_ce_loss
 from ima_seg.model import autocast, full_resolution
-from ima_seg.types import Network, Target, ThreatModel
+from ima_seg.ops import perturbation_size, project, random_start
+from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 
 def check_batch(x: torch.Tensor, eps: torch.Tensor) -> None:
@@ -20,29 +21,94 @@ def check_batch(x: torch.Tensor, eps: torch.Tensor) -> None:
         raise UserError(f"eps is on {eps.device}, the batch on {x.device}; move them to one device")
 
 
+def check_counts(steps: int, restarts: int) -> None:
+    """Refuse attacks without a step."""
+    if steps < 1 or restarts < 1:
+        raise UserError(f"steps is {steps}, restarts is {restarts}; an attack makes at least one of each")
+
+
 def forward(model: Network, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Full-resolution logits (B, K, *S) of ``x`` under autocast to ``dtype``."""
     with autocast(dtype, x.device):
         return full_resolution(model(x))
 
 
+def all_finite(logits: torch.Tensor) -> torch.Tensor:
+    """(B,) bool, whether all logits (B, K, *S) of a sample are finite."""
+    return torch.isfinite(logits.flatten(1).sum(1, dtype=torch.float32))
+
+
+def per_row(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 1, ..., 1) to broadcast over ``like`` (B, C, *S)."""
+    return mask.view(-1, *(1,) * (like.ndim - 1))
+
+
 class Perturbed:
     """A batch plus perturbation as a leaf tensor, so that one network pass yields logits and, if asked, a gradient.
 
-    Only the perturbable channels of ``x`` are changed; the gradient covers those alone.
+    Only the perturbable channels of ``x`` are changed, and of those only what lies in ``support``; the gradient covers
+    those channels alone and is zero outside the support.
+
+    Args:
+        model: network (B, C, *S) -> logits.
+        x: batch (B, C, *S).
+        threat: norm and perturbable channels.
+        dtype: autocast dtype of the passes, None for float32.
+        loss: what the gradient climbs.
+        support: bool, broadcastable to the perturbable channels; None for everywhere.
     """
 
-    def __init__(self, model: Network, x: torch.Tensor, threat: ThreatModel, dtype: torch.dtype | None) -> None:
-        self.model, self.x, self.threat, self.dtype = model, x, threat, dtype
+    def __init__(
+        self,
+        model: Network,
+        x: torch.Tensor,
+        threat: ThreatModel,
+        dtype: torch.dtype | None,
+        loss: Loss = UNTARGETED.loss,
+        support: torch.Tensor | None = None,
+    ) -> None:
+        self.model, self.x, self.threat, self.dtype, self.loss, self.support = model, x, threat, dtype, loss, support
+        if support is not None:
+            wanted = tuple(threat.perturbable(x).shape)
+            fits = support.ndim == x.ndim and all(a in (1, b) for a, b in zip(support.shape, wanted, strict=True))
+            if support.dtype != torch.bool or not fits:
+                shape = tuple(support.shape)
+                raise UserError(
+                    f"support is {support.dtype} of shape {shape}; expected bool that broadcasts to {wanted}"
+                )
 
     def select(self, rows: torch.Tensor) -> Perturbed:
-        return Perturbed(self.model, self.x[rows], self.threat, self.dtype)
+        support = self.support if self.support is None or len(self.support) == 1 else self.support[rows]
+        return Perturbed(self.model, self.x[rows], self.threat, self.dtype, self.loss, support)
 
     def apply(self, delta: torch.Tensor) -> torch.Tensor:
         """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels; a new tensor."""
         perturbed = self.x.clone()
         self.threat.perturbable(perturbed).add_(delta)
         return perturbed
+
+    def supported(self, delta: torch.Tensor) -> torch.Tensor:
+        """``delta`` (B, image channels, *S), zero outside the support."""
+        return delta if self.support is None else torch.where(self.support, delta, 0.0)
+
+    def zero(self) -> torch.Tensor:
+        """The perturbation of the clean batch (B, image channels, *S).
+
+        At least float32: in the bfloat16 of a batch the steps of an attack would be lost to rounding.
+        """
+        image = self.threat.perturbable(self.x)
+        return torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
+
+    def random(self, radius: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """A random perturbation within the support, of the size it would have without one; at most ``radius`` (B,)."""
+        delta = random_start(self.zero(), radius, self.threat.norm, generator)
+        if self.support is None:
+            return delta
+        inside = self.supported(delta)
+        if self.threat.norm == "l2":
+            before, after = perturbation_size(delta, "l2"), perturbation_size(inside, "l2")
+            inside = inside * per_row(torch.where(after > 0, before / after, 0.0), inside)
+        return inside
 
     @torch.no_grad()
     def logits(self, delta: torch.Tensor) -> torch.Tensor:
@@ -54,10 +120,99 @@ class Perturbed:
             leaf = self.apply(delta).requires_grad_(True)
             return leaf, forward(self.model, leaf, self.dtype)
 
-    def gradient(self, leaf: torch.Tensor, logits: torch.Tensor, target: Target) -> torch.Tensor:
-        """Gradient of the per-sample Dice + CE with respect to the perturbable channels, up to a positive factor."""
+    def loss_and_gradient(
+        self, leaf: torch.Tensor, logits: torch.Tensor, target: Target, progress: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss (B,) and its gradient with respect to the perturbable channels, up to a positive factor."""
         with torch.enable_grad():
+            loss = self.loss(logits, target, progress)
             # The factor lifts the per-voxel gradient of a mean over N voxels to order one: float16 would flush it to 0.
-            loss = dice_ce_loss(logits, target).sum() * float(logits.flatten(2).shape[2])
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        return self.threat.perturbable(gradient)
+            (gradient,) = torch.autograd.grad(loss.sum() * float(logits.flatten(2).shape[2]), leaf)
+        return loss.detach(), self.supported(self.threat.perturbable(gradient))
+
+    def gradient(self, leaf: torch.Tensor, logits: torch.Tensor, target: Target, progress: float = 0.0) -> torch.Tensor:
+        """The gradient of :meth:`loss_and_gradient` alone."""
+        return self.loss_and_gradient(leaf, logits, target, progress)[1]
+
+
+class Best:
+    """The point of most damage among those visited, per sample, over all restarts. Never waits for the device.
+
+    Of points that do equal damage the last one counts: it was climbed further. Points with NaN or infinite logits do
+    not count.
+
+    Args:
+        batch: the batch under attack.
+        target: its reference.
+        goal: measures the damage.
+        eps: budget (B,); points must be within it when they are visited.
+        steps: of one restart; the trace holds one more.
+    """
+
+    def __init__(self, batch: Perturbed, target: Target, goal: Goal, eps: torch.Tensor, steps: int) -> None:
+        self.batch, self.target, self.goal, self.eps = batch, target, goal, eps
+        self.delta = batch.zero()
+        nothing = torch.full(eps.shape, -torch.inf, device=eps.device)
+        self.damage, self._clean, self._running = nothing, nothing, nothing
+        self.trace = nothing.repeat(steps + 1, 1)
+        self._gradients = 0
+        self._zero = torch.zeros_like(nothing)
+
+    def visit_clean(self) -> int:
+        """Visit the clean batch for attacks that start elsewhere; returns the forwards made."""
+        self.visit(self.delta, self.batch.logits(self.delta), 0)
+        self._clean = self._running
+        return len(self.delta)
+
+    def begin_restart(self) -> None:
+        """Start the trace over, from the clean point where that has been visited."""
+        self._running = self._clean
+
+    def visit(self, delta: torch.Tensor, logits: torch.Tensor, step: int) -> None:
+        """Note the logits (B, K, *S) of ``x + delta``, the point after ``step`` steps of this restart."""
+        logits = logits.detach()
+        damage = torch.where(all_finite(logits), self.goal.damage(logits, self.target).float(), -torch.inf)
+        better = (damage >= self.damage) & (damage > -torch.inf)
+        self.delta = torch.where(per_row(better, delta), delta, self.delta)
+        self.damage = torch.where(better, damage, self.damage)
+        self._running = torch.fmax(self._running, damage)
+        self.carry(step)
+
+    def carry(self, step: int) -> None:
+        """Note that ``step`` steps brought nothing new."""
+        self.trace[step] = torch.fmax(self.trace[step], self._running)
+
+    def count(self, gradient: torch.Tensor) -> None:
+        """Count a gradient pass, and which samples had a gradient of exactly zero."""
+        self._gradients += 1
+        self._zero = self._zero + (gradient.flatten(1).abs().amax(1) == 0)
+
+    def result(self, forwards: int) -> AttackResult:
+        """The best point, projected and measured once more; ``forwards`` over all samples were made without gradient.
+
+        The damage of a sample whose logits never were finite is NaN.
+        """
+        return finish(
+            self.batch,
+            project(self.delta, self.eps, self.batch.threat.norm),
+            damage=torch.where(torch.isinf(self.damage), torch.nan, self.damage),
+            zero_gradient=self._zero / max(self._gradients, 1),
+            trace=torch.where(torch.isinf(self.trace), torch.nan, self.trace),
+            passes=PassCount(forwards=forwards, gradients=self._gradients * len(self.delta)),
+        )
+
+
+def finish(
+    batch: Perturbed,
+    delta: torch.Tensor,
+    *,
+    damage: torch.Tensor,
+    zero_gradient: torch.Tensor,
+    trace: torch.Tensor,
+    passes: PassCount,
+) -> AttackResult:
+    """The result for ``delta`` (B, image channels, *S), its size measured on the batch that is handed out."""
+    adversarial = batch.apply(delta)
+    perturbed, clean = batch.threat.perturbable(adversarial), batch.threat.perturbable(batch.x)
+    distance = perturbation_size(perturbed.to(delta.dtype) - clean.to(delta.dtype), batch.threat.norm)
+    return AttackResult(adversarial, distance, damage, zero_gradient, trace, passes)

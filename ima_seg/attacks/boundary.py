@@ -14,6 +14,7 @@ import torch
 
 from ima_seg.attacks._gradient import Perturbed, check_batch
 from ima_seg.attacks._rows import assign, remaining
+from ima_seg.attacks.base import UNTARGETED, Loss
 from ima_seg.model import frozen
 from ima_seg.ops import gradient_step, hard_dice, perturbation_size, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
@@ -81,6 +82,8 @@ def boundary_search(
     settings: SearchSettings,
     threat: ThreatModel,
     searched: torch.Tensor | None = None,
+    loss: Loss = UNTARGETED.loss,
+    support: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> BoundaryResult:
@@ -96,6 +99,8 @@ def boundary_search(
         settings: how to search.
         threat: norm and perturbable channels.
         searched: (B,) bool, the samples to search; the others are returned as they are. Default: all.
+        loss: what the walk climbs.
+        support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
         dtype: autocast dtype of the passes, None for float32.
         generator: source of the random start.
 
@@ -103,7 +108,7 @@ def boundary_search(
     """
     check_batch(x, eps)
     norm, size = threat.norm, len(x)
-    batch = Perturbed(model, x, threat, dtype)
+    batch = Perturbed(model, x, threat, dtype, loss, support)
     start_radius = torch.minimum(eps, (eps - settings.start_slack).clamp_min(settings.start_slack))
     alpha = settings.step_factor * eps / settings.steps
 
@@ -113,7 +118,7 @@ def boundary_search(
     alive = finite.clone() if searched is None else searched.clone()
     crossed, stalled = ~finite, ~finite
     start_radius = start_radius * alive
-    point = random_start(threat.perturbable(x), start_radius, norm, generator)
+    point = batch.supported(random_start(threat.perturbable(x), start_radius, norm, generator))
     if searched is not None:
         rows = remaining(rows, alive, settings.multiple_of)
     inner, inner_dice, dice = torch.zeros_like(point), clean_dice.float().clone(), clean_dice.float().clone()
@@ -145,7 +150,7 @@ def boundary_search(
             if len(following) == 0:
                 passes += PassCount(forwards=len(rows))
                 break
-            gradient = here.gradient(leaf, logits, reference)
+            gradient = here.gradient(leaf, logits, reference, step / settings.steps)
             passes += PassCount(gradients=len(rows))
             del leaf, logits, scores
             length = perturbation_size(gradient, norm)

@@ -1,0 +1,75 @@
+"""What all attacks share: the result, the goal of the adversary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ima_seg.losses import dice_ce_loss
+from ima_seg.ops import hard_dice
+from ima_seg.types import PassCount, Target
+
+#: (logits (B, K, *S), target, progress in [0, 1]) -> (B,) float32, to be maximised. ``progress`` is the share of the
+#: steps already made, for losses that change on the way.
+Loss = Callable[[torch.Tensor, Target, float], torch.Tensor]
+
+
+def lost_dice(logits: torch.Tensor, target: Target) -> torch.Tensor:
+    """1 - hard foreground Dice of each sample, (B,) float32; without foreground the share of voxels that are wrong."""
+    dice = hard_dice(logits, target)
+    flat = logits.flatten(2)
+    if target.labels.regions:
+        predicted = flat > 0
+        if target.valid is not None:
+            predicted = predicted & target.valid
+        wrong = predicted.float().mean((1, 2))
+    else:
+        background = (flat[:, :1] >= flat[:, 1:].amax(1, keepdim=True)).float()
+        wrong = ((1 - background) if target.valid is None else (1 - background) * target.valid).mean((1, 2))
+    return torch.where(torch.isnan(dice), wrong, 1 - dice)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the adversary wants.
+
+    Attributes:
+        name: for records and messages.
+        loss: what its gradient steps climb.
+        damage: (logits, target) -> (B,), how far it got; of all points visited an attack returns that of most damage.
+    """
+
+    name: str
+    loss: Loss
+    damage: Callable[[torch.Tensor, Target], torch.Tensor] = lost_dice
+
+
+def _dice_ce(logits: torch.Tensor, target: Target, progress: float) -> torch.Tensor:
+    return dice_ce_loss(logits, target)
+
+
+#: Nothing but a bad segmentation: Dice + CE is climbed.
+UNTARGETED = Goal("dice_ce", _dice_ce)
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, per sample of the batch.
+
+    Attributes:
+        adversarial: (B, C, *S) of the dtype of the batch: the point of most damage among those visited.
+        distance: (B,) size of the perturbation, per voxel in network units.
+        damage: (B,) float32 of that point.
+        zero_gradient: (B,) float32, share of its gradient passes whose gradient was exactly zero; 0 without gradients.
+        trace: (T, B) float32, most damage up to each step (for random attacks: each query).
+        passes: network passes over samples.
+    """
+
+    adversarial: torch.Tensor
+    distance: torch.Tensor
+    damage: torch.Tensor
+    zero_gradient: torch.Tensor
+    trace: torch.Tensor
+    passes: PassCount

@@ -1,0 +1,1 @@
+"""Robustness reports: attacks on whole volumes, metrics with confidence intervals, one HTML file."""

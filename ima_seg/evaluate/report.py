@@ -1,0 +1,101 @@
+"""``report.html``: an evaluation as one file that needs nothing else, made from its records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ima_seg.errors import UserError
+from ima_seg.evaluate import charts, views, words
+from ima_seg.evaluate.collect import Evaluation, collect
+from ima_seg.evaluate.flags import check
+from ima_seg.evaluate.summary import Summary, summarise
+from ima_seg.evaluate.tables import records_csv, summary_csv
+from ima_seg.files import write_text
+
+
+def write_report(folders: Sequence[Path], output: Path) -> Path:
+    """Write ``report.html``, ``summary.json``, ``summary.csv`` and ``records.csv`` into ``output``.
+
+    Args:
+        folders: output folders of one evaluation; several where its cases or models were spread over folders.
+        output: folder to write to, which may be one of them.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        UserError: folders that hold no evaluation or do not belong together, or jinja2 is missing.
+    """
+    evaluation = collect([Path(folder) for folder in folders])
+    summary = summarise(evaluation.run, evaluation.records, evaluation.failures)
+    page = render(evaluation, summary)
+    output = Path(output)
+    write_text(output / "summary.json", summary.model_dump_json(indent=1) + "\n")
+    write_text(output / "summary.csv", summary_csv(summary))
+    write_text(output / "records.csv", records_csv(evaluation.run, evaluation.records))
+    write_text(output / "report.html", page)
+    return output / "report.html"
+
+
+def render(evaluation: Evaluation, summary: Summary) -> str:
+    """The page."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError:
+        raise UserError("the report needs jinja2, which is not installed: pip install jinja2") from None
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": words.number,
+        "bounds": words.bounds,
+        "p_value": words.p_value,
+        "attack_name": words.attack_name,
+        # The charts escape their texts themselves.
+        "svg": lambda text: Markup(text),
+    }
+    return environment.get_template("report.html.j2").render(**_context(evaluation, summary))
+
+
+def _context(evaluation: Evaluation, summary: Summary) -> dict[str, Any]:
+    run = evaluation.run
+    by_kind = {kind: [c for c in summary.conditions if c.kind == kind] for kind in ("clean", "corruption", "targeted")}
+    flags = check(evaluation, summary)
+    return {
+        "run": run,
+        "summary": summary,
+        "kinds": words.KINDS,
+        "unit": words.unit_short(run),
+        "headline": words.headline(run, summary),
+        "headline_rule": words.headline_rule(run, summary),
+        "headline_eps": words.headline_eps(run, summary),
+        "threat": words.threat_model(run),
+        "budgets": views.budget_sizes(run, summary),
+        "definitions": words.definitions(run),
+        "limits": words.limits(run, summary),
+        "colours": views.colours(run),
+        "swatches": {name: charts.swatch(colour) for name, colour in views.colours(run).items()},
+        "clean": by_kind["clean"],
+        "corruptions": by_kind["corruption"],
+        "dice_charts": views.dice_charts(run, summary),
+        "corruption_charts": views.corruption_charts(run, summary),
+        "margin_charts": views.margin_charts(run),
+        "attacks": views.attack_rows(summary),
+        "class_rows": views.class_rows(run, summary),
+        "cases": views.case_table(evaluation, summary),
+        "panels": views.panels(evaluation),
+        "class_swatches": views.class_swatches(run),
+        "flags": flags,
+        "flag_counts": {s: sum(flag.status == s for flag in flags) for s in ("PASS", "WARN", "SKIP")},
+        "failures": evaluation.failures,
+        "duplicates": evaluation.duplicates,
+        "others": evaluation.others,
+        "areas": {(area.model, area.attack): area for area in summary.areas},
+    }

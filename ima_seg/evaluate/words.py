@@ -1,0 +1,286 @@
+"""The sentences of the report, made from its numbers."""
+
+from __future__ import annotations
+
+from ima_seg.evaluate.compare import Comparison
+from ima_seg.evaluate.estimates import Estimate
+from ima_seg.evaluate.run import Run
+from ima_seg.evaluate.summary import WORST, Condition, Summary
+
+KINDS = {
+    "clean": "unchanged images",
+    "white": "white box: uses the gradients of the model",
+    "black": "black box: uses the outputs of the model only",
+    "transfer": "made on another model",
+    "noise": "random, no attack",
+    "worst": "per case the attack with the lowest Dice",
+    "minimal": "smallest perturbation that breaks a case",
+    "targeted": "one organ is to disappear or to appear",
+    "corruption": "natural corruption",
+}
+NAMES = {
+    "fgsm": "FGSM",
+    "ifgsm": "I-FGSM",
+    "pgd": "PGD",
+    "apgd-ce": "APGD, cross-entropy",
+    "apgd-margin": "APGD, margin",
+    "apgd-dice": "APGD, Dice",
+    "segpgd": "SegPGD",
+    "cospgd": "CosPGD",
+    "sea-masked-ce": "SEA, masked cross-entropy",
+    "sea-balanced-ce": "SEA, balanced cross-entropy",
+    "sea-js": "SEA, Jensen-Shannon",
+    "vafa": "VAFA",
+    "patch-pgd": "PGD on each patch",
+    "gaussian": "Gaussian noise",
+    "uniform": "Uniform noise",
+    "noise": "Random noise",
+    "worst": "Worst attack",
+    "minimal": "smallest breaking perturbation",
+}
+
+
+def attack_name(attack: str) -> str:
+    """How an attack is called in headings."""
+    if attack in NAMES:
+        return NAMES[attack]
+    if attack.startswith("transfer:"):
+        return f"Transfer from {attack.split(':', 1)[1]}"
+    name = attack.removeprefix("corruption:")
+    return name[:1].upper() + name[1:]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """With a fixed number of digits and a true minus sign; a dash for None."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def bounds(item: Estimate | None, digits: int = 3) -> str:
+    """The interval, without parentheses; empty where there is none."""
+    if item is None or item.low is None or item.high is None:
+        return ""
+    between = " to " if item.low < 0 else "–"
+    return f"{number(item.low, digits)}{between}{number(item.high, digits)}"
+
+
+def with_interval(item: Estimate | None, digits: int = 3) -> str:
+    """For sentences: ``0.84 (95 % CI 0.80–0.88)``."""
+    if item is None:
+        return "not known"
+    interval = bounds(item, digits)
+    return number(item.estimate, digits) + (f" (95\u00a0%\u00a0CI {interval})" if interval else "")
+
+
+def p_value(p: float) -> str:
+    """``0.012`` or ``< 0.001``."""
+    return "<\u00a00.001" if p < 0.001 else f"{p:.3f}"
+
+
+def unit_short(run: Run) -> str:
+    """Unit of eps for axis labels."""
+    settings = run.settings
+    kind = "RMS" if settings.norm == "l2" else "largest change"
+    where = "slice" if settings.budget == "slice" else "volume"
+    return {
+        "rms": "RMS per voxel, SD",
+        "linf": "largest change per voxel, SD",
+        "l2": f"L2 norm of the {where}, SD",
+        "hu": f"{kind} per voxel, {run.modality_native_unit}",
+        "percent": f"{kind} per voxel, % of intensity range",
+    }[settings.unit]
+
+
+def budget_words(run: Run, eps: float) -> str:
+    """A budget within a sentence."""
+    settings = run.settings
+    kind = "an RMS perturbation" if settings.norm == "l2" else "a perturbation"
+    most = "" if settings.norm == "l2" else "at most "
+    where = "slice" if settings.budget == "slice" else "volume"
+    return {
+        "rms": f"an RMS perturbation of {eps:g} SD per voxel",
+        "linf": f"a perturbation of at most {eps:g} SD per voxel",
+        "l2": f"a perturbation of L2 norm {eps:g} SD over the {where}",
+        "hu": f"{kind} of {most}{eps:g} {run.modality_native_unit} per voxel",
+        "percent": f"{kind} of {most}{eps:g} % of the image's intensity range per voxel",
+    }[settings.unit]
+
+
+def headline_eps(run: Run, summary: Summary) -> float | None:
+    """The smallest eps at which the reference model is below half of its clean Dice, else the largest.
+
+    The rule looks at the reference model alone, so that it cannot favour another.
+    """
+    clean = summary.find(summary.reference, "clean")
+    found = [c for c in summary.conditions if c.model == summary.reference and c.attack == WORST and c.eps is not None]
+    found.sort(key=lambda c: c.eps or 0.0)
+    if not found:
+        return None
+    for c in found:
+        if c.dice and clean and clean.dice and c.dice.estimate < 0.5 * clean.dice.estimate:
+            return c.eps
+    return found[-1].eps
+
+
+def comparison_of(summary: Summary, model: str, attack: str, eps: float | None = None) -> Comparison | None:
+    """The comparison of a model with the reference in a condition."""
+    wanted = (model, attack, eps)
+    return next((c for c in summary.comparisons if (c.model, c.attack, c.eps) == wanted), None)
+
+
+def _difference(test: Comparison, total: int) -> str:
+    p = p_value(test.p_holm)
+    p = p if p.startswith("<") else f"=\u00a0{p}"
+    correction = f", Holm-corrected for {total} comparisons" if total > 1 else ""
+    return (
+        f"difference {with_interval(test.difference)}, p\u00a0{p} (Wilcoxon signed-rank test, "
+        f"{test.n} cases{correction})"
+    )
+
+
+def _clean_sentence(run: Run, summary: Summary) -> str:
+    clean = {model.name: summary.find(model.name, "clean") for model in run.models}
+    parts = [f"{with_interval(c.dice)} for {name}" for name, c in clean.items() if c is not None]
+    if not parts:
+        return "No model was run on unchanged images."
+    return f"On unchanged images the mean Dice is {', '.join(parts)}. No attack with a budget was run."
+
+
+def headline(run: Run, summary: Summary) -> list[str]:
+    """What was found, in a few sentences."""
+    sentences: list[str] = []
+    eps = headline_eps(run, summary)
+    if eps is None:
+        return [_clean_sentence(run, summary)]
+    falls: list[str] = []
+    tests: list[str] = []
+    for model in run.models:
+        clean, worst = summary.find(model.name, "clean"), summary.find(model.name, WORST, eps)
+        if clean is None or clean.dice is None or worst is None or worst.dice is None:
+            continue
+        before = number(clean.dice.estimate)
+        verb = "falls" if worst.dice.estimate < clean.dice.estimate else "goes"
+        falls.append(f"{'that of' if falls else 'of'} {model.name} {verb} from {before} to {with_interval(worst.dice)}")
+        test = comparison_of(summary, model.name, WORST, eps)
+        if test is not None:
+            against = f"{model.name} minus {test.reference}: " if len(run.models) > 2 else ""
+            tests.append(against + _difference(test, len(summary.comparisons)))
+    if falls:
+        budget = budget_words(run, eps)
+        sentence = f"At {budget} the mean Dice {', '.join(falls)}"
+        sentences.append(sentence + (f"; {'; '.join(tests)}." if tests else "."))
+    for cost in summary.clean_costs:
+        bound = f" (one-sided 95\u00a0% lower bound {number(cost.lower)})" if cost.lower is not None else ""
+        verdict = f"a loss of {cost.margin:g} or more is {'' if cost.holds else 'not '}ruled out"
+        sentences.append(
+            f"On unchanged images the Dice of {cost.model} differs from that of {cost.reference} by "
+            f"{number(cost.difference)}{bound}: {verdict}."
+        )
+    for item in summary.breaking:
+        sentences.append(
+            f"The smallest perturbation found that breaks a case has a median RMS of {number(item.median_rms)} SD per "
+            f"voxel for {item.model} ({item.broken} of {item.n} cases broken)."
+            if item.median_rms is not None
+            else f"Most cases of {item.model} could not be broken by the search for the smallest perturbation "
+            f"({item.broken} of {item.n} were)."
+        )
+    return sentences
+
+
+def headline_rule(run: Run, summary: Summary) -> str:
+    """How the budget of the headline was chosen."""
+    if headline_eps(run, summary) is None:
+        return ""
+    return (
+        "Of several attacks the one with the lowest Dice counts, per case. The budget is the smallest at which the "
+        f"reference model {summary.reference} is below half of its clean Dice, else the largest; the choice does not "
+        "look at other models."
+    )
+
+
+def threat_model(run: Run) -> list[tuple[str, str]]:
+    """What the adversary knows and may change."""
+    settings = run.settings
+    norm = {
+        "l2": "L2: the root mean square (RMS) of the change over all voxels is limited; single voxels may change more",
+        "linf": "L-infinity: the change of every single voxel is limited",
+    }[settings.norm]
+    unit = {
+        "rms": "RMS per voxel, in standard deviations (SD) of the normalised image that the network sees",
+        "linf": "largest change of a voxel, in standard deviations (SD) of the normalised image that the network sees",
+        "l2": "L2 norm of the whole perturbation, in standard deviations of the normalised image",
+        "hu": f"{run.modality_native_unit} of the image file",
+        "percent": "per cent of the image's own range from its 0.5 to its 99.5 percentile",
+    }[settings.unit]
+    names = ", ".join(attack_name(name) for name in settings.attacks) or "none"
+    return [
+        ("Norm", norm),
+        ("Unit of eps", unit),
+        ("eps", ", ".join(f"{eps:g}" for eps in sorted(settings.eps)) or "none"),
+        ("Budget", "For the whole volume" if settings.budget == "volume" else "For each slice separately"),
+        ("Attacks", names[:1].upper() + names[1:]),
+        ("Knowledge", "White-box attacks know the model, its weights and its preprocessing; black-box attacks see its "
+         "outputs only; transferred perturbations were made on another model. All know the reference segmentation"),
+        ("Effort", f"{settings.steps} gradient steps, {settings.restarts} restart"
+         f"{'s' if settings.restarts != 1 else ''}; attacks without gradients make {10 * settings.steps} queries"),
+        ("Attacked system", "The whole volume through the real pipeline: preprocessing, sliding window (step "
+         f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. The "
+         "perturbation is of the preprocessed image, and one for all windows"),
+        ("Broken", f"A case counts as broken when its Dice is below {settings.broken_below:g} of its clean Dice"),
+    ]  # fmt: skip
+
+
+def definitions(run: Run) -> list[tuple[str, str]]:
+    """What the numbers mean."""
+    settings = run.settings
+    return [
+        ("Dice", "2 TP / (2 TP + FP + FN) of a class over the voxels of a case. The Dice of a case is the mean over "
+         "its classes, the mean Dice the mean over cases."),
+        ("Pooled Dice", "The same formula with the voxels of all cases counted together, then the mean over classes; "
+         "large structures weigh more."),
+        ("Slice Dice", "Mean over slices with foreground of the foreground Dice of a slice."),
+        ("NSD", f"Normalised surface Dice: share of both surfaces that lies within {settings.nsd_tolerance_mm:g} mm "
+         "of the other."),
+        ("HD95", "95th percentile of the distances between the surfaces, in mm."),
+        ("Empty classes", "A class in only one of reference and prediction has Dice and NSD 0 and the image diagonal "
+         "as HD95. A class in neither has no value and is left out of means; such cases are counted."),
+        ("Success rate", f"Share of cases whose Dice under attack is below {settings.broken_below:g} of their clean "
+         "Dice. Cases without clean Dice, or with 0, are left out and counted. 95 % Wilson intervals."),
+        ("Worst attack", "Per case the lowest Dice over all white-box, black-box and transferred perturbations of "
+         "the same budget; noise, corruptions and targeted attacks are not among them."),
+        ("Area", "Area under the Dice-eps curve from 0 to the largest eps, on a linear axis, divided by that eps: "
+         "the mean Dice over budgets. Only cases with every point count."),
+        ("Smallest breaking perturbation", "RMS of the smallest perturbation found that breaks the case. Cases that "
+         "were not broken count as larger than any; the median has a distribution-free interval."),
+        ("95 % CI", "Bias-corrected and accelerated bootstrap over cases, with a fixed seed. It speaks of other cases "
+         "of the same kind, not of other trainings of the model."),
+        ("p", "Two-sided Wilcoxon signed-rank test over the cases that both models have, with Holm's correction for "
+         "all comparisons in this report. Effect: matched-pairs rank-biserial correlation, 1 where every case gains."),
+    ]  # fmt: skip
+
+
+def limits(run: Run, summary: Summary) -> list[str]:
+    """What the report cannot say."""
+    cases = min((c.n for c in summary.conditions if c.kind == "clean"), default=0)
+    return [
+        "Attacks give an upper bound on robustness. A stronger attack, or more steps, may lower every Dice here; no "
+        "number is a guarantee.",
+        "Perturbations are made for the network's input after preprocessing. Where the preprocessing resamples or "
+        "clips, the same change of the file may have another effect.",
+        f"{cases} cases of {run.dataset} were evaluated. Other scanners, protocols and patients may differ, and "
+        "intervals do not cover that.",
+        "Each model is one training. Differences between models include the chance of training, which the intervals "
+        "do not contain.",
+        "Adversarial perturbations are worst cases, not what scanners do. Noise and natural corruptions, where they "
+        "were run, say more about daily use.",
+        "Results of different classes, budgets and attacks on the same cases are not independent.",
+    ]
+
+
+def describe(condition: Condition) -> str:
+    """A condition in a few words, for tooltips and alternative text."""
+    budget = "" if condition.eps is None else f" at eps {condition.eps:g}"
+    severity = "" if condition.severity is None else f", severity {condition.severity}"
+    return f"{condition.model}, {attack_name(condition.attack)}{budget}{severity}: {with_interval(condition.dice)}"

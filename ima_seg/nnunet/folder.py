@@ -1,0 +1,234 @@
+"""A trained nnU-Net v2 model folder, ready to be attacked: networks, plans, labels, without executing pickled code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ima_seg.errors import UserError
+from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
+from ima_seg.nnunet.compat import channel_names, check_nnunet_version
+from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.types import Labels
+
+#: Where classes that a plans file names may come from. Any importable name would let a model folder run what it likes.
+_TRUSTED_MODULES = ("dynamic_network_architectures.", "torch.nn.", "nnunetv2.")
+
+
+@dataclass(frozen=True)
+class SegmentationModel:
+    """One model: a network per fold and everything that its inference needs.
+
+    Attributes:
+        folder: ``TRAINER__PLANS__CONFIGURATION`` in nnUNet_results, or a copy of one.
+        networks: one per fold, on the device, frozen.
+        plans: nnU-Net's PlansManager.
+        configuration: nnU-Net's ConfigurationManager.
+        configuration_name: name of the configuration.
+        dataset_json: contents of dataset.json.
+        labels: how outputs are read.
+        classes: foreground class (or region) names -> label values, in the order of the outputs.
+        channels: names of the image channels.
+        mirror_axes: axes of test-time mirroring.
+        trainer: name of the trainer class.
+        files: the files that define the model.
+        folds: names of the folds.
+        ima: our state in the first fold's checkpoint; ``None`` for other trainers.
+    """
+
+    folder: Path
+    networks: Sequence[nn.Module]
+    plans: Any
+    configuration: Any
+    configuration_name: str
+    dataset_json: dict[str, Any]
+    labels: Labels
+    classes: dict[str, tuple[int, ...]]
+    channels: list[str]
+    mirror_axes: list[int] | None
+    trainer: str
+    files: list[Path]
+    folds: list[str]
+    ima: dict[str, Any] | None
+
+    @property
+    def label_manager(self) -> Any:
+        """nnU-Net's LabelManager."""
+        return self.plans.get_label_manager(self.dataset_json)
+
+    @property
+    def is_2d(self) -> bool:
+        """Whether the network sees slices."""
+        return len(self.configuration.patch_size) == 2
+
+    def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> SlidingWindow:
+        """The sliding window of nnU-Net's inference; ``tile_batch`` defaults to the batch size of the training."""
+        return SlidingWindow(
+            self.networks,
+            patch_size=self.configuration.patch_size,
+            step_size=step_size,
+            mirror_axes=self.mirror_axes if mirroring else None,
+            tile_batch=tile_batch or int(self.configuration.batch_size),
+        )
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of each file of the model, by its path in the folder."""
+        return {str(file.relative_to(self.folder)): _hash(file) for file in self.files}
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+) -> SegmentationModel:
+    """Load a model folder as ``nnUNetv2_predict_from_modelfolder`` does.
+
+    Args:
+        folder: holds plans.json, dataset.json and ``fold_*``.
+        folds: names of the folds to average; default: all that hold ``checkpoint``.
+        checkpoint: file name of the checkpoint in each fold.
+        device: where to put the networks.
+        trust: read checkpoints with full unpickling, and let the plans name any network class.
+
+    Raises:
+        UserError: a missing file or fold, a checkpoint or plans file that would run code, weights that do not fit.
+    """
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    check_nnunet_version()
+    root = Path(folder)
+    plans_file, dataset_file = (_required(root, name) for name in ("plans.json", "dataset.json"))
+    checkpoints = _fold_checkpoints(root, folds, checkpoint)
+    plans, dataset_json = _json(plans_file), _json(dataset_file)
+    read = [read_checkpoint(file, trust=trust) for file in checkpoints]
+    first = read[0]
+    name, trainer = str(first["init_args"]["configuration"]), str(first["trainer_name"])
+    manager = PlansManager(plans)
+    if name not in plans["configurations"]:
+        raise UserError(f"{plans_file} has no configuration {name!r}, which {checkpoints[0]} was trained for")
+    configuration = manager.get_configuration(name)
+    if not trust:
+        _check_architecture(configuration, plans_file)
+    labels = manager.get_label_manager(dataset_json)
+    heads = labels.num_segmentation_heads
+    inputs = determine_num_input_channels(manager, configuration, dataset_json)
+    builder = _trainer_class(trainer, checkpoints[0])
+    networks = []
+    for file, state in zip(checkpoints, read, strict=True):
+        network = builder.build_network_architecture(manager, configuration, inputs, heads, False)
+        try:
+            network.load_state_dict(state["network_weights"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"{file} does not fit the network of {plans_file} ({reason}); is it of this folder?"
+            ) from None
+        networks.append(network.to(device).eval().requires_grad_(False))
+    axes = first.get("inference_allowed_mirroring_axes")
+    return SegmentationModel(
+        folder=root,
+        networks=networks,
+        plans=manager,
+        configuration=configuration,
+        configuration_name=name,
+        dataset_json=dataset_json,
+        labels=Labels(outputs=heads, regions=labels.has_regions, ignore_label=labels.ignore_label),
+        classes=_classes(dataset_json),
+        channels=channel_names(dataset_json),
+        mirror_axes=None if axes is None else [int(axis) for axis in axes],
+        trainer=trainer,
+        files=[plans_file, dataset_file, *checkpoints],
+        folds=[file.parent.name.removeprefix("fold_") for file in checkpoints],
+        ima=first.get(KEY),
+    )
+
+
+def _required(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
+    if not (folder / name).is_file():
+        raise UserError(f"model folder {folder} has no {name}; name the folder that nnUNetv2_train wrote")
+    return folder / name
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy it again from where it was trained") from None
+    return contents
+
+
+def _fold_checkpoints(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[Path]:
+    found = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint}"))
+    there = f"with {checkpoint} there are: {', '.join(found) or 'none'}"
+    if folds is None:
+        if not found:
+            others = sorted({file.name for file in folder.glob("fold_*/checkpoint_*.pth")})
+            raise UserError(
+                f"no fold of {folder} has {checkpoint}; "
+                + (f"there is {', '.join(others)}: choose with -chk" if others else "train a fold first")
+            )
+        # as nnU-Net: "all" only when asked for, or when there is nothing else
+        folds = [name for name in found if name != "all"] or found
+    for name in folds:
+        if name not in found:
+            raise UserError(f"fold {name} of {folder} was not trained or has no {checkpoint}; {there}")
+    return [folder / f"fold_{name}" / checkpoint for name in folds]
+
+
+def _check_architecture(configuration: Any, plans_file: Path) -> None:
+    """Refuse plans that name code from outside of the packages that networks come from."""
+    arguments = configuration.network_arch_init_kwargs
+    named = [configuration.network_arch_class_name]
+    named += [arguments[key] for key in configuration.network_arch_init_kwargs_req_import if arguments.get(key)]
+    for name in named:
+        if not str(name).startswith(_TRUSTED_MODULES):
+            raise UserError(
+                f"{plans_file} names {name!r} as a part of the network, which is outside of "
+                f"{', '.join(module.rstrip('.') for module in _TRUSTED_MODULES)}; if you trust its origin, pass "
+                "--trust-checkpoint"
+            )
+
+
+def _trainer_class(name: str, file: Path) -> Any:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError:
+        raise UserError(
+            f"{file} was trained by {name}, which this installation does not have; install the package it comes from "
+            "or name its folder in nnUNet_extTrainer"
+        ) from None
+
+
+def _classes(dataset_json: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Foreground names -> label values in the order of the network's outputs, as nnU-Net's LabelManager has it."""
+    classes = {}
+    for name, value in dataset_json["labels"].items():
+        values = tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
+        if name != "ignore" and values != (0,):
+            classes[name] = values
+    if any(len(values) > 1 for values in classes.values()):
+        return classes
+    return dict(sorted(classes.items(), key=lambda item: item[1]))
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""nnU-Net's intensity normalisation as a differentiable function of the perturbed image.
+
+The network never sees the perturbed image itself: z-scoring subtracts the *perturbed* mean and divides by the perturbed
+standard deviation, CT normalisation clips. An attack that ignores this finds perturbations that vanish, or change, as
+soon as the file is written and predicted by a stock nnU-Net. Perturbations are therefore added in front of it, in units
+of the clean image (one network unit = ``scale`` original units), and the attack's gradient passes through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ima_seg.errors import UserError
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+#: As in nnU-Net's normalisation schemes.
+_LEAST_STD = 1e-8
+
+
+@dataclass(frozen=True)
+class ChannelScale:
+    """Normalisation of one channel of one case: network value = (original - shift) / scale, then clipped to bounds."""
+
+    scheme: str
+    shift: float
+    scale: float
+    bounds: tuple[float, float] | None = None  # network units
+    masked: bool = False
+
+
+def channel_scales(
+    original: FloatArray,
+    inside: npt.NDArray[np.bool_],
+    *,
+    schemes: Sequence[str],
+    masked: Sequence[bool],
+    properties: Mapping[str, Mapping[str, float]],
+    case: str,
+) -> list[ChannelScale]:
+    """The normalisation of each channel of one cropped case.
+
+    Args:
+        original: (C, *S) original intensities, cropped as nnU-Net does.
+        inside: (*S) whether a voxel belongs to the nonzero region.
+        schemes: names of nnU-Net's normalisation schemes.
+        masked: whether a channel is normalised over the nonzero region only.
+        properties: foreground intensity properties per channel, of the plans.
+        case: for messages.
+
+    Raises:
+        UserError: a scheme that is not known here, or a channel without contrast.
+    """
+    scales = []
+    for index, (scheme, use_mask) in enumerate(zip(schemes, masked, strict=True)):
+        values = original[index].astype(np.float32)
+        if scheme == "ZScoreNormalization":
+            values = values[inside] if use_mask else values
+            found = ChannelScale(scheme, float(values.mean()), float(values.std()), masked=bool(use_mask))
+        elif scheme == "CTNormalization":
+            ct = properties[str(index)]
+            shift, scale = float(ct["mean"]), max(float(ct["std"]), _LEAST_STD)
+            bounds = tuple((float(ct[name]) - shift) / scale for name in ("percentile_00_5", "percentile_99_5"))
+            found = ChannelScale(scheme, shift, scale, bounds=(bounds[0], bounds[1]))
+        elif scheme == "NoNormalization":
+            found = ChannelScale(scheme, 0.0, 1.0)
+        elif scheme == "RescaleTo01Normalization":
+            found = ChannelScale(scheme, float(values.min()), float(values.max() - values.min()))
+        elif scheme == "RGBTo01Normalization":
+            found = ChannelScale(scheme, 0.0, 255.0)
+        else:
+            raise UserError(f"normalisation scheme {scheme!r} is not known to ima-seg, so {case} cannot be attacked")
+        if found.scale <= _LEAST_STD:
+            raise UserError(f"{case}: channel {index} is constant; an image without contrast cannot be normalised")
+        scales.append(found)
+    return scales
+
+
+class Renormalise(nn.Module):
+    """(B, C + extra, *S) perturbed image in units of the clean one -> network input.
+
+    Args:
+        scales: of the image channels, which come first.
+        clean: (1, C, *S) network input of the clean image.
+        inside: (1, 1, *S) bool, the nonzero region; ``None`` where no channel is masked.
+        whole: the batch is one whole volume, so that its mean and standard deviation can be taken anew; otherwise (a
+            batch of slices, attacked on their own) those of the clean volume stay.
+        offsets: channels whose difference between network input and clipped value is in the extra channels right
+            behind the image's: where resampling comes between normalisation and network.
+
+    The remaining extra channels (masks of a cascade) pass through. The clean image gives ``clean``.
+    """
+
+    def __init__(
+        self,
+        scales: Sequence[ChannelScale],
+        clean: torch.Tensor,
+        inside: torch.Tensor | None,
+        *,
+        whole: bool,
+        offsets: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.scales, self.whole, self.offsets = list(scales), whole, list(offsets)
+        self.inside = inside
+        self.anew = whole and any(s.scheme in ("ZScoreNormalization", "RescaleTo01Normalization") for s in scales)
+        self.clean_statistics = [self._statistics(clean[:, i], s) for i, s in enumerate(scales)]
+
+    def _statistics(self, channel: torch.Tensor, scale: ChannelScale) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift and width that the scheme takes from the image itself, of one channel (1, *S)."""
+        if scale.scheme == "RescaleTo01Normalization":
+            least = channel.min()
+            return least, channel.max() - least
+        if scale.masked and self.inside is not None:
+            weight = self.inside[:, 0].to(channel.dtype)
+            count = weight.sum()
+            mean = (channel * weight).sum() / count
+            variance = ((channel - mean).square() * weight).sum() / count
+        else:
+            mean = channel.mean()
+            variance = (channel - mean).square().mean()
+        return mean, variance.sqrt()
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        """Network input (B, C + cascade, *S)."""
+        count = len(self.scales)
+        if not self.anew and not self.offsets and all(scale.bounds is None for scale in self.scales):
+            return v
+        channels = []
+        for index, scale in enumerate(self.scales):
+            channel = v[:, index]
+            if scale.bounds is not None:
+                channel = channel.clamp(*scale.bounds)
+                if index in self.offsets:
+                    channel = channel + v[:, count + self.offsets.index(index)]
+            elif self.whole and scale.scheme in ("ZScoreNormalization", "RescaleTo01Normalization"):
+                mean, width = self._statistics(channel, scale)
+                clean_mean, clean_width = self.clean_statistics[index]
+                renewed = (channel - mean) * (clean_width / width) + clean_mean
+                if scale.masked and self.inside is not None:
+                    renewed = torch.where(self.inside[:, 0], renewed, channel)
+                channel = renewed
+            channels.append(channel)
+        rest = v[:, count + len(self.offsets) :]
+        return torch.cat([torch.stack(channels, 1), rest], 1)

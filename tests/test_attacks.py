@@ -1,0 +1,399 @@
+import math
+import pickle
+
+import pytest
+import torch
+
+from ima_seg.attacks import GOALS, UNTARGETED, Goal, apgd, appear, disappear, fgsm, ifgsm, pgd
+from ima_seg.attacks._gradient import Perturbed
+from ima_seg.attacks.apgd import checkpoints, stage_lengths
+from ima_seg.attacks.base import lost_dice
+from ima_seg.errors import UserError
+from ima_seg.losses import dice_ce_loss
+from ima_seg.ops import perturbation_size
+from ima_seg.types import Labels, Target, ThreatModel
+from tests.models import TinyUNet
+from tests.test_boundary import HostReads, hyperplane_problem, trained_unet
+
+STEPS = 4
+#: Of points of equal damage the last is kept.
+LAST = Goal("last", UNTARGETED.loss, lambda logits, target: torch.zeros(len(logits)))
+
+
+def red_apgd(*args, **options):
+    return apgd(*args, red_eps=True, **options)
+
+
+ATTACKS = {"fgsm": fgsm, "ifgsm": ifgsm, "pgd": pgd, "apgd": apgd, "red_apgd": red_apgd}
+#: The same without a random start.
+FROM_CLEAN = {
+    "fgsm": ({}, fgsm),
+    "ifgsm": ({}, ifgsm),
+    "pgd": ({"start": False}, pgd),
+    "apgd": ({"start": False}, apgd),
+    "red_apgd": ({"start": False}, red_apgd),
+}
+attacks = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+from_clean = pytest.mark.parametrize("options,attack", FROM_CLEAN.values(), ids=FROM_CLEAN)
+norms = pytest.mark.parametrize("norm", ["l2", "linf"])
+
+
+def problem(dims=2, batch=3, channels=1, **options):
+    network = TinyUNet(dims, channels=channels, **options).eval()
+    x = torch.randn(batch, channels, *(8,) * dims)
+    return network, x, Target.from_raw(torch.randint(0, 3, (batch, 1, *(8,) * dims)), Labels(3))
+
+
+@attacks
+@norms
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_budgets_are_each_samples_own_used_up_and_never_exceeded(attack, norm, dims):
+    network, x, target = problem(dims)
+    eps = torch.tensor([0.0, 0.1, 0.5])
+    for goal in (UNTARGETED, LAST):
+        hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm), steps=STEPS, goal=goal)
+        size = perturbation_size(hit.adversarial - x, norm)
+        torch.testing.assert_close(size, hit.distance)
+        assert (size <= eps * (1 + 1e-5) + 1e-6).all()
+    assert (size >= 0.9 * eps).all()
+
+
+@from_clean
+@norms
+def test_the_hyperplane_is_crossed_at_its_distance_and_not_below(attack, options, norm):
+    network, x, target = hyperplane_problem((9, 7))
+    true = network.distance(x, norm).detach()
+    for share, damage in ((0.999, 0.0), (1.001, 1.0)):
+        hit = attack(network, x, target, eps=true * share, threat=ThreatModel(norm), steps=10, **options)
+        assert (hit.damage == damage).all()
+        torch.testing.assert_close(hit.distance, true * share, rtol=1e-4, atol=0)
+        assert torch.equal(lost_dice(network(hit.adversarial).detach(), target), hit.damage)
+
+
+@from_clean
+@norms
+def test_batched_equals_one_at_a_time(attack, options, norm):
+    network, x, target = trained_unet(2)
+    x, target, eps = x[:3], target[torch.arange(3)], torch.tensor([0.1, 0.3, 0.6])
+    settings = {"threat": ThreatModel(norm), "steps": STEPS, **options}
+    together = attack(network, x, target, eps=eps, **settings)
+    for i in range(3):
+        row = torch.tensor([i])
+        alone = attack(network, x[row], target[row], eps=eps[row], **settings)
+        torch.testing.assert_close(alone.adversarial[0], together.adversarial[i], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(alone.trace[:, 0], together.trace[:, i], rtol=1e-3, atol=1e-4)
+
+
+@attacks
+def test_network_is_left_as_it_was_found(attack):
+    network, x, target = problem(batch_norm=True)
+    network.train()
+    network.second.eval()
+    network.first[0].weight.requires_grad_(False)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = [m.training for m in network.modules()]
+    flags = [p.requires_grad for p in network.parameters()]
+    hit = attack(network, x, target, eps=torch.full((3,), 0.1), threat=ThreatModel(), steps=2)
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert [m.training for m in network.modules()] == modes
+    assert [p.requires_grad for p in network.parameters()] == flags
+    assert all(p.grad is None for p in network.parameters()) and x.grad is None
+    assert not hit.adversarial.requires_grad
+
+
+@attacks
+@norms
+def test_only_the_support_of_the_image_channels_is_perturbed(attack, norm):
+    network, x, target = problem(channels=3)
+    support = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    support[..., 2:5, 3:7] = True
+    eps = torch.full((3,), 0.2)
+    hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm, 2), steps=STEPS, support=support, goal=LAST)
+    delta = hit.adversarial - x
+    assert torch.equal(hit.adversarial[:, 2:], x[:, 2:])
+    assert (delta * ~support == 0).all()
+    # The root mean square is over all voxels of the image channels, whatever the support.
+    torch.testing.assert_close(perturbation_size(delta[:, :2], norm), hit.distance, rtol=1e-5, atol=1e-7)
+    assert (hit.distance >= 0.9 * eps).all() and (hit.distance <= eps * (1 + 1e-5)).all()
+
+
+def test_random_starts_are_as_large_within_a_support_as_without():
+    x, eps = torch.randn(4, 1, 16), torch.full((4,), 0.3)
+    support = torch.arange(16).view(1, 1, 16) < 3
+    for norm in ("l2", "linf"):
+        sizes = []
+        for mask in (None, support):
+            batch = Perturbed(lambda x: x, x, ThreatModel(norm), None, support=mask)
+            delta = batch.random(eps, torch.Generator().manual_seed(1))
+            sizes.append(perturbation_size(delta, norm))
+        assert (delta * ~support == 0).all()
+        if norm == "l2":
+            torch.testing.assert_close(*sizes)
+    empty = Perturbed(lambda x: x, x, ThreatModel(), None, support=support & False)
+    assert (empty.random(eps, None) == 0).all()
+
+
+@pytest.mark.parametrize("support", [torch.ones(1, 1, 8, 8), torch.ones(1, 1, 7, 8).bool(), torch.ones(8, 8).bool()])
+def test_a_support_that_does_not_fit_is_refused(support):
+    network, x, target = problem()
+    with pytest.raises(UserError, match=r"support is .* expected bool that broadcasts to \(3, 1, 8, 8\)"):
+        pgd(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=1, support=support)
+
+
+def test_attacks_without_a_step_are_refused():
+    network, x, target = problem()
+    with pytest.raises(UserError, match="steps is 0"):
+        apgd(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=0)
+    with pytest.raises(UserError, match="restarts is 2"):
+        pgd(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=1, restarts=2, keep="last")
+
+
+@from_clean
+def test_zero_gradients_stall_and_are_counted(attack, options):
+    class Flat(torch.nn.Module):
+        def forward(self, batch):
+            alive = (torch.arange(len(batch)) == 1).view(-1, 1, 1)  # only the second sample has a gradient
+            return torch.stack([batch[:, 0] * alive, batch[:, 0] * 0], 1)
+
+    _, x, _ = problem()
+    target = Target.from_raw(torch.ones(3, 1, 8, 8), Labels(2))
+    eps = torch.full((3,), 0.1)
+    hit = attack(Flat(), x, target, eps=eps, threat=ThreatModel(), steps=STEPS, **options)
+    assert hit.zero_gradient.tolist() == [1.0, 0.0, 1.0]
+    assert torch.equal(hit.adversarial[::2], x[::2]) and torch.isfinite(hit.adversarial).all()
+    torch.testing.assert_close(hit.distance, eps * torch.tensor([0.0, 1.0, 0.0]))
+
+
+@attacks
+@pytest.mark.parametrize("always", [False, True])
+def test_nan_of_one_sample_leaves_the_others_alone(attack, always):
+    network, x, target = problem()
+
+    class Breaks(torch.nn.Module):
+        def forward(self, batch):
+            far = perturbation_size(batch - x, "l2") > (-1 if always else 0.02)
+            return torch.where((far & (torch.arange(3) == 1)).view(-1, 1, 1, 1), torch.nan, network(batch))
+
+    hit = attack(Breaks(), x, target, eps=torch.full((3,), 0.1), threat=ThreatModel(), steps=STEPS, goal=LAST)
+    assert torch.isfinite(hit.adversarial).all()
+    assert hit.distance[1] <= 0.02 and bool(hit.damage[1].isnan()) == always
+    others = torch.tensor([0, 2])
+    assert (hit.distance[others] > 0.09).all() and torch.isfinite(hit.damage[others]).all()
+    assert torch.isfinite(hit.trace[:, others]).all()
+
+
+@attacks
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_precisions(attack, dtype):
+    network, x, target = trained_unet(2)
+    eps = torch.full((6,), 0.5)
+    common = {"eps": eps, "threat": ThreatModel(), "steps": STEPS}
+    exact = attack(network, x, target, generator=torch.Generator().manual_seed(1), **common)
+    hit = attack(network.to(dtype), x.to(dtype), target, generator=torch.Generator().manual_seed(1), **common)
+    assert hit.adversarial.dtype == dtype and hit.damage.dtype == hit.distance.dtype == torch.float32
+    assert abs(hit.damage.mean() - exact.damage.mean()) < 0.1
+    cast = attack(network.float(), x, target, dtype=torch.bfloat16, **common)
+    assert cast.adversarial.dtype == torch.float32 and abs(cast.damage.mean() - exact.damage.mean()) < 0.1
+
+
+@attacks
+@norms
+def test_the_point_of_most_damage_within_the_budget_is_returned(attack, norm):
+    network, x, target = trained_unet(2)
+    eps = torch.full((6,), 0.3)
+    visited = []
+    network.register_forward_hook(lambda _, inputs, output: visited.append((inputs[0].detach(), output.detach())))
+    hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm), steps=6, restarts=2)
+    assert hit.passes.total == 6 * len(visited)
+    damages = []
+    for point, logits in visited:
+        inside = perturbation_size(point - x, norm) <= eps * (1 + 1e-4)
+        damages.append(torch.where(inside, lost_dice(logits, target), -1.0))
+    torch.testing.assert_close(hit.damage, torch.stack(damages).amax(0))
+    with torch.no_grad():
+        torch.testing.assert_close(lost_dice(network(hit.adversarial), target), hit.damage, rtol=0, atol=0.02)
+        assert (hit.damage >= lost_dice(network(x), target)).all()
+    assert hit.trace.shape == (2 if attack is fgsm else 7, 6)
+    assert (hit.trace.diff(dim=0) >= 0).all()
+    torch.testing.assert_close(hit.trace[-1], hit.damage)
+
+
+@pytest.mark.parametrize("attack", [pgd, apgd, red_apgd])
+def test_restarts_never_do_less_damage(attack):
+    network, x, target = trained_unet(2)
+    common = {"eps": torch.full((6,), 0.3), "threat": ThreatModel(), "steps": STEPS}
+    once, thrice = (
+        attack(network, x, target, restarts=restarts, generator=torch.Generator().manual_seed(3), **common)
+        for restarts in (1, 3)
+    )
+    assert (thrice.damage >= once.damage).all() and (thrice.damage > once.damage).any()
+    assert (thrice.trace >= once.trace).all()
+    extra = 6 * (1 if attack is not red_apgd else len(stage_lengths(STEPS, True)))
+    assert thrice.passes.gradients == 3 * once.passes.gradients == 6 * 3 * STEPS
+    assert thrice.passes.forwards == once.passes.forwards + 2 * extra
+
+
+def test_keeping_the_last_point_costs_gradient_passes_alone():
+    network, x, target = problem()
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    unmeasured = Goal("unmeasured", UNTARGETED.loss, lambda logits, target: 1 / 0)
+    common = {"eps": torch.full((3,), 0.1), "threat": ThreatModel(), "steps": STEPS, "start": False}
+    hit = pgd(network, x, target, goal=unmeasured, keep="last", **common)
+    assert len(calls) == STEPS and (hit.passes.gradients, hit.passes.forwards) == (3 * STEPS, 0)
+    assert hit.damage.isnan().all() and hit.trace.shape == (0, 3)
+    torch.testing.assert_close(hit.adversarial, pgd(network, x, target, goal=LAST, **common).adversarial)
+
+
+@attacks
+def test_the_host_never_waits(attack):
+    network, x, target = problem()
+    support = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    with HostReads() as reads:
+        attack(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=STEPS, restarts=2, support=support)
+    assert reads.count == 0
+
+
+@norms
+def test_apgd_climbs_at_least_as_high_as_pgd(norm):
+    network, x, target = trained_unet(2)
+    reached = {}
+    climb = Goal("climb", UNTARGETED.loss, dice_ce_loss)  # its best point is that of greatest loss
+    for name, attack in {"pgd": pgd, "apgd": apgd}.items():
+        common = {"eps": torch.full((6,), 0.3), "threat": ThreatModel(norm), "start": False}
+        reached[name] = attack(network, x, target, steps=30, goal=climb, **common).damage.mean()
+    assert reached["apgd"] >= reached["pgd"]
+
+
+def test_checkpoints_and_stages_follow_the_papers():
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert stage_lengths(300, True) == [(2.0, 90), (1.5, 90), (1.0, 120)]
+    assert stage_lengths(3, True) == [(1.0, 3)]
+    assert all(sum(length for _, length in stage_lengths(n, True)) == n for n in range(1, 40))
+
+
+def answers(logits, raw, labels):
+    """(sample, probabilities of the answers, the reference's, lead of the best other) of each decision, in float64."""
+    for b in range(len(logits)):
+        for v in range(logits.shape[2]):
+            z = logits[b, :, v].double()
+            if labels.regions and not (labels.ignore_label is not None and raw[b, -1, v]):
+                for k, value in enumerate(z.tolist()):
+                    p = 1 / (1 + math.exp(-value))
+                    y = 0 if raw[b, k, v] else 1
+                    yield b, [p, 1 - p], y, -value if y == 0 else value, (k, y)
+            elif not labels.regions and int(raw[b, 0, v]) < labels.outputs:
+                y = int(raw[b, 0, v])
+                p = z.softmax(0).tolist()
+                lead = max(z[k].item() for k in range(len(z)) if k != y) - z[y].item()
+                ordered = sorted(z.tolist(), reverse=True)
+                yield b, p, y, lead, (y, ordered[0] - ordered[2] if len(z) > 2 else 1.0)
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def expected_loss(name, p, y, lead, extra, progress, weight):
+    entropy = -math.log(p[y])
+    onehot = [float(k == y) for k in range(len(p))]
+    middle = [(a + b) / 2 for a, b in zip(p, onehot, strict=True)]
+    share = progress / 2
+    return {
+        "ce": entropy,
+        "margin": lead,
+        "dlr": lead / extra,
+        "segpgd": entropy * (share if lead > 0 else 1 - share),
+        "cospgd": entropy * p[y] / math.sqrt(sum(a * a for a in p)),
+        "masked_ce": 0.0 if lead > 0 else entropy,
+        "balanced_ce": entropy * weight,
+        "js": (kl(p, middle) + kl(onehot, middle)) / 2,
+    }[name]
+
+
+@pytest.mark.parametrize("name", [name for name in GOALS if name != "dice_ce"])
+@pytest.mark.parametrize("regions,outputs", [(False, 2), (False, 4), (True, 2)])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_losses_equal_loops_over_the_voxels(name, regions, outputs, ignore):
+    labels = Labels(outputs, regions, outputs if ignore else None)
+    raw = torch.randint(0, 2 if regions else outputs + ignore, (2, outputs + ignore if regions else 1, 15))
+    logits = (2 * torch.randn(2, outputs, 15)).requires_grad_(True)
+    target, progress = Target.from_raw(raw, labels), 0.6
+    decisions = list(answers(logits.detach(), raw, labels))
+    expected = []
+    for b in range(2):
+        mine = [(p, y, lead, extra) for sample, p, y, lead, extra in decisions if sample == b]
+        classes = [extra if regions else y for _, y, _, extra in mine]
+        rarest = min(classes.count(c) for c in classes)
+        values = [
+            expected_loss(name, p, y, lead, 1.0 if regions else extra[1], progress, rarest / classes.count(c))
+            for (p, y, lead, extra), c in zip(mine, classes, strict=True)
+        ]
+        expected.append(sum(values) / len(values))
+    loss = GOALS[name].loss(logits, target, progress)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert torch.isfinite(gradient).all()
+    if ignore:
+        hidden = raw[:, -1:].bool() if regions else raw == outputs
+        assert (gradient * hidden == 0).all()
+        ignored = Target.from_raw(torch.ones_like(raw) if regions else torch.full_like(raw, outputs), labels)
+        logits = logits.detach().requires_grad_(True)
+        nothing = GOALS[name].loss(logits, ignored, progress)
+        assert (nothing == 0).all() and (torch.autograd.grad(nothing.sum(), logits)[0] == 0).all()
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_saturated_logits_have_finite_losses_and_gradients(name):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]])[None].requires_grad_(True)
+    target = Target.from_raw(torch.zeros(1, 1, 3), Labels(3))
+    loss = GOALS[name].loss(logits, target, 0.5)
+    assert torch.isfinite(loss).all() and torch.isfinite(torch.autograd.grad(loss.sum(), logits)[0]).all()
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_targeted_goals_equal_loops_over_the_voxels(regions, ignore):
+    outputs = 3
+    labels = Labels(outputs, regions, outputs if ignore else None)
+    raw = torch.randint(0, 2 if regions else outputs + ignore, (2, outputs + ignore if regions else 1, 15))
+    raw[1, 0] = 0  # the second sample has none of it
+    logits = torch.randn(2, outputs, 15)
+    index, channel = (0, 0) if regions else (0, 1)
+    target = Target.from_raw(raw, labels)
+    for goal, inside in ((disappear(index), True), (appear(index), False)):
+        goal = pickle.loads(pickle.dumps(goal))
+        for b in range(2):
+            climbed, hits, count = 0.0, 0, 0
+            for v in range(15):
+                skip = ignore and (raw[b, -1, v] == 1 if regions else raw[b, 0, v] == outputs)
+                member = bool(raw[b, channel, v]) if regions else int(raw[b, 0, v]) == channel
+                if skip or member != inside:
+                    continue
+                z = logits[b, :, v].tolist()
+                ahead = z[channel] - (0 if regions else max(z[k] for k in range(outputs) if k != channel))
+                climbed += min(-ahead if inside else ahead, 0.5)
+                hits += (ahead <= 0) if inside else (ahead > 0)
+                count += 1
+            torch.testing.assert_close(goal.loss(logits, target, 0.0)[b].item(), climbed / 15, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(goal.damage(logits, target)[b].item(), hits / max(count, 1))
+    with pytest.raises(UserError, match="class_index is 3"):
+        disappear(3).damage(logits, target)
+
+
+@pytest.mark.parametrize("goal", [disappear(0), appear(0)], ids=lambda goal: goal.name)
+def test_targeted_attacks_reach_their_goal(goal):
+    network, x, target = trained_unet(2)
+    clean = goal.damage(network(x).detach(), target)
+    hit = apgd(network, x, target, eps=torch.full((6,), 1.0), threat=ThreatModel(), steps=20, goal=goal)
+    assert (hit.damage > clean + 0.2).all()
+
+
+@norms
+@pytest.mark.parametrize("name", GOALS)
+def test_every_loss_does_damage(name, norm):
+    network, x, target = trained_unet(2)
+    hit = pgd(network, x, target, eps=torch.full((6,), 0.5), threat=ThreatModel(norm), steps=10, goal=GOALS[name])
+    clean = lost_dice(network(x).detach(), target)
+    assert (hit.damage > clean + 0.2).all()
