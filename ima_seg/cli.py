@@ -13,6 +13,7 @@ from ima_seg.errors import UserError
 def _parser() -> argparse.ArgumentParser:
     from ima_seg import __version__
     from ima_seg.data.cli import add_dataset_parser
+    from ima_seg.evaluate.cli import add_evaluate_parsers
 
     parser = argparse.ArgumentParser(
         prog="ima-seg",
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     add_dataset_parser(commands)
+    add_evaluate_parsers(commands)
 
     plans = commands.add_parser("plans", help="a variant of a plans file: smaller network or batch, IMA settings")
     plans.add_argument("dataset", help="id or folder name of a preprocessed data set")

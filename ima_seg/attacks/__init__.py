@@ -4,7 +4,11 @@ from ima_seg.attacks.apgd import apgd
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.attacks.boundary import BoundaryResult, SearchSettings, boundary_search
 from ima_seg.attacks.losses import GOALS, appear, disappear
+from ima_seg.attacks.minimal import MinimalResult, minimal_norm
+from ima_seg.attacks.noise import gaussian_noise, uniform_noise
 from ima_seg.attacks.pgd import fgsm, ifgsm, pgd
+from ima_seg.attacks.square import square
+from ima_seg.attacks.vafa import vafa
 
 __all__ = [
     "GOALS",
@@ -13,12 +17,18 @@ __all__ = [
     "BoundaryResult",
     "Goal",
     "Loss",
+    "MinimalResult",
     "SearchSettings",
     "apgd",
     "appear",
     "boundary_search",
     "disappear",
     "fgsm",
+    "gaussian_noise",
     "ifgsm",
+    "minimal_norm",
     "pgd",
+    "square",
+    "uniform_noise",
+    "vafa",
 ]

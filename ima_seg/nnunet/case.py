@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class PreparedCase:
         offsets: see :class:`Renormalise`.
         properties: of nnU-Net's preprocessing, for the export.
         resampled: whether the network's grid is not the image's.
+        previous_stage: (Z, Y, X) segmentation of the previous stage, of a cascade.
     """
 
     raw: RawCase
@@ -86,6 +87,7 @@ class PreparedCase:
     offsets: list[int]
     properties: dict[str, Any]
     resampled: bool
+    previous_stage: LabelArray | None
 
     @property
     def scale(self) -> FloatArray:
@@ -103,8 +105,8 @@ class PreparedCase:
             parts.append(reference == labels.ignore_label)
         return Target.from_raw(torch.cat(parts, 1), labels)
 
-    def network(self, window: SlidingWindow, *, whole: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Perturbed image in the layout of :attr:`base` (or a batch of its slices) -> logits."""
+    def network(self, window: SlidingWindow, *, whole: bool) -> torch.nn.Sequential:
+        """Perturbed image in the layout of :attr:`base` (or a batch of its slices) -> logits: normalisation, window."""
         renormalise = Renormalise(self.scales, self.clean, self._inside, whole=whole, offsets=self.offsets)
         return torch.nn.Sequential(renormalise, window).eval()
 
@@ -118,7 +120,8 @@ class PreparedCase:
     @torch.no_grad()
     def predict(self, window: SlidingWindow, perturbed: torch.Tensor) -> LabelArray:
         """The segmentation (Z, Y, X) in the original geometry, by nnU-Net's own resampling and export."""
-        return self.export(self.network(window, whole=True)(perturbed))
+        logits: torch.Tensor = self.network(window, whole=True)(perturbed)
+        return self.export(logits)
 
     def export(self, logits: torch.Tensor) -> LabelArray:
         """Logits (1, K, *S) on the network's grid -> label map (Z, Y, X) in the original geometry."""
@@ -269,4 +272,5 @@ def prepare_case(
         offsets=offsets,
         properties=properties,
         resampled=resampled,
+        previous_stage=previous_stage,
     )

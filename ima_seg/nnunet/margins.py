@@ -64,13 +64,20 @@ def read_margins(
         if state is None:
             raise UserError(f"{folder / name} holds no margin ledger; it was trained by {checkpoint['trainer_name']}")
         settings = state["settings"]
-        ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"], rule=settings["rule"])
-        ledger.load_state_dict(state["ledger"])
+        ledger = restore_ledger(state)
         configuration = checkpoint["init_args"]["configuration"]
         found.append(
             FoldMargins(folder, name, ledger, settings, state["history"], int(state["voxels"]), str(configuration))
         )
     return found
+
+
+def restore_ledger(state: Mapping[str, Any]) -> MarginLedger:
+    """The ledger in our state of a checkpoint."""
+    settings = state["settings"]
+    ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"], rule=settings["rule"])
+    ledger.load_state_dict(state["ledger"])
+    return ledger
 
 
 def show_margins(

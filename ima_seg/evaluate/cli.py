@@ -1,0 +1,236 @@
+"""``ima-seg evaluate`` and ``ima-seg report``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ima_seg.errors import UserError
+
+_EVALUATE = """\
+Attack models on whole volumes, through the sliding window and the preprocessing that predict them, and write a report:
+
+  ima-seg evaluate -i imagesTs -gt labelsTs -o OUT -m MODEL_FOLDER
+  ima-seg evaluate -i imagesTs -gt labelsTs -o OUT -d 4 -c 3d_fullres -tr nnUNetTrainer nnUNetTrainerIMA
+
+OUT gets records.jsonl, summary.json, CSV files and report.html.
+"""
+
+
+def add_evaluate_parsers(commands: Any) -> None:
+    """Add the two commands to ``commands``, the result of ``add_subparsers``."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="attack models on NIfTI volumes and write a robustness report",
+        description=_EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data = evaluate.add_argument_group("data")
+    data.add_argument("-i", dest="images", required=True, metavar="IMAGES", help="folder of images, CASE_0000.nii.gz")
+    data.add_argument("-gt", dest="labels", required=True, metavar="LABELS", help="folder of labels, CASE.nii.gz")
+    data.add_argument("-o", dest="output", required=True, type=Path, metavar="OUT", help="folder to write to")
+    data.add_argument("--limit", type=int, metavar="N", help="at most so many cases")
+    model = evaluate.add_argument_group("models, as nnUNetv2_predict takes them; the first is the reference")
+    model.add_argument("-m", dest="models", action="append", type=Path, metavar="MODEL_FOLDER", help="repeatable")
+    model.add_argument(
+        "--name", dest="names", action="append", metavar="NAME", help="in the report, one for each model"
+    )
+    model.add_argument("-d", dest="dataset", metavar="DATASET", help="id or name, instead of -m")
+    model.add_argument("-c", dest="configuration", metavar="CONFIGURATION")
+    model.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer"], metavar="TRAINER")
+    model.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS")
+    model.add_argument("-f", dest="folds", nargs="+", metavar="FOLD", help="folds to average (default: all there are)")
+    model.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE")
+    model.add_argument(
+        "-prev_stage_predictions", dest="previous_stage", type=Path, metavar="FOLDER", help="of a cascade"
+    )
+    model.add_argument("-step_size", type=float, default=0.5, help="of the sliding window (default: 0.5)")
+    model.add_argument("--disable_tta", action="store_true", help="no mirroring, neither attacked nor predicted")
+    model.add_argument("--trust-checkpoint", action="store_true", help="load checkpoints and plans that execute code")
+    attack = evaluate.add_argument_group("attacks")
+    attack.add_argument(
+        "--attack", dest="attacks", nargs="*", default=None, metavar="NAME",
+        help="default: ifgsm pgd apgd-dice apgd-ce segpgd gaussian; 'list' shows all",
+    )  # fmt: skip
+    attack.add_argument("--norm", choices=["l2", "linf"], default="l2")
+    attack.add_argument("--eps", type=float, nargs="+", metavar="EPS", help="budgets (default: 0.02 0.05 0.1 0.2 rms)")
+    attack.add_argument(
+        "--unit", choices=["rms", "l2", "linf", "hu", "percent"],
+        help="of --eps: rms, linf: per voxel in network units; l2: of the whole volume or slice; hu, percent (of the "
+        "0.5-99.5 percentile range): original intensities (default: rms with l2, linf with linf)",
+    )  # fmt: skip
+    attack.add_argument("--budget", choices=["volume", "slice"], default="volume", help="slice: 2D models only")
+    attack.add_argument("--steps", type=int, default=20, help="gradient steps (default: 20)")
+    attack.add_argument("--restarts", type=int, default=1, help="random starts; the worst counts (default: 1)")
+    attack.add_argument("--seed", type=int, default=0)
+    attack.add_argument("--target", dest="targets", nargs="+", default=[], metavar="CLASS", help="of disappear, appear")
+    attack.add_argument(
+        "--corruption", dest="corruptions", nargs="*", default=None, metavar="NAME",
+        help="natural corruptions; without a name those that fit the modality, 'list' shows all",
+    )  # fmt: skip
+    attack.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the attacks")
+    report = evaluate.add_argument_group("metrics and files")
+    report.add_argument(
+        "--nsd-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice (default: 2)"
+    )
+    report.add_argument(
+        "--broken-below", type=float, default=0.5, metavar="SHARE",
+        help="a case is broken below this share of its clean Dice (default: 0.5)",
+    )  # fmt: skip
+    report.add_argument("--save-adversarial", action="store_true", help="write adversarial and difference images")
+    running = evaluate.add_argument_group("running")
+    running.add_argument("-device", default="cuda", help="cuda, cpu or mps (default: cuda); torchrun: one rank per GPU")
+    running.add_argument("--tile-batch", type=int, metavar="N", help="tiles at once (default: training's batch size)")
+    running.add_argument("--resume", action="store_true", help="go on where an interrupted evaluation stopped")
+    running.add_argument("-num_parts", type=int, default=1, help="for job arrays: number of calls")
+    running.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
+    evaluate.set_defaults(run=_evaluate)
+
+    rebuild = commands.add_parser("report", help="make report.html anew, from one or more output folders of evaluate")
+    rebuild.add_argument("folders", nargs="+", type=Path, metavar="OUT")
+    rebuild.add_argument("-o", dest="output", type=Path, metavar="FOLDER", help="default: the first folder")
+    rebuild.set_defaults(run=_report)
+
+
+DEFAULT_ATTACKS = ["ifgsm", "pgd", "apgd-dice", "apgd-ce", "segpgd", "gaussian"]
+DEFAULT_EPS = [0.02, 0.05, 0.1, 0.2]
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.attacks == ["list"] or arguments.corruptions == ["list"]:
+        _list(arguments.attacks == ["list"])
+        return 0
+    # nnU-Net warns about variables that only its training needs.
+    for name in ("raw", "preprocessed", "results"):
+        os.environ.setdefault(f"nnUNet_{name}", "")
+    from ima_seg.evaluate.api import evaluate
+    from ima_seg.evaluate.corruptions import default_corruptions
+    from ima_seg.evaluate.run import EvaluationSettings
+
+    models = _models(arguments)
+    corruptions = [] if arguments.corruptions is None else arguments.corruptions
+    if arguments.corruptions == []:
+        corruptions = default_corruptions(_is_ct(next(iter(models.values()))))
+    settings = EvaluationSettings(
+        attacks=DEFAULT_ATTACKS if arguments.attacks is None else arguments.attacks,
+        norm=arguments.norm,
+        eps=arguments.eps or DEFAULT_EPS,
+        unit=arguments.unit or ("rms" if arguments.norm == "l2" else "linf"),
+        budget=arguments.budget,
+        steps=arguments.steps,
+        restarts=arguments.restarts,
+        seed=arguments.seed,
+        targets=arguments.targets,
+        corruptions=corruptions,
+        broken_below=arguments.broken_below,
+        nsd_tolerance_mm=arguments.nsd_tolerance,
+        save_adversarial=arguments.save_adversarial,
+        step_size=arguments.step_size,
+        mirroring=not arguments.disable_tta,
+        precision=arguments.precision,
+        limit=arguments.limit,
+    )
+    report, failed = evaluate(
+        models,
+        arguments.images,
+        arguments.labels,
+        arguments.output,
+        settings,
+        folds=arguments.folds,
+        checkpoint=arguments.checkpoint,
+        previous_stage=arguments.previous_stage,
+        device=arguments.device,
+        tile_batch=arguments.tile_batch,
+        resume=arguments.resume,
+        num_parts=arguments.num_parts,
+        part_id=arguments.part_id,
+        trust=arguments.trust_checkpoint,
+        command=shlex.join(["ima-seg", *sys.argv[1:]]),
+    )
+    if report is not None:
+        print(f"wrote {report}")
+    elif int(os.environ.get("RANK", "0")) == 0:
+        print(f"this part is done; when all are: ima-seg report {shlex.quote(str(arguments.output))}")
+    if failed:
+        print(f"ima-seg: error: {failed} cases could not be evaluated; see the report", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _models(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Name -> folder, from ``-m`` or from ``-d -c -tr -p``."""
+    if bool(arguments.models) == bool(arguments.dataset):
+        raise UserError("name the models either with -m MODEL_FOLDER or with -d DATASET -c CONFIGURATION")
+    if arguments.models:
+        folders: list[Path] = arguments.models
+    else:
+        if arguments.configuration is None:
+            raise UserError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
+        if not os.environ.get("nnUNet_results"):
+            raise UserError("-d needs the variable nnUNet_results; set it, or name the folder with -m")
+        from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+        folders = [
+            Path(get_output_folder(_dataset_name(arguments.dataset), trainer, arguments.plans, arguments.configuration))
+            for trainer in arguments.trainers
+        ]
+    names = arguments.names or _short_names(folders)
+    if len(names) != len(folders) or len(set(names)) != len(names):
+        raise UserError(f"{len(folders)} models and the names {', '.join(names)}: give each its own with --name")
+    return dict(zip(names, folders, strict=True))
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """Names of the trainers where they differ, else of the folders."""
+    trainers = [folder.resolve().name.split("__")[0] for folder in folders]
+    if len(set(trainers)) == len(folders):
+        return trainers
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(folders) else [str(folder) for folder in folders]
+
+
+def _dataset_name(dataset: str) -> str:
+    """Folder name in nnUNet_results; an id is looked up there, so that nnUNet_raw is not needed."""
+    if not dataset.isdigit():
+        return dataset
+    root = Path(os.environ["nnUNet_results"])
+    found = sorted(folder.name for folder in root.glob(f"Dataset{int(dataset):03d}_*"))
+    if len(found) != 1:
+        raise UserError(f"data set {dataset}: {root} holds {', '.join(found) or 'none'} of that id; name the folder")
+    return found[0]
+
+
+def _is_ct(folder: Path) -> bool:
+    """Whether all channels of a model folder are CT; its files are checked when the model is loaded."""
+    import json
+
+    try:
+        dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        return all(str(name).lower() == "ct" for name in dataset_json["channel_names"].values())
+    except (OSError, KeyError, json.JSONDecodeError):
+        return False
+
+
+def _list(attacks: bool) -> None:
+    from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
+    from ima_seg.evaluate.corruptions import CORRUPTIONS
+
+    if attacks:
+        rows = {name: f"{spec.kind:5}  {spec.summary}" for name, spec in ATTACKS.items()}
+        rows |= {name: f"{'':5}  {summary}" for name, summary in SPECIAL.items()}
+        rows |= {name: f"{'':5}  = {' '.join(members)}" for name, members in GROUPS.items()}
+    else:
+        rows = {c.name: f"{c.modality:3}  {c.description}" for c in CORRUPTIONS.values()}
+    for name, text in rows.items():
+        print(f"{name:18} {text}")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ima_seg.evaluate.report import write_report
+
+    print(f"wrote {write_report(arguments.folders, arguments.output or arguments.folders[0])}")
+    return 0

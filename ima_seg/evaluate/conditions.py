@@ -1,0 +1,99 @@
+"""What is evaluated on each case and model: the list of conditions, from the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
+from ima_seg.errors import UserError
+from ima_seg.evaluate.corruptions import CORRUPTIONS, SEVERITIES
+from ima_seg.evaluate.problem import check_units
+from ima_seg.evaluate.records import Kind
+from ima_seg.evaluate.run import EvaluationSettings
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One record to be: an attack at a budget, a corruption at a severity, or the clean image."""
+
+    kind: Kind
+    attack: str
+    eps: float | None = None
+    severity: int | None = None
+
+    def key(self, case: str, model: str, settings: EvaluationSettings) -> tuple[Any, ...]:
+        """The key of its record."""
+        fields = self.fields(settings)
+        return (case, model, self.attack, *(fields.get(name) for name in ("norm", "unit", "eps", "budget", "severity")))
+
+    def fields(self, settings: EvaluationSettings) -> dict[str, Any]:
+        """Fields of its record that follow from the settings."""
+        if self.kind in ("clean", "corruption"):
+            return {"severity": self.severity}
+        if self.kind == "minimal":
+            return {"norm": settings.norm, "budget": "volume"}
+        return {"norm": settings.norm, "unit": settings.unit, "eps": self.eps, "budget": settings.budget}
+
+
+def attack_names(names: Sequence[str]) -> list[str]:
+    """``names`` with groups replaced by their members, each once.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    found = [member for name in names for member in GROUPS.get(name, [name])]
+    for name in found:
+        if name not in ATTACKS and name not in SPECIAL:
+            known = ", ".join([*ATTACKS, *SPECIAL, *GROUPS])
+            raise UserError(f"attack {name!r} does not exist; there are: {known}")
+    return list(dict.fromkeys(found))
+
+
+def check_settings(settings: EvaluationSettings, *, models: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuse settings that cannot be evaluated.
+
+    Raises:
+        UserError: names the setting, its value and the remedy.
+    """
+    check_units(settings.norm, settings.unit)
+    attack_names(settings.attacks)
+    if settings.attacks and not settings.eps:
+        raise UserError("attacks need at least one budget; name them with --eps, for example --eps 0.02 0.05 0.1")
+    if any(not 0 < eps < float("inf") for eps in settings.eps):
+        raise UserError(
+            f"eps {min(settings.eps):g} is not a budget; the clean images are always evaluated, give eps > 0"
+        )
+    if "transfer" in settings.attacks and len(models) < 2:
+        raise UserError("attack 'transfer' needs two models or more; name another with -m")
+    if settings.steps < 1 or settings.restarts < 1:
+        raise UserError(f"steps is {settings.steps} and restarts {settings.restarts}; both are at least 1")
+    if not 0 < settings.broken_below < 1:
+        raise UserError(f"broken_below is {settings.broken_below}; it is a share of the clean Dice, between 0 and 1")
+    for name in settings.targets:
+        if name not in classes:
+            raise UserError(f"target class {name!r} does not exist; the model has: {', '.join(classes)}")
+    for name in settings.corruptions:
+        if name not in CORRUPTIONS:
+            raise UserError(f"corruption {name!r} does not exist; there are: {', '.join(CORRUPTIONS)}")
+
+
+def conditions(settings: EvaluationSettings, *, model: str, models: Sequence[str]) -> list[Condition]:
+    """All conditions of one case and model, the clean image first, in the order of the settings."""
+    found = [Condition("clean", "clean")]
+    for name in settings.attacks:
+        if name == "minimal":
+            found.append(Condition("minimal", name))
+            continue
+        if name == "transfer":
+            kind: Kind = "transfer"
+            names = [f"transfer:{other}" for other in models if other != model]
+        elif name in ("disappear", "appear"):
+            kind, names = "targeted", [f"{name}:{target}" for target in settings.targets]
+        else:
+            kind, names = ("white" if name not in ATTACKS else ATTACKS[name].kind), [name]
+        found += [Condition(kind, full, eps) for full in names for eps in settings.eps]
+    for name in settings.corruptions:
+        found += [Condition("corruption", f"corruption:{name}", severity=severity) for severity in SEVERITIES]
+    return found

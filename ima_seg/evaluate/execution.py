@@ -1,0 +1,212 @@
+"""One attack on one case: the budget, the seed, the memory, and what is noted about it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from ima_seg.attacks import appear, disappear, minimal_norm, pgd
+from ima_seg.attacks.base import AttackResult
+from ima_seg.attacks.registry import ATTACKS
+from ima_seg.errors import UserError
+from ima_seg.evaluate.conditions import Condition
+from ima_seg.evaluate.patchwise import patch_pgd
+from ima_seg.evaluate.problem import Problem, make_problem, per_voxel
+from ima_seg.evaluate.run import EvaluationSettings
+from ima_seg.model import full_resolution
+from ima_seg.nnunet.case import PreparedCase
+from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.ops import hard_dice, perturbation_size, project
+from ima_seg.types import PassCount, ThreatModel
+
+#: A perturbation may exceed its budget by rounding only.
+BUDGET_TOLERANCE = 1e-3
+#: Points of the trace that a record keeps, at most.
+TRACE_POINTS = 100
+
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A perturbed case and what is known about its making.
+
+    Attributes:
+        perturbed: (1, C + extra, *S), in the layout of :attr:`PreparedCase.base`.
+        eps_network: the budget per voxel in network units.
+        breaking_rms: see :class:`ima_seg.evaluate.records.Record`.
+        trace: lowest Dice so far, by step.
+        zero_gradient: share of gradient passes that were zero; ``None`` without gradients.
+        passes: over the whole volume.
+    """
+
+    perturbed: torch.Tensor
+    eps_network: float
+    breaking_rms: float | None
+    trace: list[float]
+    zero_gradient: float | None
+    passes: PassCount
+
+
+class Attacker:
+    """Runs conditions on a prepared case through a sliding window.
+
+    Args:
+        settings: of the run.
+        device: of the networks.
+        dtype: autocast dtype of the attacks' passes.
+    """
+
+    def __init__(self, settings: EvaluationSettings, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.settings, self.device, self.dtype = settings, device, dtype
+        self.threat = ThreatModel(settings.norm)
+
+    def run(self, condition: Condition, case: PreparedCase, window: SlidingWindow) -> Found:
+        """Attack ``case``; kinds ``white``, ``black``, ``noise``, ``targeted`` and ``minimal``."""
+        if condition.kind == "minimal":
+            return self._minimal(condition, case, window)
+        assert condition.eps is not None
+        problem = make_problem(case, window, self.threat, self.settings.budget)
+        eps = per_voxel(condition.eps, self.settings.unit, problem)
+        name, _, organ = condition.attack.partition(":")
+        settings = self.settings
+        if condition.attack == "patch-pgd":
+            if case.model.is_2d:
+                problem = make_problem(case, window, self.threat, "slice")
+            attack: Callable[..., AttackResult] = partial(
+                patch_pgd,
+                window=window,
+                normalise=case.network(window, whole=False)[0],
+                steps=settings.steps,
+                restarts=settings.restarts,
+            )
+        elif condition.kind == "targeted":
+            index = list(case.model.classes).index(organ)
+            goal = (disappear if name == "disappear" else appear)(index)
+            attack = partial(pgd, goal=goal, steps=settings.steps, restarts=settings.restarts)
+        else:
+            spec = ATTACKS[condition.attack]
+            attack = partial(spec.run, **spec.length(settings.steps, settings.restarts))
+        attack = partial(attack, dtype=self.dtype, generator=self.generator(condition, case))
+        result = problem.run(attack, eps)
+        self._check_budget(condition, result.distance, eps)
+        # A targeted loss has no gradient once all of its voxels have flipped, or where there are none.
+        gradients = condition.kind == "white"
+        return Found(
+            perturbed=problem.volume(result.adversarial),
+            eps_network=eps,
+            breaking_rms=None,
+            trace=[] if condition.kind == "targeted" else _trace(result, problem),
+            zero_gradient=float(result.zero_gradient.mean()) if gradients else None,
+            passes=_per_volume(result.passes, problem),
+        )
+
+    def transfer(self, condition: Condition, source: PreparedCase, window: SlidingWindow, case: PreparedCase,
+                 own: SlidingWindow) -> Found:  # fmt: skip
+        """PGD on ``source``, the same case as another model sees it, given to ``case``."""
+        made = self.run(Condition("white", "pgd", condition.eps), source, window)
+        delta = case.from_native(source.native_delta(source.delta(made.perturbed)))
+        problem = make_problem(case, own, self.threat, self.settings.budget)
+        assert condition.eps is not None
+        eps = per_voxel(condition.eps, self.settings.unit, problem)
+        batch = delta[None] if problem.budget == "volume" else delta.movedim(1, 0)
+        if problem.support is not None:
+            batch = batch * problem.support
+        # resampling between the two networks' grids, and other normalisations, change its size
+        batch = project(batch.contiguous(), torch.full((len(batch),), eps, device=batch.device), self.threat.norm)
+        perturbed = case.base.clone()
+        perturbed[:, : case.image_channels] += problem.volume(batch)
+        return Found(perturbed, eps, None, [], None, made.passes)
+
+    def _minimal(self, condition: Condition, case: PreparedCase, window: SlidingWindow) -> Found:
+        """The smallest breaking perturbation of the whole volume, up to the largest budget of the run."""
+        sized = make_problem(case, window, self.threat, self.settings.budget)
+        eps = per_voxel(max(self.settings.eps), self.settings.unit, sized)
+        problem = make_problem(case, window, self.threat, "volume")
+        with torch.no_grad():
+            clean = hard_dice(full_resolution(problem.network(problem.x)), problem.target)
+        if not bool(clean > 0):
+            return Found(case.base, eps, None, [], None, PassCount(forwards=1))
+        result = minimal_norm(
+            problem.network,
+            problem.x,
+            problem.target,
+            eps=torch.full((1,), eps, device=self.device),
+            threshold=self.settings.broken_below * clean,
+            clean_dice=clean,
+            threat=problem.threat,
+            steps=self.settings.steps,
+            rounds=8,
+            support=problem.support,
+            dtype=self.dtype,
+            generator=self.generator(condition, case),
+        )
+        self._check_budget(condition, result.distance, eps)
+        broken = bool(result.broken[0])
+        size = perturbation_size(problem.threat.perturbable(result.adversarial - problem.x), "l2")
+        return Found(
+            perturbed=result.adversarial,
+            eps_network=eps,
+            breaking_rms=float(size) if broken else None,
+            trace=_trace(result, problem),
+            zero_gradient=float(result.zero_gradient.mean()),
+            passes=result.passes,
+        )
+
+    def generator(self, condition: Condition, case: PreparedCase) -> torch.Generator:
+        """Randomness that depends on seed, case, attack and budget alone, not on what ran before."""
+        text = f"{self.settings.seed}|{case.raw.case}|{condition.attack}|{condition.eps}"
+        seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _check_budget(self, condition: Condition, size: torch.Tensor, eps: float) -> None:
+        largest = float(size.max())
+        if largest > eps * (1 + BUDGET_TOLERANCE):
+            raise RuntimeError(f"{condition.attack} exceeded its budget: {largest:g} > {eps:g} per voxel")
+
+
+def _trace(result: AttackResult, problem: Problem) -> list[float]:
+    """Mean lowest Dice so far over the samples with foreground, by step, thinned out to a hundred points."""
+    has_foreground = problem.target.foreground.flatten(1).any(1)
+    if not bool(has_foreground.any()):
+        return []
+    dice = 1 - result.trace[:, has_foreground].mean(1)
+    if len(dice) > TRACE_POINTS:
+        chosen = torch.linspace(0, len(dice) - 1, TRACE_POINTS, device=dice.device).round().long()
+        dice = dice[chosen]
+    return [round(value, 5) for value in dice.tolist()]
+
+
+def _per_volume(passes: PassCount, problem: Problem) -> PassCount:
+    """Passes over slices -> over whole volumes."""
+    return PassCount(round(passes.forwards / len(problem.x)), round(passes.gradients / len(problem.x)))
+
+
+def within_memory(window: SlidingWindow, work: Callable[[], _Out], log: Callable[[str], None]) -> _Out:
+    """``work()``, with the tile batch halved as long as the memory does not suffice.
+
+    Raises:
+        UserError: one tile at a time is still too much.
+    """
+    while True:
+        try:
+            return work()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # outside of the except block, so that the traceback no longer holds the tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if window.tile_batch == 1:
+            raise UserError(
+                f"out of memory with one tile at a time ({reason}); use a device with more memory, -device cpu, or "
+                "fewer folds with -f"
+            )
+        window.tile_batch //= 2
+        log(f"out of memory: going on with {window.tile_batch} tiles at a time")

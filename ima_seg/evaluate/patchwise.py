@@ -1,0 +1,94 @@
+"""The baseline that whole-volume attacks are compared with: each patch attacked for itself."""
+
+from __future__ import annotations
+
+import torch
+
+from ima_seg.attacks.base import AttackResult, lost_dice
+from ima_seg.attacks.pgd import pgd
+from ima_seg.model import full_resolution
+from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.ops import perturbation_size, project
+from ima_seg.types import Network, PassCount, Target, ThreatModel
+
+
+@torch.no_grad()
+def patch_pgd(
+    model: Network,
+    x: torch.Tensor,
+    target: Target,
+    *,
+    window: SlidingWindow,
+    normalise: torch.nn.Module,
+    eps: torch.Tensor,
+    threat: ThreatModel,
+    steps: int,
+    restarts: int = 1,
+    support: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> AttackResult:
+    """PGD on each patch of a grid without overlap (but at the edges), put together.
+
+    Neither blending, mirroring nor the other folds take part in the gradient, which is what attacking a network patch
+    by patch amounts to. The result is projected onto the budget of the whole.
+
+    Args:
+        model: (1, C + extra, *S) -> logits of the whole, for the damage that is returned.
+        x: batch (B, C + extra, *S), of as many spatial axes as the patch.
+        target: its reference.
+        window: whose first network and patch size are used.
+        normalise: patch in the layout of ``x`` -> input of the network.
+        eps: budget (B,).
+        threat: norm and perturbable channels.
+        steps: gradient steps.
+        restarts: of each patch.
+        support: where a perturbation may be.
+        dtype: autocast dtype.
+        generator: source of the random starts.
+    """
+    network = window.networks[0]
+    channels = threat.perturbable(x).shape[1]
+    grid = SlidingWindow([network], patch_size=window.patch_size, step_size=1.0, tile_batch=window.tile_batch)
+    padded, inside = grid._pad(x)
+    onehot = target.onehot.view(*target.onehot.shape[:2], *x.shape[2:])
+    valid = None if target.valid is None else target.valid.view(len(x), 1, *x.shape[2:])
+    onehot, _ = grid._pad(onehot.to(torch.uint8))
+    delta = torch.zeros_like(padded[:, :channels])
+    passes = PassCount()
+    if valid is not None:
+        valid, _ = grid._pad(valid.to(torch.uint8))
+    for batch in grid._batches(padded.shape):
+        tiles = torch.stack([padded[index] for index in batch])
+        truth = torch.stack([onehot[index] for index in batch]).flatten(2).bool()
+        known = None if valid is None else torch.stack([valid[index] for index in batch]).flatten(2).bool()
+        budgets = torch.stack([eps[index[0]] for index in batch])
+        hit = pgd(
+            lambda tile: full_resolution(network(normalise(tile))),
+            tiles,
+            Target(truth, known, target.labels),
+            eps=budgets,
+            threat=threat,
+            steps=steps,
+            restarts=restarts,
+            dtype=dtype,
+            generator=generator,
+        )
+        passes += hit.passes
+        for index, found in zip(batch, hit.adversarial - tiles, strict=True):
+            delta[index] = found[:channels]
+    whole = delta[(slice(None), slice(None), *inside)]
+    if support is not None:
+        whole = whole * support
+    whole = project(whole.contiguous(), eps, threat.norm)
+    adversarial = x.clone()
+    adversarial[:, :channels] += whole
+    damage = lost_dice(full_resolution(model(adversarial)), target)
+    return AttackResult(
+        adversarial=adversarial,
+        distance=perturbation_size(whole, threat.norm),
+        damage=damage,
+        zero_gradient=torch.zeros_like(damage),
+        trace=damage[None],
+        passes=passes + PassCount(forwards=len(x)),
+    )

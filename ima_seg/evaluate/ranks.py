@@ -1,0 +1,92 @@
+"""Which cases are whose: parts of a job array, and ranks of ``torchrun``."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ima_seg.errors import UserError
+
+_Case = TypeVar("_Case")
+
+#: Ranks wait for the slowest at the end of an evaluation, which may take days.
+_PATIENCE = datetime.timedelta(days=14)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of the cases.
+
+    Attributes:
+        index: of the process, over all parts and ranks.
+        count: how many processes there are.
+        rank: within this ``torchrun``.
+        world: processes of this ``torchrun``.
+    """
+
+    index: int = 0
+    count: int = 1
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of this process's files."""
+        return "" if self.count == 1 else f".part-{self.index + 1}-of-{self.count}"
+
+    def of(self, cases: Sequence[_Case]) -> list[_Case]:
+        """This process's cases."""
+        return list(cases[self.index :: self.count])
+
+    def wait(self) -> None:
+        """For all ranks of this ``torchrun``."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def share_out(num_parts: int, part_id: int) -> Iterator[Share]:
+    """The share of this process, from the command line and the variables that ``torchrun`` sets.
+
+    Raises:
+        UserError: a part that does not exist.
+    """
+    if num_parts < 1 or not 0 <= part_id < num_parts:
+        raise UserError(f"part_id is {part_id} of num_parts {num_parts}; parts are numbered from 0 to num_parts - 1")
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    share = Share(index=part_id + num_parts * rank, count=num_parts * world, rank=rank, world=world)
+    if world == 1:
+        yield share
+        return
+    # Only to wait for each other: gloo, whatever device the networks are on.
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield share
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """``cpu``, ``cuda`` (under ``torchrun`` the one of the local rank) or ``mps``.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} does not exist; use cpu, cuda or mps (which GPU: CUDA_VISIBLE_DEVICES)")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("there is no CUDA device here; use -device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no MPS device here; use -device cpu")
+    return torch.device(name)

@@ -1,0 +1,318 @@
+"""The work of an evaluation: every condition on every case and model, one record each, as soon as it is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ima_seg.errors import UserError
+from ima_seg.evaluate.conditions import Condition, conditions
+from ima_seg.evaluate.corruptions import corrupt
+from ima_seg.evaluate.execution import Attacker, within_memory
+from ima_seg.evaluate.files import save_adversarial, slug, write_panel
+from ima_seg.evaluate.metrics import CaseMetrics, case_metrics, measure_size
+from ima_seg.evaluate.records import Disk, Failure, Record, append_line
+from ima_seg.evaluate.run import EvaluationSettings
+from ima_seg.nnunet.case import FloatArray, LabelArray, PreparedCase, RawCase, prepare_case, read_case
+from ima_seg.nnunet.folder import SegmentationModel
+from ima_seg.nnunet.inputs import CaseFiles, allowed_labels, check_case, ignore_value
+from ima_seg.nnunet.tiling import SlidingWindow
+
+#: ``report(text)`` for messages, ``step()`` after each record.
+Log = Callable[[str], None]
+
+
+@dataclass
+class Contestant:
+    """A model under evaluation.
+
+    Attributes:
+        name: in the records.
+        model: the model.
+        window: its sliding window.
+        previous_stage: folder with the previous stage's segmentations, of a cascade.
+    """
+
+    name: str
+    model: SegmentationModel
+    window: SlidingWindow
+    previous_stage: Path | None = None
+
+
+@dataclass
+class _Subject:
+    """A case as one model sees it, and the prediction of its clean image."""
+
+    contestant: Contestant
+    case: PreparedCase
+    before: LabelArray
+    worst: float = 2.0
+    panel: Path | None = None
+
+
+@dataclass
+class Sweep:
+    """Evaluates cases; everything that it finds is in the files of ``folder`` when a method returns.
+
+    Attributes:
+        settings: of the run.
+        contestants: the models.
+        attacker: runs the attacks.
+        folder: output folder.
+        records: file to append records to.
+        failures: file to append failures to.
+        done: keys of records that are there already.
+        log: gets messages.
+        step: called after each condition, done or skipped.
+    """
+
+    settings: EvaluationSettings
+    contestants: Sequence[Contestant]
+    attacker: Attacker
+    folder: Path
+    records: Path
+    failures: Path
+    done: set[tuple[Any, ...]]
+    log: Log = print
+    step: Callable[[str], None] = lambda what: None
+    failed: int = 0
+    _names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._names = [contestant.name for contestant in self.contestants]
+
+    def conditions(self, contestant: Contestant) -> list[Condition]:
+        """All conditions of one model."""
+        return conditions(self.settings, model=contestant.name, models=self._names)
+
+    def is_done(self, case: str) -> bool:
+        """Whether every record of ``case`` is there."""
+        return all(
+            condition.key(case, contestant.name, self.settings) in self.done
+            for contestant in self.contestants
+            for condition in self.conditions(contestant)
+        )
+
+    def fail(self, case: str, message: str, model: str | None = None) -> None:
+        """Note that a case could not be evaluated."""
+        self.failed += 1
+        append_line(self.failures, Failure(case=case, model=model, message=message))
+        self.log(f"{case}: NOT EVALUATED{f' by {model}' if model else ''}: {message}")
+
+    def evaluate(self, files: CaseFiles) -> None:
+        """Evaluate what is missing of one case. A case that cannot be evaluated is noted; the others go on."""
+        dataset_json = self.contestants[0].model.dataset_json
+        try:
+            check_case(files, labels_allowed=allowed_labels(dataset_json), ignore=ignore_value(dataset_json))
+        except UserError as error:
+            self.fail(files.case, str(error))
+            return
+        subjects = []
+        for contestant in self.contestants:
+            try:
+                subjects.append(self._clean(contestant, files))
+            except UserError as error:
+                self.fail(files.case, str(error), contestant.name)
+        for subject in subjects:
+            try:
+                for condition in self.conditions(subject.contestant):
+                    if condition.kind not in ("clean", "corruption"):
+                        self._unless_done(condition, subject, lambda c, s: self._attack(c, s, subjects, files))
+            except UserError as error:
+                self.fail(files.case, str(error), subject.contestant.name)
+        for subject in subjects:
+            try:
+                for condition in self.conditions(subject.contestant):
+                    if condition.kind == "corruption":
+                        self._unless_done(condition, subject, self._corruption)
+            except UserError as error:
+                self.fail(files.case, str(error), subject.contestant.name)
+
+    def _unless_done(
+        self, condition: Condition, subject: _Subject, work: Callable[[Condition, _Subject], Record | None]
+    ) -> None:
+        name = subject.contestant.name
+        if condition.key(subject.case.raw.case, name, self.settings) not in self.done:
+            record = within_memory(subject.contestant.window, lambda: work(condition, subject), self.log)
+            if record is not None:
+                self._write(record)
+        self.step(f"{subject.case.raw.case}  {name}  {condition.attack}")
+
+    def _write(self, record: Record) -> None:
+        append_line(self.records, record)
+        self.done.add(record.key)
+
+    def _clean(self, contestant: Contestant, files: CaseFiles) -> _Subject:
+        """Prepare a case and predict its clean image; the record is written unless it is there."""
+        began = time.perf_counter()
+        model = contestant.model
+        raw = read_case(model, files.case, files.images, files.label)
+        case = prepare_case(
+            raw, model, device=self.attacker.device, previous_stage=_previous_stage(contestant, files, raw)
+        )
+        before = within_memory(contestant.window, lambda: case.predict(contestant.window, case.base), self.log)
+        condition = Condition("clean", "clean")
+        if condition.key(files.case, contestant.name, self.settings) not in self.done:
+            seconds = time.perf_counter() - began
+            metrics, metric_seconds = self._metrics(case, before)
+            self._write(
+                self._record(
+                    condition,
+                    files.case,
+                    contestant,
+                    metrics,
+                    forwards=1,
+                    seconds=seconds,
+                    metric_seconds=metric_seconds,
+                )
+            )
+        self.step(f"{files.case}  {contestant.name}  clean")
+        return _Subject(contestant, case, before)
+
+    def _attack(
+        self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject], files: CaseFiles
+    ) -> Record | None:
+        case, contestant = subject.case, subject.contestant
+        began = time.perf_counter()
+        if condition.kind == "transfer":
+            other = condition.attack.partition(":")[2]
+            source = next((s for s in subjects if s.contestant.name == other), None)
+            if source is None:  # it failed on this case, which is noted already
+                return None
+            found = self.attacker.transfer(condition, source.case, source.contestant.window, case, contestant.window)
+        else:
+            found = self.attacker.run(condition, case, contestant.window)
+        after = case.predict(contestant.window, found.perturbed)
+        seconds = time.perf_counter() - began
+        metrics, metric_seconds = self._metrics(case, after)
+        started = time.perf_counter()
+        count = case.image_channels
+        size = measure_size(
+            case.base[0, :count].cpu().numpy(),
+            found.perturbed[0, :count].cpu().numpy(),
+            scale=case.scale.tolist(),
+            native_range=case.native_range.tolist(),
+            budget="volume" if condition.kind == "minimal" else self.settings.budget,
+        )
+        metric_seconds += time.perf_counter() - started
+        native = case.native_delta(case.delta(found.perturbed))
+        return self._record(
+            condition,
+            files.case,
+            contestant,
+            metrics,
+            size=size,
+            eps_network=found.eps_network,
+            breaking_rms=found.breaking_rms,
+            trace=found.trace,
+            zero_gradient=found.zero_gradient,
+            forwards=found.passes.forwards + 1,
+            gradients=found.passes.gradients,
+            seconds=seconds,
+            metric_seconds=metric_seconds,
+            panel=self._panel(condition, subject, native, after, metrics),
+            disk=self._disk(condition, subject, native, files) if self.settings.save_adversarial else None,
+        )
+
+    def _corruption(self, condition: Condition, subject: _Subject) -> Record:
+        raw, contestant = subject.case.raw, subject.contestant
+        began = time.perf_counter()
+        name, severity = condition.attack.partition(":")[2], condition.severity
+        assert severity is not None
+        image = corrupt(raw.image, raw.spacing_mm, name, severity, self.settings.seed, raw.case)
+        case = prepare_case(
+            raw, contestant.model, device=self.attacker.device, image=image, previous_stage=subject.case.previous_stage
+        )
+        after = case.predict(contestant.window, case.base)
+        seconds = time.perf_counter() - began
+        metrics, metric_seconds = self._metrics(case, after)
+        return self._record(
+            condition, raw.case, contestant, metrics, forwards=1, seconds=seconds, metric_seconds=metric_seconds
+        )
+
+    def _metrics(self, case: PreparedCase, prediction: LabelArray) -> tuple[CaseMetrics, float]:
+        began = time.perf_counter()
+        # the network's slices lie along the first axis after nnU-Net's transposition
+        slice_axis = int(case.model.plans.transpose_forward[0])
+        metrics = case_metrics(
+            prediction,
+            case.raw.reference,
+            classes=case.model.classes,
+            spacing_mm=case.raw.spacing_mm,
+            nsd_tolerance_mm=self.settings.nsd_tolerance_mm,
+            ignore_label=case.model.labels.ignore_label,
+            slice_axis=slice_axis,
+        )
+        return metrics, time.perf_counter() - began
+
+    def _record(
+        self, condition: Condition, case: str, contestant: Contestant, metrics: CaseMetrics, **values: Any
+    ) -> Record:
+        return Record(
+            case=case,
+            model=contestant.name,
+            kind=condition.kind,
+            attack=condition.attack,
+            classes=metrics.classes,
+            dice=metrics.dice,
+            nsd=metrics.nsd,
+            hd95_mm=metrics.hd95_mm,
+            slice_dice=metrics.slice_dice,
+            **condition.fields(self.settings),
+            **values,
+        )
+
+    def _panel(
+        self, condition: Condition, subject: _Subject, native: FloatArray, after: LabelArray, metrics: CaseMetrics
+    ) -> str | None:
+        """Slices of the case's worst attack at the middle budget so far; a better one's file is removed."""
+        middle = self.settings.eps[len(self.settings.eps) // 2] if self.settings.eps else None
+        dice = metrics.dice
+        if condition.kind != "white" or condition.eps != middle or dice is None or dice >= subject.worst:
+            return None
+        case, name = subject.case.raw.case, subject.contestant.name
+        path = self.folder / "panels" / f"{slug(case)}__{slug(name)}__{slug(condition.attack)}.npz"
+        write_panel(path, subject.case, delta=native, before=subject.before, after=after)
+        if subject.panel is not None and subject.panel != path:
+            subject.panel.unlink(missing_ok=True)
+        subject.worst, subject.panel = dice, path
+        return path.relative_to(self.folder).as_posix()
+
+    def _disk(self, condition: Condition, subject: _Subject, native: FloatArray, files: CaseFiles) -> Disk:
+        """Write the adversarial files, read them again and predict them from the start."""
+        case, contestant = subject.case, subject.contestant
+        budget = "" if condition.eps is None else f"_{condition.eps:g}{self.settings.unit}"
+        folder = self.folder / "adversarial" / slug(contestant.name) / slug(f"{condition.attack}{budget}")
+        ending = contestant.model.dataset_json["file_ending"]
+        images, differences = save_adversarial(files.images, native, folder, case=files.case, ending=ending)
+        raw = read_case(contestant.model, files.case, images, files.label)
+        again = prepare_case(raw, contestant.model, device=self.attacker.device, previous_stage=case.previous_stage)
+        metrics, _ = self._metrics(again, again.predict(contestant.window, again.base))
+        change = (raw.image.astype(np.float64) - case.raw.image) / case.scale.reshape(-1, 1, 1, 1)
+        voxels = len(change) * int(np.prod(case.properties["shape_after_cropping_and_before_resampling"]))
+        return Disk(
+            image=[path.relative_to(self.folder).as_posix() for path in images],
+            difference=[path.relative_to(self.folder).as_posix() for path in differences],
+            dice=metrics.dice,
+            rms=float(np.sqrt(np.square(change).sum() / voxels)),
+            linf=float(np.abs(change).max()),
+            resampled=case.resampled,
+        )
+
+
+def _previous_stage(contestant: Contestant, files: CaseFiles, raw: RawCase) -> LabelArray | None:
+    if contestant.previous_stage is None:
+        return None
+    path = contestant.previous_stage / files.label.name
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; it should be the previous stage's segmentation of {files.case}")
+    segmentation, _ = contestant.model.plans.image_reader_writer_class().read_seg(str(path))
+    if segmentation.shape[1:] != raw.reference.shape:
+        raise UserError(f"{path} has the shape {segmentation.shape[1:]}, the image {raw.reference.shape}")
+    rounded: LabelArray = np.rint(segmentation[0]).astype(np.int16)
+    return rounded
