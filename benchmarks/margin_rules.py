@@ -26,7 +26,7 @@ import torch
 from ima_seg.attacks import pgd
 from ima_seg.files import write_text
 from ima_seg.ledger import RULES
-from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
+from ima_seg.nnunet.folder import load_model
 from ima_seg.ops import hard_dice
 from ima_seg.types import Labels, Target, ThreatModel
 
@@ -53,23 +53,6 @@ def train(rule: str, folder: Path, options: argparse.Namespace) -> Path:
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     return next(folder.glob("*/nnUNetTrainerIMA__*__2d/fold_0/checkpoint_final.pth"))
-
-
-def load_network(checkpoint: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, Any, Labels]:
-    """The trained network, its configuration, and how its outputs are read."""
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    arguments = checkpoint["init_args"]
-    manager = PlansManager(arguments["plans"])
-    configuration = manager.get_configuration("2d")
-    labels = manager.get_label_manager(arguments["dataset_json"])
-    channels = determine_num_input_channels(manager, configuration, arguments["dataset_json"])
-    heads = labels.num_segmentation_heads
-    network = nnUNetTrainer.build_network_architecture(manager, configuration, channels, heads, False)
-    network.load_state_dict(checkpoint["network_weights"])
-    return network.to(device).eval(), configuration, Labels(heads, labels.has_regions, labels.ignore_label)
 
 
 def validation_slices(dataset: str, configuration: Any, cases: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,16 +125,15 @@ def main() -> None:
         checkpoints = {"standard": options.pretrained, **checkpoints}
     results: dict[str, Any] = {}
     for name, path in checkpoints.items():
-        checkpoint = read_checkpoint(path)
-        network, configuration, labels = load_network(checkpoint, device)
-        x, y = (part.to(device) for part in validation_slices(options.dataset, configuration, options.cases))
+        model = load_model(path.parents[1], folds=["0"], checkpoint=path.name, device=device)
+        x, y = (part.to(device) for part in validation_slices(options.dataset, model.configuration, options.cases))
         torch.manual_seed(0)
-        row: dict[str, Any] = robust_dice(network, x, y, labels)
-        history = checkpoint[KEY]["history"]
-        if name != "standard":
+        row: dict[str, Any] = robust_dice(model.networks[0], x, y, model.labels)
+        if name != "standard" and model.ima is not None:
+            history = model.ima["history"]
             row["median_margin_rms"] = round(history[-1]["margin_q50"], 4)
             row["passes_per_sample"] = round(sum(h["passes_per_sample"] for h in history) / len(history), 2)
-            row["settings"] = checkpoint[KEY]["settings"]
+            row["settings"] = model.ima["settings"]
         results[name] = row
         print(
             f"{name:10s}",

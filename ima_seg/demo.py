@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.rule import Rule
-from rich.table import Table
 
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
@@ -30,19 +29,21 @@ VALIDATION = 5
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How long the demo takes: cases of the phantom, epochs and iterations of both trainings."""
+    """How long the demo takes: cases of the phantom, epochs and iterations of both trainings, steps of the attacks."""
 
     cases: int = 20
+    test_cases: int = 4
     shape: tuple[int, int, int] = (32, 32, 32)
     standard_epochs: int = 8
     ima_epochs: int = 8
     standard_iterations: int = 50
     ima_iterations: int = 30
     features: int = 12
+    attack_steps: int = 10
 
 
 def run_demo(output: Path, size: DemoSize | None = None) -> None:
-    """Make a phantom data set, plan and preprocess it, train nnUNetTrainer and nnUNetTrainerIMA, compare.
+    """Make a phantom data set, plan and preprocess it, train nnUNetTrainer and nnUNetTrainerIMA, attack both, report.
 
     Args:
         output: folder for everything; its nnU-Net folders are used whatever the environment says.
@@ -71,7 +72,7 @@ def run_demo(output: Path, size: DemoSize | None = None) -> None:
 
     def stage(number: int, text: str) -> None:
         console.print()
-        console.print(Rule(f"[bold]{number}/5  {text}  ({time.monotonic() - began:.0f} s so far)", align="left"))
+        console.print(Rule(f"[bold]{number}/6  {text}  ({time.monotonic() - began:.0f} s so far)", align="left"))
 
     stage(1, f"phantom data set: {size.cases} CT-like volumes")
     from ima_seg.data.phantom import write_phantom_dataset
@@ -81,6 +82,7 @@ def run_demo(output: Path, size: DemoSize | None = None) -> None:
         dataset_id=DATASET_ID,
         name=DATASET_NAME,
         cases=size.cases,
+        test_cases=size.test_cases,
         shape=size.shape,
         modality="ct",
         overwrite=True,
@@ -107,11 +109,18 @@ def run_demo(output: Path, size: DemoSize | None = None) -> None:
     _call("nnUNetv2_train", str(DATASET_ID), CONFIGURATION, "0", "-tr", "nnUNetTrainerIMA", "-p", PLANS,
           "-device", device, "-pretrained_weights", str(standard / "checkpoint_final.pth"))  # fmt: skip
     ima = standard.parent.parent / f"nnUNetTrainerIMA__{PLANS}__{CONFIGURATION}" / "fold_0"
-    stage(5, "what came out")
+    stage(5, "margins")
     _call("ima-seg", "margins", str(ima.parent), "-f", "0")
-    console.print(_comparison({"nnUNetTrainer": standard, "nnUNetTrainerIMA": ima}))
+    stage(6, f"both attacked on {size.test_cases} test cases")
+    raw = output / "nnUNet_raw" / f"Dataset{DATASET_ID}_{DATASET_NAME}"
+    report = output / "report"
+    shutil.rmtree(report, ignore_errors=True)
+    _call("ima-seg", "evaluate", "-i", str(raw / "imagesTs"), "-gt", str(raw / "labelsTs"), "-o", str(report),
+          "-m", str(standard.parent), "--name", "standard", "-m", str(ima.parent), "--name", "IMA", "-device", device,
+          "--attack", "fgsm", "pgd", "apgd-dice", "gaussian", "--eps", "0.02", "0.05", "0.1", "0.2",
+          "--steps", str(size.attack_steps), "--corruption", "--disable_tta")  # fmt: skip
     console.print(f"models: {standard.parent}\n        {ima.parent}", soft_wrap=True)
-    console.print(f"Done in {time.monotonic() - began:.0f} s. Open {ima / 'ima_progress.png'}", soft_wrap=True)
+    console.print(f"Done in {time.monotonic() - began:.0f} s. Open {report / 'report.html'}", soft_wrap=True)
 
 
 def _call(program: str, *arguments: str) -> None:
@@ -127,7 +136,7 @@ def _call(program: str, *arguments: str) -> None:
 
 
 def _train_standard(size: DemoSize, device: str) -> Path:
-    """Train and validate fold 0 as ``nnUNetv2_train -tr nnUNetTrainer`` does, but shorter; returns the fold's folder.
+    """Train fold 0 as ``nnUNetv2_train -tr nnUNetTrainer`` does, but shorter; returns the fold's folder.
 
     nnU-Net's command line has no option for the number of iterations, so its trainer is driven from here.
     """
@@ -139,16 +148,4 @@ def _train_standard(size: DemoSize, device: str) -> Path:
     trainer.num_epochs, trainer.num_iterations_per_epoch = size.standard_epochs, size.standard_iterations
     trainer.num_val_iterations_per_epoch = VALIDATION
     trainer.run_training()
-    trainer.perform_actual_validation()
     return Path(trainer.output_folder)
-
-
-def _comparison(folds: dict[str, Path]) -> Table:
-    table = Table(title="Dice of the validation cases, clean images")
-    table.add_column("trainer")
-    table.add_column("organ", justify="right")
-    table.add_column("lesion", justify="right")
-    for name, folder in folds.items():
-        mean = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))["mean"]
-        table.add_row(name, *(f"{mean[label]['Dice']:.3f}" for label in ("1", "2")))
-    return table

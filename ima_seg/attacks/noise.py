@@ -41,8 +41,8 @@ def gaussian_noise(
         target: reference of the batch.
         eps: size of the noise of each sample, (B,), per voxel in network units.
         threat: norm and perturbable channels.
-        restarts: how many draws; the one of most damage is kept, or the clean image if that is worse.
-            The trace has a row for the clean image and one for each draw.
+        restarts: how many draws; the one of most damage is kept. The clean image is not among them: noise that does
+            good is a finding too. The trace has a row for each draw.
         goal: what counts as damage.
         support: bool, broadcastable to the perturbable channels; the noise is zero outside and scaled after masking.
         dtype: autocast dtype of the passes, None for float32.
@@ -92,10 +92,10 @@ def _worst_of(
 ) -> AttackResult:
     check_batch(batch.x, eps)
     check_counts(1, restarts)
-    best = Best(batch, target, goal, eps, restarts)
+    best = Best(batch, target, goal, eps, restarts - 1)
+    forwards = 0
     with frozen(batch.model):
-        forwards = best.visit_clean()
-        for step in range(1, restarts + 1):
+        for step in range(restarts):
             delta = draw(batch)
             best.visit(delta, batch.logits(delta), step)
             forwards += len(delta)

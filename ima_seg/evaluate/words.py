@@ -226,8 +226,9 @@ def threat_model(run: Run) -> list[tuple[str, str]]:
         ("Effort", f"{settings.steps} gradient steps, {settings.restarts} restart"
          f"{'s' if settings.restarts != 1 else ''}; attacks without gradients make {10 * settings.steps} queries"),
         ("Attacked system", "The whole volume through the real pipeline: preprocessing, sliding window (step "
-         f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. The "
-         "perturbation is of the preprocessed image, and one for all windows"),
+         f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. One "
+         "perturbation for all windows, added to the image before it is normalised, in units of the clean image's "
+         "normalisation"),
         ("Broken", f"A case counts as broken when its Dice is below {settings.broken_below:g} of its clean Dice"),
     ]  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -206,7 +208,9 @@ def _trainer_class(name: str, file: Path) -> Any:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
-        return recursive_find_trainer_class_by_name(name)
+        # It tells on standard output where it looks.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
     except RuntimeError:
         raise UserError(
             f"{file} was trained by {name}, which this installation does not have; install the package it comes from "

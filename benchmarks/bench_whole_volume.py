@@ -1,0 +1,220 @@
+"""What the gradient of a whole volume through nnU-Net's sliding window costs, in memory and in time.
+
+    python benchmarks/bench_whole_volume.py [--device cpu|cuda] [--sizes 64 96 128 160]
+
+One step is the blended logits of a volume, their loss, and the loss's gradient with respect to the image. First the
+gradient is compared with that of one autograd graph over all tiles; nothing is reported where they differ. Memory:
+peak of one step on cubes of growing size and the same patch, each in a process of its own, everything but network and
+program counted; its growth is that over the smallest size, per voxel, in units of an image plus its logits. The one
+graph over all tiles is measured as well where that fits. Time: one step on T tiles against T times two forwards and one
+input gradient of the bare network on one tile (the first forward keeps no graph). The two alternate in one run; the
+ratio is the median over pairs. Tables go to standard output, all to ``benchmarks/results/whole_volume_DEVICE.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_step_overhead import status, wait
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+from ima_seg import Labels, Target
+from ima_seg.files import write_text
+from ima_seg.losses import dice_ce_loss
+from ima_seg.nnunet.tiling import SlidingWindow
+
+CLASSES = 3
+PATCH = 64
+#: Bytes per voxel of an image of one channel and its logits, both float32.
+UNIT = 4 * (1 + CLASSES)
+#: Cubes on which a step is timed: size, patch, feature maps of the first stage.
+TIMED = {"cpu": [(96, 64, 8), (80, 32, 8)], "cuda": [(256, 128, 32)]}
+#: The bars: a step's time over its network passes, its memory's growth in images plus logits.
+MOST_TIME, MOST_MEMORY = 1.1, 6.0
+#: The one graph over all tiles is built for at most this many.
+MOST_TILES = 27
+
+Gradient = Callable[[SlidingWindow, torch.Tensor], torch.Tensor]
+
+
+def make(patch: int, features: int, device: torch.device, **options: Any) -> SlidingWindow:
+    """nnU-Net's plain U-Net behind the sliding window."""
+    torch.manual_seed(0)
+    stages = 3
+    network = PlainConvUNet(
+        1, stages, [features * 2**i for i in range(stages)], torch.nn.Conv3d, 3, [1] + [2] * (stages - 1), 2, CLASSES,
+        2, True, torch.nn.InstanceNorm3d, {"affine": True}, nonlin=torch.nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+    )  # fmt: skip
+    return SlidingWindow([network.to(device)], patch_size=(patch,) * 3, **options)
+
+
+def volume(size: int, device: torch.device) -> tuple[torch.Tensor, Target]:
+    """A random image and its reference."""
+    torch.manual_seed(1)
+    y = torch.randint(0, CLASSES, (1, 1, *(size,) * 3), dtype=torch.uint8, device=device)
+    return torch.randn(y.shape, device=device), Target.from_raw(y, Labels(CLASSES))
+
+
+def one_graph(window: SlidingWindow, x: torch.Tensor) -> torch.Tensor:
+    """The blended logits with one autograd graph over all tiles: what needs no thought, but memory."""
+    gaussian, weight = window._weights(x.shape, x.device)
+    logits = x.new_zeros((1, CLASSES, *x.shape[2:]))
+    for batch in window._batches(x.shape):
+        for index in batch:
+            for part in window._passes(x[index][None]):
+                logits[index] += part[0] * gaussian
+    return logits * weight
+
+
+def gradient(network: Gradient, window: SlidingWindow, x: torch.Tensor, target: Target) -> torch.Tensor:
+    """One step: forward, loss, input gradient."""
+    leaf = x.detach().requires_grad_(True)
+    loss = dice_ce_loss(network(window, leaf), target).sum()
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def ours(window: SlidingWindow, x: torch.Tensor) -> torch.Tensor:
+    """The blended logits, tile by tile."""
+    logits: torch.Tensor = window(x)
+    return logits
+
+
+def difference(device: torch.device) -> float:
+    """Largest difference of the two gradients, in units of the largest gradient; overlap, mirroring, batches."""
+    window = make(16, 8, device, mirror_axes=(0, 2), tile_batch=3)
+    x, target = volume(28, device)
+    assert window.tiles(x.shape) == 27
+    expected = gradient(one_graph, window, x, target)
+    return float((gradient(ours, window, x, target) - expected).abs().max() / expected.abs().max())
+
+
+def peak(size: int, way: str, device: torch.device) -> float:
+    """Memory in bytes at the peak of one step on a cube, its image and reference included."""
+    window = make(PATCH, 8, device)
+    if device.type == "cuda":
+        before = float(torch.cuda.memory_allocated())
+    else:
+        gradient(ours, window, *volume(PATCH, device))  # what libraries allocate once for all
+        before = status("VmRSS") * 2**20
+    x, target = volume(size, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    assert gradient(ours if way == "tiles" else one_graph, window, x, target).isfinite().all()
+    return (status("VmHWM") * 2**20 if device.type == "cpu" else torch.cuda.max_memory_allocated()) - before
+
+
+def memory(sizes: list[int], device: torch.device) -> list[dict[str, Any]]:
+    """Peaks of all sizes, in processes of their own, and their growth over the smallest."""
+    rows: list[dict[str, Any]] = []
+    # Every large tensor in a mapping of its own: the peak then counts tensors, not the heap's fragmentation.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    window = make(PATCH, 8, torch.device("cpu"))
+    for size in sorted(sizes):
+        tiles = window.tiles(torch.Size((1, 1, *(size,) * 3)))
+        row: dict[str, Any] = {"size": size, "tiles": tiles, "image_and_logits_mib": round(size**3 * UNIT / 2**20, 1)}
+        for way in ("tiles", "one graph")[: 1 + (tiles <= MOST_TILES)]:
+            command = [sys.executable, __file__, "--device", device.type, "--peak", str(size), way]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            key = way.replace(" ", "_")
+            row[f"{key}_mib"] = round(float(done.stdout) / 2**20, 1)
+            if rows:
+                grown = (row[f"{key}_mib"] - rows[0][f"{key}_mib"]) * 2**20 / (size**3 - rows[0]["size"] ** 3)
+                row[f"{key}_bytes_per_voxel"] = round(grown, 1)
+                row[f"{key}_growth"] = round(grown / UNIT, 2)
+        rows.append(row)
+        print("|", " | ".join(str(row.get(key, "")) for key in MEMORY_COLUMNS), "|", flush=True)
+    return rows
+
+
+MEMORY_COLUMNS = {
+    "size": "cube", "tiles": "tiles", "image_and_logits_mib": "image + logits, MiB", "tiles_mib": "step, MiB",
+    "tiles_growth": "growth, x (image + logits)", "one_graph_mib": "one graph, MiB", "one_graph_growth": "its growth",
+}  # fmt: skip
+
+
+def seconds(size: int, patch: int, features: int, pairs: int, device: torch.device) -> dict[str, Any]:
+    """Time of a step and of its bare network passes, pair by pair."""
+    window = make(patch, features, device)
+    x, target = volume(size, device)
+    tiles = window.tiles(x.shape)
+    tile = x[..., :patch, :patch, :patch].contiguous()
+    outer = torch.randn(1, CLASSES, *tile.shape[2:], device=device)
+    network = window.networks[0]
+
+    def bare() -> None:
+        for _ in range(tiles):
+            with torch.no_grad():
+                network(tile)
+            leaf = tile.detach().requires_grad_(True)
+            torch.autograd.grad(network(leaf), leaf, outer)
+
+    jobs: dict[str, Callable[[], Any]] = {"step": lambda: gradient(ours, window, x, target), "bare": bare}
+    took: dict[str, list[float]] = {key: [] for key in jobs}
+    for pair in range(pairs + 1):
+        for key in jobs if pair % 2 else reversed(jobs):
+            wait(device)
+            began = time.perf_counter()
+            jobs[key]()
+            wait(device)
+            if pair:  # the first pair warms up
+                took[key].append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(took["step"], took["bare"], strict=True)]
+    return {
+        "size": size, "patch": patch, "features": features, "tiles": tiles, "pairs": pairs,
+        "ratio": round(statistics.median(ratios), 3), "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
+        "bare_seconds": round(statistics.median(took["bare"]), 3),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Check, measure, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128, 160], help="edges of the cubes, voxels")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--peak", nargs=2, metavar=("SIZE", "WAY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.peak:
+        print(peak(int(options.peak[0]), options.peak[1], device))
+        return
+    off = difference(device)
+    if not off < 1e-4:
+        sys.exit(
+            f"the gradient differs from that of one graph over all tiles by {off:.1e} of its maximum; not measured"
+        )
+    print(f"Gradient as of one graph over all tiles, to {off:.1e} of its maximum\n")
+    print("|", " | ".join(MEMORY_COLUMNS.values()), "|\n" + "|---" * len(MEMORY_COLUMNS) + "|")
+    result: dict[str, Any] = {"gradient_difference": off, "memory": memory(options.sizes, device), "time": []}
+    print("\n| cube | patch | features | tiles | step / bare passes | min-max |\n|---|---|---|---|---|---|")
+    for case in TIMED[device.type]:
+        row = seconds(*case, options.pairs, device)
+        result["time"].append(row)
+        cells = [row[key] for key in ("size", "patch", "features", "tiles", "ratio", "ratio_min_max")]
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    result |= {
+        "command": " ".join(["python", "benchmarks/bench_whole_volume.py", *sys.argv[1:]]),
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat(),
+    }  # fmt: skip
+    path = Path(__file__).parent / "results" / f"whole_volume_{device.type}.json"
+    write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
