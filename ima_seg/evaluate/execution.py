@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from ima_seg.attacks import appear, disappear, minimal_norm, pgd
+from ima_seg.attacks._gradient import Perturbed
 from ima_seg.attacks.base import AttackResult
 from ima_seg.attacks.registry import ATTACKS
 from ima_seg.errors import UserError
@@ -105,6 +106,14 @@ class Attacker:
             zero_gradient=float(result.zero_gradient.mean()) if gradients else None,
             passes=_per_volume(result.passes, problem),
         )
+
+    @torch.no_grad()
+    def repeat_difference(self, case: PreparedCase, window: SlidingWindow) -> float:
+        """How much the same input gradient differs when it is computed twice, as a share of its largest value."""
+        problem = make_problem(case, window, self.threat, "volume")
+        batch = Perturbed(problem.network, problem.x, problem.threat, self.dtype)
+        first, second = (batch.gradient(*batch.logits_with_graph(batch.zero()), problem.target) for _ in range(2))
+        return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
     def transfer(self, condition: Condition, source: PreparedCase, window: SlidingWindow, case: PreparedCase,
                  own: SlidingWindow) -> Found:  # fmt: skip

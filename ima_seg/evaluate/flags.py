@@ -21,6 +21,8 @@ TOLERANCE = 0.01
 SINGLE_STEP = ("fgsm",)
 ITERATIVE = ("ifgsm", "pgd")
 FLOOR = 0.1
+#: Rounding in another order; what is larger comes from nondeterministic kernels.
+REPEATABLE = 1e-4
 FEW_CASES = 20
 SHOWN = 4
 
@@ -226,7 +228,11 @@ def _budget(records: Sequence[Record]) -> Flag:
     if not ratios:
         return Flag(name, "SKIP", "No record has both a budget and a size.")
     largest = max(ratio for ratio, _ in ratios)
-    bad = [f"{r.case}, {r.model}, {r.attack} at {r.eps:g}: {ratio:.4f}" for ratio, r in ratios if ratio > 1 + 1e-3]
+    bad = [
+        f"{r.case}, {r.model}, {r.attack} at {r.eps or r.eps_network:g}: {ratio:.4f}"
+        for ratio, r in ratios
+        if ratio > 1 + 1e-3
+    ]
     if bad:
         return Flag(
             name,
@@ -311,6 +317,18 @@ def _duplicates(evaluation: Evaluation) -> Flag:
     return Flag(name, "PASS", f"{evaluation.duplicates} records were computed twice with equal results.")
 
 
+def _repeats(records: Sequence[Record]) -> Flag:
+    name = "The device computes the same twice"
+    found = [r.repeat_difference for r in records if r.repeat_difference is not None]
+    if not found:
+        return Flag(name, "SKIP", "No gradient was computed twice.")
+    largest = max(found)
+    numbers = f"The same input gradient, computed twice, differs by at most {100 * largest:.2g} % of its largest value"
+    if largest > REPEATABLE:
+        return Flag(name, "WARN", f"{numbers}: equal seeds will not give equal perturbations on this device.")
+    return Flag(name, "PASS", f"{numbers} ({len(found)} computed twice).")
+
+
 def _same_versions(evaluation: Evaluation) -> Flag:
     name = "All parts ran on the same software and device"
     if not evaluation.others:
@@ -379,6 +397,7 @@ def check(evaluation: Evaluation, summary: Summary) -> list[Flag]:
         _budget(records),
         _disk_size(records),
         _disk_dice(records),
+        _repeats(records),
         _duplicates(evaluation),
         _same_versions(evaluation),
         _enough_cases(summary),

@@ -104,6 +104,9 @@ class Record(_Strict):
     disk: Disk | None = None
     trace: list[float] = []  # worst Dice (network space) found up to each step, best restart
     zero_gradient: float | None = None  # share of gradient passes that were exactly zero
+    #: Clean record of a process's first case: largest difference of two computations of the same input gradient, as a
+    #: share of the largest gradient. 0: the device is deterministic.
+    repeat_difference: float | None = None
     forwards: int = 0  # network passes over the whole volume
     gradients: int = 0
     seconds: float = 0.0  # attack and prediction

@@ -160,12 +160,18 @@ class Sweep:
         if condition.key(files.case, contestant.name, self.settings) not in self.done:
             seconds = time.perf_counter() - began
             metrics, metric_seconds = self._metrics(case, before)
+            repeat = None
+            if all(name != contestant.name for _, name, *_ in self.done):
+                repeat = within_memory(
+                    contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
+                )
             self._write(
                 self._record(
                     condition,
                     files.case,
                     contestant,
                     metrics,
+                    repeat_difference=repeat,
                     forwards=1,
                     seconds=seconds,
                     metric_seconds=metric_seconds,
