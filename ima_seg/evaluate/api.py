@@ -80,6 +80,8 @@ def evaluate(
     Raises:
         UserError: see the message. Mistakes in single cases do not raise; they are noted, and in the report.
     """
+    if tile_batch is not None and tile_batch < 1:
+        raise UserError(f"tile_batch is {tile_batch}; the network sees at least 1 tile at once")
     console = console or Console(stderr=True)
     out = Path(output)
     settings = settings.model_copy(update={"attacks": attack_names(settings.attacks), "eps": sorted(set(settings.eps))})
@@ -118,10 +120,9 @@ def evaluate(
         mine = share.of(cases)
         _work(sweep, mine, console)
         share.wait()
-        if share.rank or not _complete(out, run, share):
-            return None, sweep.failed
-        report = write_report([out], out)
-    return report, sweep.failed
+        report = write_report([out], out) if share.rank == 0 and _complete(out, run, share) else None
+        share.wait()  # a rank that ends with an error before ends the others, too
+    return report, len(sweep.failed)
 
 
 def _precision(name: str) -> Precision:

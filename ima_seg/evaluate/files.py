@@ -70,8 +70,8 @@ def save_adversarial(
     return images, differences
 
 
-def _wide(values: npt.NDArray[Any]) -> type[np.floating[Any]]:
-    wide = values.dtype == np.float64 or np.abs(values).max(initial=0) >= _FLOAT32_EXACT
+def _wide(stored: npt.DTypeLike, values: npt.NDArray[Any]) -> type[np.floating[Any]]:
+    wide = np.dtype(stored) == np.float64 or np.abs(values).max(initial=0) >= _FLOAT32_EXACT
     return np.float64 if wide else np.float32
 
 
@@ -82,7 +82,7 @@ def _write(source: Path, change: FloatArray, path: Path, *, add: bool) -> None:
         stored = nibabel.load(source)
         values = np.asanyarray(stored.dataobj)
         turned = change.transpose().reshape(values.shape)
-        data = (values.astype(np.float64) + turned if add else turned).astype(_wide(values))
+        data = (values.astype(np.float64) + turned if add else turned).astype(_wide(stored.get_data_dtype(), values))
         header = stored.header.copy()
         header.set_data_dtype(data.dtype)
         nibabel.save(stored.__class__(data, stored.affine, header), path)
@@ -92,7 +92,7 @@ def _write(source: Path, change: FloatArray, path: Path, *, add: bool) -> None:
     stored = SimpleITK.ReadImage(str(source))
     values = SimpleITK.GetArrayFromImage(stored)
     turned = change.reshape(values.shape)
-    data = (values.astype(np.float64) + turned if add else turned).astype(_wide(values))
+    data = (values.astype(np.float64) + turned if add else turned).astype(_wide(values.dtype, values))
     image = SimpleITK.GetImageFromArray(data)
     image.CopyInformation(stored)
     SimpleITK.WriteImage(image, str(path), True)

@@ -69,6 +69,7 @@ class Sweep:
         done: keys of records that are there already.
         log: gets messages.
         step: called after each condition, done or skipped.
+        failed: cases of which something could not be evaluated.
     """
 
     settings: EvaluationSettings
@@ -80,7 +81,7 @@ class Sweep:
     done: set[tuple[Any, ...]]
     log: Log = print
     step: Callable[[str], None] = lambda what: None
-    failed: int = 0
+    failed: set[str] = field(default_factory=set)
     _names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class Sweep:
 
     def fail(self, case: str, message: str, model: str | None = None) -> None:
         """Note that a case could not be evaluated."""
-        self.failed += 1
+        self.failed.add(case)
         append_line(self.failures, Failure(case=case, model=model, message=message))
         self.log(f"{case}: NOT EVALUATED{f' by {model}' if model else ''}: {message}")
 
@@ -206,7 +207,9 @@ class Sweep:
             budget="volume" if condition.kind == "minimal" else self.settings.budget,
         )
         metric_seconds += time.perf_counter() - started
-        native = case.native_delta(case.delta(found.perturbed))
+        pictured = self._is_worst(condition, subject, metrics)
+        saved = self.settings.save_adversarial
+        native = case.native_delta(case.delta(found.perturbed)) if pictured or saved else None
         return self._record(
             condition,
             files.case,
@@ -221,8 +224,8 @@ class Sweep:
             gradients=found.passes.gradients,
             seconds=seconds,
             metric_seconds=metric_seconds,
-            panel=self._panel(condition, subject, native, after, metrics),
-            disk=self._disk(condition, subject, native, files) if self.settings.save_adversarial else None,
+            panel=None if native is None or not pictured else self._panel(condition, subject, native, after),
+            disk=None if native is None or not saved else self._disk(condition, subject, native, files),
         )
 
     def _corruption(self, condition: Condition, subject: _Subject) -> Record:
@@ -273,20 +276,23 @@ class Sweep:
             **values,
         )
 
-    def _panel(
-        self, condition: Condition, subject: _Subject, native: FloatArray, after: LabelArray, metrics: CaseMetrics
-    ) -> str | None:
-        """Slices of the case's worst attack at the middle budget so far; a better one's file is removed."""
+    def _is_worst(self, condition: Condition, subject: _Subject, metrics: CaseMetrics) -> bool:
+        """Whether this is the case's worst white-box attack at the middle budget so far; if so it is noted."""
         middle = self.settings.eps[len(self.settings.eps) // 2] if self.settings.eps else None
         dice = metrics.dice
         if condition.kind != "white" or condition.eps != middle or dice is None or dice >= subject.worst:
-            return None
+            return False
+        subject.worst = dice
+        return True
+
+    def _panel(self, condition: Condition, subject: _Subject, native: FloatArray, after: LabelArray) -> str:
+        """Store slices for the report; those of a better outcome of the same case are removed."""
         case, name = subject.case.raw.case, subject.contestant.name
         path = self.folder / "panels" / f"{slug(case)}__{slug(name)}__{slug(condition.attack)}.npz"
         write_panel(path, subject.case, delta=native, before=subject.before, after=after)
         if subject.panel is not None and subject.panel != path:
             subject.panel.unlink(missing_ok=True)
-        subject.worst, subject.panel = dice, path
+        subject.panel = path
         return path.relative_to(self.folder).as_posix()
 
     def _disk(self, condition: Condition, subject: _Subject, native: FloatArray, files: CaseFiles) -> Disk:

@@ -45,10 +45,21 @@ class RawCase:
 
 
 def read_case(model: SegmentationModel, case: str, images: Sequence[Path], label: Path) -> RawCase:
-    """Read a case with the reader that the model's plans name."""
+    """Read a case with the reader that the model's plans name.
+
+    Raises:
+        UserError: a file that this reader does not accept, although others may; different shapes.
+    """
     reader = model.plans.image_reader_writer_class()
-    image, properties = reader.read_images([str(file) for file in images])
-    reference, _ = reader.read_seg(str(label))
+    try:
+        image, properties = reader.read_images([str(file) for file in images])
+        reference, _ = reader.read_seg(str(label))
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(
+            f"{case}: nnU-Net's {type(reader).__name__} cannot read {', '.join(map(str, images))} with {label} "
+            f"({reason}); correct the files, for nnU-Net will not predict them either"
+        ) from None
     if reference.shape[1:] != image.shape[1:]:
         raise UserError(f"{label} has the shape {reference.shape[1:]}, its image {image.shape[1:]}; they must be equal")
     return RawCase(case, image.astype(np.float32, copy=False), properties, np.rint(reference[0]).astype(np.int16))

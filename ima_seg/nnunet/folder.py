@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import pydoc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,12 +197,22 @@ def _check_architecture(configuration: Any, plans_file: Path) -> None:
     named = [configuration.network_arch_class_name]
     named += [arguments[key] for key in configuration.network_arch_init_kwargs_req_import if arguments.get(key)]
     for name in named:
-        if not str(name).startswith(_TRUSTED_MODULES):
+        if not _is_trusted(str(name)):
             raise UserError(
-                f"{plans_file} names {name!r} as a part of the network, which is outside of "
+                f"{plans_file} names {name!r} as a part of the network, which is no module of "
                 f"{', '.join(module.rstrip('.') for module in _TRUSTED_MODULES)}; if you trust its origin, pass "
                 "--trust-checkpoint"
             )
+
+
+def _is_trusted(name: str) -> bool:
+    """Whether ``name`` is a network module of a trusted package, not something that the package itself imports."""
+    if not name.startswith(_TRUSTED_MODULES):
+        return False
+    found = pydoc.locate(name)
+    if found is None:  # moved; nnU-Net looks for the class's name in dynamic_network_architectures
+        return True
+    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(_TRUSTED_MODULES)
 
 
 def _trainer_class(name: str, file: Path) -> Any:
