@@ -92,6 +92,17 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     raise UserError(f"search precision {precision!r} does not exist on device {device.type!r}; use 'fp32' or 'auto'")
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in float32 inside the block, not in TF32, which CUDA uses by default."""
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast to ``dtype`` on ``device``; nothing for ``None``."""
     # MPS refuses even a disabled autocast, hence the null context.

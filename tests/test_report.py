@@ -15,7 +15,7 @@ import pytest
 from ima_seg.errors import UserError
 from ima_seg.evaluate.collect import Evaluation, collect
 from ima_seg.evaluate.flags import Flag, check
-from ima_seg.evaluate.records import Failure, Record
+from ima_seg.evaluate.records import Failure, Record, append_line
 from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import Run
 from ima_seg.evaluate.summary import Summary, summarise
@@ -129,8 +129,11 @@ def test_area_breaking_and_targeted_by_hand() -> None:
     records = cleans(run, 0.8) + curve(
         run, "pgd", "white", lambda eps, i: {0.01: 0.8, 0.03: 0.6, 0.1: 0.2, 0.3: 0.0}[eps]
     )
-    for size, case in ((0.02, "c0"), (0.04, "c1"), (None, "c2")):
-        run.cases.append(case) if case not in run.cases else None
+    # c3 has nothing to lose: that it was not broken says nothing
+    for size, case, clean in ((0.02, "c0", 0.8), (0.04, "c1", 0.8), (None, "c2", 0.8), (None, "c3", 0.0)):
+        if case not in run.cases:
+            run.cases.append(case)
+            records.append(make_record(case, "standard", "clean", "clean", [clean] * 2))
         records.append(make_record(case, "standard", "minimal", "minimal", [0.4] * 2, breaking_rms=size))
     gone = make_record("c0", "standard", "targeted", "disappear:anterior", [0.1, 0.8], 0.1)
     gone.classes["anterior"] = gone.classes["anterior"].model_copy(update={"prediction_ml": 0.3})
@@ -378,3 +381,32 @@ def test_class_metrics_of_the_generator_are_consistent() -> None:
 def test_report_needs_no_torch() -> None:
     code = "import sys, ima_seg.evaluate.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_attack_that_failed_everywhere_is_missing_and_makes_no_model_look_robust(tmp_path: Path) -> None:
+    """Model A has no PGD in any case: its failures stay, its worst case is partial, and nothing is compared by it."""
+    run = small_run(4, 2)
+    first, second = (model.name for model in run.models)
+    run.conditions = {
+        name: [("clean", None, None), ("fgsm", 0.1, None), ("pgd", 0.1, None)] for name in (first, second)
+    }
+    records = []
+    for case in run.cases:
+        for name in (first, second):
+            records.append(make_record(case, name, "clean", "clean", [0.9] * 2))
+            records.append(make_record(case, name, "white", "fgsm", [0.7] * 2, 0.1))
+        records.append(make_record(case, second, "white", "pgd", [0.3] * 2, 0.1))
+    (tmp_path / "run.json").write_text(run.model_dump_json())
+    for record in records:
+        append_line(tmp_path / "records.jsonl", record)
+    for case in run.cases:
+        append_line(tmp_path / "failures.jsonl", Failure(case=case, model=first, message="out of memory"))
+    evaluation = collect([tmp_path])
+    assert len(evaluation.failures) == len(run.cases)
+    summary = summarise(evaluation.run, evaluation.records, evaluation.failures)
+    worst = summary.find(first, "worst", 0.1)
+    assert worst is not None and worst.partial == len(run.cases)
+    assert not [c for c in summary.comparisons if c.attack == "worst"]
+    assert {(i.case, i.model, tuple(i.lacking)) for i in summary.incomplete} == {
+        (case, first, ("pgd at 0.1",)) for case in run.cases
+    }

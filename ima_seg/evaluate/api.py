@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ima_seg.errors import UserError
 from ima_seg.evaluate.collect import read_run
-from ima_seg.evaluate.conditions import attack_names, check_settings
+from ima_seg.evaluate.conditions import attack_names, check_settings, conditions
 from ima_seg.evaluate.execution import Attacker
 from ima_seg.evaluate.files import check_writable
 from ima_seg.evaluate.ranks import Share, pick_device, share_out
@@ -91,19 +91,11 @@ def evaluate(
             name: load_model(folder, folds=folds, checkpoint=checkpoint, device=place, trust=trust)
             for name, folder in models.items()
         }
-        first = _compatible(loaded, settings)
+        first = _compatible(loaded, settings, previous_stage)
         if {"disappear", "appear"} & set(settings.attacks) and not settings.targets:
             settings = settings.model_copy(update={"targets": list(first.classes)})
         check_settings(settings, models=list(loaded), classes=list(first.classes))
         dtype = resolve_precision(_precision(settings.precision), place)
-        cases, problems = find_cases(Path(images), Path(labels), first.dataset_json, limit=settings.limit)
-        run = _describe(loaded, settings, cases, images=images, labels=labels, device=place, command=command)
-        _claim(out, run, share, resume=resume)
-        records, failures = (out / f"{name}{share.suffix}.jsonl" for name in ("records", "failures"))
-        drop_half_line(records)
-        failures.unlink(missing_ok=True)
-        share.wait()
-        done = {record.key for record in read_lines(sorted(out.glob("records*.jsonl")), Record)}
         contestants = [
             Contestant(
                 name,
@@ -113,6 +105,20 @@ def evaluate(
             )
             for name, model in loaded.items()
         ]
+        cases, problems = find_cases(Path(images), Path(labels), first.dataset_json, limit=settings.limit)
+        run = _describe(
+            loaded, settings, cases, images=images, labels=labels, device=place, dtype=dtype, command=command
+        )
+        _claim(out, run, share, resume=resume)
+        records, failures = (out / f"{name}{share.suffix}.jsonl" for name in ("records", "failures"))
+        drop_half_line(records)
+        records.touch()
+        if share.count > 1:
+            # Parts may run on other machines, which the report then says.
+            write_text(out / f"run{share.suffix}.json", run.model_dump_json(indent=1) + "\n")
+        failures.unlink(missing_ok=True)
+        share.wait()
+        done = {record.key for record in read_lines(sorted(out.glob("records*.jsonl")), Record)}
         sweep = Sweep(settings, contestants, Attacker(settings, place, dtype), out, records, failures, done)
         if share.index == 0:
             for problem in problems:
@@ -131,7 +137,9 @@ def _precision(name: str) -> Precision:
     return name  # type: ignore[return-value]
 
 
-def _compatible(loaded: Mapping[str, SegmentationModel], settings: EvaluationSettings) -> SegmentationModel:
+def _compatible(
+    loaded: Mapping[str, SegmentationModel], settings: EvaluationSettings, previous_stage: str | Path | None
+) -> SegmentationModel:
     """The first model; all others segment the same classes in the same channels."""
     first = next(iter(loaded.values()))
     for name, model in loaded.items():
@@ -144,6 +152,12 @@ def _compatible(loaded: Mapping[str, SegmentationModel], settings: EvaluationSet
             raise UserError(f"budget 'slice' is for 2D models, {name!r} is {model.configuration_name}: --budget volume")
         if settings.unit == "hu" and list(model.configuration.normalization_schemes) != ["CTNormalization"]:
             raise UserError(f"unit 'hu' is for models of a single CT channel, {name!r} is not: --unit percent or rms")
+        stage = model.configuration.previous_stage_name
+        if stage is not None and previous_stage is None:
+            raise UserError(
+                f"model {name!r} is the second stage of a cascade; name the folder with the segmentations of {stage!r} "
+                "with -prev_stage_predictions"
+            )
         if settings.save_adversarial:
             check_writable(model)
     return first
@@ -157,6 +171,7 @@ def _describe(
     images: str | Path,
     labels: str | Path,
     device: torch.device,
+    dtype: torch.dtype | None,
     command: str,
 ) -> Run:
     first = next(iter(loaded.values()))
@@ -169,15 +184,23 @@ def _describe(
             first.plans.plans.get("dataset_name") or first.dataset_json.get("name") or Path(images).parent.name
         ),
         classes=list(first.classes),
-        images=str(images),
-        labels=str(labels),
+        images=str(Path(images).resolve()),
+        labels=str(Path(labels).resolve()),
         cases=[case.case for case in cases],
+        conditions={
+            name: [(c.attack, c.eps, c.severity) for c in conditions(settings, model=name, models=list(loaded))]
+            for name in loaded
+        },
         channels=first.channels,
         modality_native_unit="HU" if is_ct else "original intensity units",
         command=command,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=name,
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+            "passes of the attacks": str(dtype or torch.float32).removeprefix("torch."),
+        },
         machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
     )
 
@@ -248,6 +271,7 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         for what, new, old in (
             ("the models", [(m.name, m.sha256) for m in run.models], [(m.name, m.sha256) for m in there.models]),
             ("the cases", run.cases, there.cases),
+            ("the folders of images and labels", (run.images, run.labels), (there.images, there.labels)),
             ("the versions", *({k: r.versions[k] for k in ("ima-seg", "nnunetv2")} for r in (run, there))),
         )
         if new != old
@@ -265,7 +289,7 @@ def _complete(out: Path, run: Run, share: Share) -> bool:
     """Whether all parts have been begun by now; the report itself says what is missing."""
     if share.count == share.world:
         return True
-    return len(list(out.glob("records*.part-*.jsonl"))) == share.count
+    return len(list(out.glob(f"records.part-*-of-{share.count}.jsonl"))) == share.count
 
 
 @contextmanager

@@ -31,9 +31,9 @@ def add_evaluate_parsers(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data = evaluate.add_argument_group("data")
-    data.add_argument("-i", dest="images", required=True, metavar="IMAGES", help="folder of images, CASE_0000.nii.gz")
-    data.add_argument("-gt", dest="labels", required=True, metavar="LABELS", help="folder of labels, CASE.nii.gz")
-    data.add_argument("-o", dest="output", required=True, type=Path, metavar="OUT", help="folder to write to")
+    data.add_argument("-i", dest="images", metavar="IMAGES", help="folder of images, CASE_0000.nii.gz")
+    data.add_argument("-gt", dest="labels", metavar="LABELS", help="folder of labels, CASE.nii.gz")
+    data.add_argument("-o", dest="output", type=Path, metavar="OUT", help="folder to write to")
     data.add_argument("--limit", type=int, metavar="N", help="at most so many cases")
     model = evaluate.add_argument_group("models, as nnUNetv2_predict takes them; the first is the reference")
     model.add_argument("-m", dest="models", action="append", type=Path, metavar="MODEL_FOLDER", help="repeatable")
@@ -105,6 +105,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.attacks == ["list"] or arguments.corruptions == ["list"]:
         _list(arguments.attacks == ["list"])
         return 0
+    for option, value in (("-i", arguments.images), ("-gt", arguments.labels), ("-o", arguments.output)):
+        if value is None:
+            raise UserError(f"{option} is missing; see ima-seg evaluate --help")
+    if arguments.eps is None and arguments.unit not in (None, "rms", "linf"):
+        raise UserError(f"--unit {arguments.unit} needs --eps: there are no defaults in that unit")
     # nnU-Net warns about variables that only its training needs.
     for name in ("raw", "preprocessed", "results"):
         os.environ.setdefault(f"nnUNet_{name}", "")

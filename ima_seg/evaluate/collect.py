@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ class Evaluation:
         panels: panel file of each record that has one, by its key.
         duplicates: how many records were there twice; the first was kept.
         differing: keys of the records whose duplicates differ in more than their run time.
-        others: run.json of the second and further folders, for the circumstances.
+        others: run.json of the second and further folders, and of parts, for the circumstances.
     """
 
     run: Run
@@ -42,13 +41,13 @@ class Evaluation:
     others: list[Run] = field(default_factory=list)
 
 
-def read_run(folder: Path) -> Run:
-    """``run.json`` of a folder.
+def read_run(folder: Path, name: str = "run.json") -> Run:
+    """``run.json`` of a folder, or that of one part.
 
     Raises:
         UserError: there is none, or it is no valid one.
     """
-    path = folder / "run.json"
+    path = folder / name
     try:
         return Run.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -73,7 +72,8 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     for folder, run in zip(folders[1:], runs[1:], strict=True):
         _require_same(folders[0], runs[0], folder, run)
     merged = _merge_runs(folders, runs)
-    result = Evaluation(merged, [], [], others=runs[1:])
+    parts = [read_run(folder, path.name) for folder in folders for path in sorted(folder.glob("run.part-*.json"))]
+    result = Evaluation(merged, [], [], others=[*runs[1:], *parts])
     seen: dict[tuple[Any, ...], Record] = {}
     for folder in folders:
         for record in read_lines(sorted(folder.glob("records*.jsonl")), Record):
@@ -89,7 +89,7 @@ def collect(folders: Sequence[Path]) -> Evaluation:
         raise UserError(f"no records in {_names(folders)}: there is no records*.jsonl, or nothing was evaluated yet")
     result.records = _in_order(merged, list(seen.values()))
     _require_known(folders, merged, result.records)
-    complete = _complete(result.records)
+    complete = _complete(merged, result.records)
     for folder in folders:
         for failure in read_lines(sorted(folder.glob("failures*.jsonl")), Failure):
             models = {model.name for model in merged.models} if failure.model is None else {failure.model}
@@ -101,13 +101,12 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     return result
 
 
-def _complete(records: Sequence[Record]) -> set[tuple[str, str]]:
-    """(case, model) with as many records as any case of that model; targets may be absent from a case."""
-    counts = Counter((record.case, record.model) for record in records if record.kind != "targeted")
-    most: dict[str, int] = {}
-    for (_, model), count in counts.items():
-        most[model] = max(most.get(model, 0), count)
-    return {key for key, count in counts.items() if count == most[key[1]]}
+def _complete(run: Run, records: Sequence[Record]) -> set[tuple[str, str]]:
+    """(case, model) with every record that the settings ask for."""
+    found: dict[tuple[str, str], set[tuple[str, float | None, int | None]]] = {}
+    for record in records:
+        found.setdefault((record.case, record.model), set()).add((record.attack, record.eps, record.severity))
+    return {key for key, there in found.items() if there >= set(run.conditions.get(key[1], ()))}
 
 
 def _names(folders: Sequence[Path]) -> str:
@@ -131,6 +130,12 @@ def _require_same(first: Path, run: Run, second: Path, other: Run) -> None:
             f"{first} and {second} were evaluated differently ({values}) and cannot share a report; "
             "make one report of each"
         )
+    shared = set(run.cases) & set(other.cases)
+    if shared and (run.images, run.labels) != (other.images, other.labels):
+        raise UserError(
+            f"{first} and {second} both hold case {min(shared)!r}, but from other folders of images or labels; "
+            "make one report of each"
+        )
     _merge_models(first, run.models, second, other.models)
 
 
@@ -149,11 +154,12 @@ def _merge_models(
 
 
 def _merge_runs(folders: Sequence[Path], runs: Sequence[Run]) -> Run:
-    models, cases = list(runs[0].models), dict.fromkeys(runs[0].cases)
+    models, cases, conditions = list(runs[0].models), dict.fromkeys(runs[0].cases), runs[0].conditions
     for folder, run in zip(folders[1:], runs[1:], strict=True):
         models = _merge_models(_names(folders[: folders.index(folder)]), models, folder, run.models)
         cases |= dict.fromkeys(run.cases)
-    return runs[0].model_copy(update={"models": models, "cases": list(cases)})
+        conditions = run.conditions | conditions
+    return runs[0].model_copy(update={"models": models, "cases": list(cases), "conditions": conditions})
 
 
 def _in_order(run: Run, records: list[Record]) -> list[Record]:

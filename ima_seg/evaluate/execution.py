@@ -95,7 +95,7 @@ class Attacker:
             attack = partial(spec.run, **spec.length(settings.steps, settings.restarts))
         attack = partial(attack, dtype=self.dtype, generator=self.generator(condition, case))
         result = problem.run(attack, eps)
-        self._check_budget(condition, result.distance, eps)
+        self._check_budget(condition, problem, result.distance, eps)
         # A targeted loss has no gradient once all of its voxels have flipped, or where there are none.
         gradients = condition.kind == "white"
         return Found(
@@ -116,9 +116,9 @@ class Attacker:
         return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
     def transfer(self, condition: Condition, source: PreparedCase, window: SlidingWindow, case: PreparedCase,
-                 own: SlidingWindow) -> Found:  # fmt: skip
+                 own: SlidingWindow, log: Callable[[str], None]) -> Found:  # fmt: skip
         """PGD on ``source``, the same case as another model sees it, given to ``case``."""
-        made = self.run(Condition("white", "pgd", condition.eps), source, window)
+        made = within_memory(window, lambda: self.run(Condition("white", "pgd", condition.eps), source, window), log)
         delta = case.from_native(source.native_delta(source.delta(made.perturbed)))
         problem = make_problem(case, own, self.threat, self.settings.budget)
         assert condition.eps is not None
@@ -155,7 +155,7 @@ class Attacker:
             dtype=self.dtype,
             generator=self.generator(condition, case),
         )
-        self._check_budget(condition, result.distance, eps)
+        self._check_budget(condition, problem, result.distance, eps)
         broken = bool(result.broken[0])
         size = perturbation_size(problem.threat.perturbable(result.adversarial - problem.x), "l2")
         return Found(
@@ -173,9 +173,11 @@ class Attacker:
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _check_budget(self, condition: Condition, size: torch.Tensor, eps: float) -> None:
+    def _check_budget(self, condition: Condition, problem: Problem, size: torch.Tensor, eps: float) -> None:
         largest = float(size.max())
-        if largest > eps * (1 + BUDGET_TOLERANCE):
+        # image + perturbation is rounded where the image has large values
+        rounding = 2 * torch.finfo(problem.x.dtype).eps * float(problem.x.abs().max())
+        if largest > eps * (1 + BUDGET_TOLERANCE) + rounding:
             raise RuntimeError(f"{condition.attack} exceeded its budget: {largest:g} > {eps:g} per voxel")
 
 
@@ -185,6 +187,7 @@ def _trace(result: AttackResult, problem: Problem) -> list[float]:
     if not bool(has_foreground.any()):
         return []
     dice = 1 - result.trace[:, has_foreground].mean(1)
+    dice = dice[torch.isfinite(dice)]
     if len(dice) > TRACE_POINTS:
         chosen = torch.linspace(0, len(dice) - 1, TRACE_POINTS, device=dice.device).round().long()
         dice = dice[chosen]
@@ -196,6 +199,12 @@ def _per_volume(passes: PassCount, problem: Problem) -> PassCount:
     return PassCount(round(passes.forwards / len(problem.x)), round(passes.gradients / len(problem.x)))
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA, its libraries, the CPU's allocator and numpy each have their own way of saying it."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
 def within_memory(window: SlidingWindow, work: Callable[[], _Out], log: Callable[[str], None]) -> _Out:
     """``work()``, with the tile batch halved as long as the memory does not suffice.
 
@@ -205,17 +214,17 @@ def within_memory(window: SlidingWindow, work: Callable[[], _Out], log: Callable
     while True:
         try:
             return work()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
         # outside of the except block, so that the traceback no longer holds the tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if window.tile_batch == 1:
             raise UserError(
-                f"out of memory with one tile at a time ({reason}); use a device with more memory, -device cpu, or "
-                "fewer folds with -f"
+                f"out of memory with one tile at a time ({reason}); the volume itself may be too large for the device: "
+                "use one with more memory, or -device cpu, or fewer models and folds at once"
             )
         window.tile_batch //= 2
         log(f"out of memory: going on with {window.tile_batch} tiles at a time")

@@ -250,6 +250,7 @@ def _disk_size(records: Sequence[Record]) -> Flag:
         (abs(disk / length - 1), r)
         for r in records
         if r.disk is not None
+        and not r.disk.resampled
         and (length := _length(r))
         and (disk := r.disk.linf if r.norm == "linf" else r.disk.rms) >= 0
     ]

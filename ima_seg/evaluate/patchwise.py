@@ -90,5 +90,6 @@ def patch_pgd(
         damage=damage,
         zero_gradient=torch.zeros_like(damage),
         trace=damage[None],
-        passes=passes + PassCount(forwards=len(x)),
+        # passes over tiles -> over samples
+        passes=PassCount(forwards=len(x), gradients=round(passes.gradients * len(x) / grid.tiles(x.shape))),
     )

@@ -56,6 +56,9 @@ class Problem:
             attack: with its options bound.
             eps: budget of each sample, per voxel in network units.
         """
+        if len(self.x) <= self.chunk:
+            eps_all = torch.full((len(self.x),), eps, device=self.x.device)
+            return attack(self.network, self.x, self.target, eps=eps_all, threat=self.threat, support=self.support)
         parts = []
         for start in range(0, len(self.x), self.chunk):
             rows = torch.arange(start, min(start + self.chunk, len(self.x)), device=self.x.device)
@@ -69,8 +72,6 @@ class Problem:
                     support=self.support if self.support is None or len(self.support) == 1 else self.support[rows],
                 )
             )
-        if len(parts) == 1:
-            return parts[0]
         return AttackResult(
             adversarial=torch.cat([part.adversarial for part in parts]),
             distance=torch.cat([part.distance for part in parts]),
@@ -101,8 +102,8 @@ def make_problem(case: PreparedCase, window: SlidingWindow, threat: ThreatModel,
 def per_voxel(eps: float, unit: Unit, problem: Problem) -> float:
     """A budget in ``unit`` -> per voxel in network units (RMS or largest absolute value).
 
-    With several channels, HU and percent are those of the channel in which the same number of network units is worth
-    most, so that no channel exceeds the budget.
+    With several channels, percent is that of the channel in which the same number of network units is worth most. With
+    L2 the budget is the RMS over all channels together, of which one channel may take more than its share.
 
     Raises:
         UserError: HU for images that are not a single CT.

@@ -91,6 +91,8 @@ class Run(_Strict):
     images: str
     labels: str
     cases: list[str]  # all cases of the run, over all parts
+    #: Model -> (attack, eps, severity) of each record that a complete case has.
+    conditions: dict[str, list[tuple[str, float | None, int | None]]] = {}
     channels: list[str]
     modality_native_unit: str  # "HU" for a single CT, else "original intensity units"
     command: str

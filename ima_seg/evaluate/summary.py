@@ -175,25 +175,30 @@ def group_records(records: Iterable[Record]) -> Groups:
     return groups
 
 
-def worst_groups(groups: Groups) -> tuple[Groups, dict[Group, int]]:
-    """Per model and eps, of each case the record of the attack that leaves the lowest Dice; and the number of cases
-    that lack an attack which others have.
+def worst_groups(groups: Groups) -> tuple[Groups, dict[Group, set[str]]]:
+    """Per model and eps, of each case the record of the attack that leaves the lowest Dice; and the cases that lack an
+    attack which other cases or models have.
     """
-    found: dict[tuple[str, float], list[dict[str, Record]]] = defaultdict(list)
+    everyones: dict[float, set[str]] = defaultdict(set)
+    for group in groups:
+        if group.kind in WORST_OF and group.kind != "transfer" and group.eps is not None:
+            everyones[group.eps].add(group.attack)
+    found: dict[tuple[str, float], dict[str, dict[str, Record]]] = defaultdict(dict)
     for group, records in groups.items():
         if group.kind in WORST_OF and group.eps is not None:
-            found[group.model, group.eps].append(records)
+            found[group.model, group.eps][group.attack] = records
     worst: Groups = {}
-    partial: dict[Group, int] = {}
+    partial: dict[Group, set[str]] = {}
     for model, eps in sorted(found, key=lambda key: (list(dict.fromkeys(m for m, _ in found)).index(key[0]), key[1])):
         attacks = found[model, eps]
         chosen: dict[str, Record] = {}
-        for case in dict.fromkeys(case for records in attacks for case in records):
-            there = [records[case] for records in attacks if case in records]
+        for case in dict.fromkeys(case for records in attacks.values() for case in records):
+            there = [records[case] for records in attacks.values() if case in records]
             chosen[case] = min(there, key=lambda r: math.inf if r.dice is None else r.dice)
         group = Group(model, WORST, WORST, eps, None)
         worst[group] = chosen
-        partial[group] = sum(any(case not in records for records in attacks) for case in chosen)
+        expected = attacks.keys() | everyones[eps]
+        partial[group] = {case for case in chosen if any(case not in attacks.get(name, {}) for name in expected)}
     return worst, partial
 
 
@@ -214,13 +219,13 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
         reference=run.models[0].name,
         cases=len(run.cases),
         conditions=[
-            _condition(run, group, members, clean.get(group.model, {}), partial.get(group, 0))
+            _condition(run, group, members, clean.get(group.model, {}), len(partial.get(group, ())))
             for group, members in everything.items()
         ],
         areas=_areas(everything, clean),
         breaking=_breaking(groups),
         targeted=_targeted(groups),
-        comparisons=comparisons([model.name for model in run.models], _dice_of_groups(everything)),
+        comparisons=comparisons([model.name for model in run.models], _dice_of_groups(everything, partial)),
         clean_costs=clean_costs([model.name for model in run.models], clean),
         incomplete=_incomplete(run, groups, failures),
         forwards=sum(r.forwards for r in records),
@@ -229,10 +234,17 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
     )
 
 
-def _dice_of_groups(groups: Groups) -> dict[Group, dict[str, float]]:
-    kinds = ("clean", "noise", WORST, *WORST_OF)
+def _dice_of_groups(groups: Groups, partial: Mapping[Group, set[str]]) -> dict[Group, dict[str, float]]:
+    """What models are compared by. A worst case over fewer attacks is no match for one over all; transferred
+    perturbations come from another model for each.
+    """
+    kinds = {"clean", "noise", WORST, *WORST_OF} - {"transfer"}
     return {
-        group: {case: record.dice for case, record in records.items() if record.dice is not None}
+        group: {
+            case: record.dice
+            for case, record in records.items()
+            if record.dice is not None and case not in partial.get(group, ())
+        }
         for group, records in groups.items()
         if group.kind in kinds
     }
@@ -327,7 +339,9 @@ def _breaking(groups: Groups) -> list[Breaking]:
     for group, records in groups.items():
         if group.kind != "minimal":
             continue
-        result = median_breaking(r.breaking_rms for r in records.values())
+        before = clean_dice(groups, group.model)
+        # What has no clean Dice to lose is not robust.
+        result = median_breaking(r.breaking_rms for case, r in records.items() if before.get(case, 0) > 0)
         if result is None:
             continue
         found.append(
@@ -381,10 +395,14 @@ def _incomplete(run: Run, groups: Groups, failures: Sequence[Failure]) -> list[I
     found = []
     for model in (item.name for item in run.models):
         mine = {group: records for group, records in groups.items() if group.model == model}
-        # A case without an organ has no attack on it.
-        required = {group: records for group, records in mine.items() if group.kind != "targeted"}
+        there = {(group.attack, group.eps, group.severity): records for group, records in mine.items()}
+        required = run.conditions.get(model) or list(there)
         for case in run.cases:
-            lacking = [str(group) for group, records in required.items() if case not in records]
+            lacking = [
+                str(Group(model, "", attack, eps, severity))
+                for attack, eps, severity in required
+                if case not in there.get((attack, eps, severity), {})
+            ]
             if lacking or not required:
                 none = not any(case in records for records in mine.values())
                 did_fail = (case, model) in failed or (case, None) in failed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 from ima_seg.errors import UserError
 from ima_seg.evaluate.conditions import Condition, conditions
 from ima_seg.evaluate.corruptions import corrupt
-from ima_seg.evaluate.execution import Attacker, within_memory
+from ima_seg.evaluate.execution import Attacker, Found, within_memory
 from ima_seg.evaluate.files import save_adversarial, slug, write_panel
 from ima_seg.evaluate.metrics import CaseMetrics, case_metrics, measure_size
 from ima_seg.evaluate.records import Disk, Failure, Record, append_line
@@ -22,9 +25,12 @@ from ima_seg.nnunet.case import FloatArray, LabelArray, PreparedCase, RawCase, p
 from ima_seg.nnunet.folder import SegmentationModel
 from ima_seg.nnunet.inputs import CaseFiles, allowed_labels, check_case, ignore_value
 from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.ops import perturbation_size
 
 #: ``report(text)`` for messages, ``step()`` after each record.
 Log = Callable[[str], None]
+#: How much larger a breaking perturbation may be made until the exported segmentation is broken, too.
+_LARGER = (1.01, 1.03, 1.1)
 
 
 @dataclass
@@ -51,6 +57,7 @@ class _Subject:
     contestant: Contestant
     case: PreparedCase
     before: LabelArray
+    clean_dice: float | None
     worst: float = 2.0
     panel: Path | None = None
 
@@ -113,36 +120,43 @@ class Sweep:
         except UserError as error:
             self.fail(files.case, str(error))
             return
-        subjects = []
+        subjects: list[_Subject] = []
         for contestant in self.contestants:
-            try:
+            with self._noting(files.case, contestant.name, "clean"):
                 subjects.append(self._clean(contestant, files))
-            except UserError as error:
-                self.fail(files.case, str(error), contestant.name)
         for subject in subjects:
-            try:
-                for condition in self.conditions(subject.contestant):
-                    if condition.kind not in ("clean", "corruption"):
-                        self._unless_done(condition, subject, lambda c, s: self._attack(c, s, subjects, files))
-            except UserError as error:
-                self.fail(files.case, str(error), subject.contestant.name)
-        for subject in subjects:
-            try:
-                for condition in self.conditions(subject.contestant):
-                    if condition.kind == "corruption":
-                        self._unless_done(condition, subject, self._corruption)
-            except UserError as error:
-                self.fail(files.case, str(error), subject.contestant.name)
+            for condition in self.conditions(subject.contestant):
+                if condition.kind == "corruption":
+                    self._unless_done(condition, subject, partial(self._corruption, condition, subject))
+                elif condition.kind != "clean":
+                    work = partial(self._attack, condition, subject, subjects, files)
+                    self._unless_done(condition, subject, work)
 
-    def _unless_done(
-        self, condition: Condition, subject: _Subject, work: Callable[[Condition, _Subject], Record | None]
-    ) -> None:
-        name = subject.contestant.name
-        if condition.key(subject.case.raw.case, name, self.settings) not in self.done:
-            record = within_memory(subject.contestant.window, lambda: work(condition, subject), self.log)
-            if record is not None:
-                self._write(record)
-        self.step(f"{subject.case.raw.case}  {name}  {condition.attack}")
+    def _unless_done(self, condition: Condition, subject: _Subject, work: Callable[[], Record | None]) -> None:
+        case, name = subject.case.raw.case, subject.contestant.name
+        if condition.key(case, name, self.settings) not in self.done:
+            with self._noting(case, name, condition.attack):
+                record = within_memory(subject.contestant.window, work, self.log)
+                if record is not None:
+                    self._write(record)
+        self.step(f"{case}  {name}  {condition.attack}")
+
+    @contextlib.contextmanager
+    def _noting(self, case: str, model: str, attack: str) -> Iterator[None]:
+        """Note an exception as a failure and go on: one case or attack must not cost the days that others took.
+
+        What the user can mend has a message of its own; of anything else the traceback goes to the log.
+        """
+        try:
+            yield
+        except UserError as error:
+            self.fail(case, str(error), model)
+        except Exception as error:
+            # After a fault of the device everything else on it fails, too.
+            if "CUDA error" in str(error):
+                raise
+            self.log(traceback.format_exc())
+            self.fail(case, f"{attack}: {type(error).__name__}: {error}; please report this", model)
 
     def _write(self, record: Record) -> None:
         append_line(self.records, record)
@@ -153,14 +167,18 @@ class Sweep:
         began = time.perf_counter()
         model = contestant.model
         raw = read_case(model, files.case, files.images, files.label)
-        case = prepare_case(
-            raw, model, device=self.attacker.device, previous_stage=_previous_stage(contestant, files, raw)
-        )
-        before = within_memory(contestant.window, lambda: case.predict(contestant.window, case.base), self.log)
+        previous_stage = _previous_stage(contestant, files, raw)
+
+        def predicted() -> tuple[PreparedCase, LabelArray]:
+            case = prepare_case(raw, model, device=self.attacker.device, previous_stage=previous_stage)
+            return case, case.predict(contestant.window, case.base)
+
+        case, before = within_memory(contestant.window, predicted, self.log)
         condition = Condition("clean", "clean")
+        seconds = time.perf_counter() - began
+        metrics, metric_seconds = self._metrics(case, before)
+        clean_dice = metrics.dice
         if condition.key(files.case, contestant.name, self.settings) not in self.done:
-            seconds = time.perf_counter() - began
-            metrics, metric_seconds = self._metrics(case, before)
             repeat = None
             if all(name != contestant.name for _, name, *_ in self.done):
                 repeat = within_memory(
@@ -179,7 +197,7 @@ class Sweep:
                 )
             )
         self.step(f"{files.case}  {contestant.name}  clean")
-        return _Subject(contestant, case, before)
+        return _Subject(contestant, case, before, clean_dice)
 
     def _attack(
         self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject], files: CaseFiles
@@ -191,12 +209,16 @@ class Sweep:
             source = next((s for s in subjects if s.contestant.name == other), None)
             if source is None:  # it failed on this case, which is noted already
                 return None
-            found = self.attacker.transfer(condition, source.case, source.contestant.window, case, contestant.window)
+            found = self.attacker.transfer(
+                condition, source.case, source.contestant.window, case, contestant.window, self.log
+            )
         else:
             found = self.attacker.run(condition, case, contestant.window)
         after = case.predict(contestant.window, found.perturbed)
-        seconds = time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, after)
+        if found.breaking_rms is not None:
+            found, after, metrics = self._verified(subject, found, after, metrics)
+        seconds = time.perf_counter() - began - metric_seconds
         started = time.perf_counter()
         count = case.image_channels
         size = measure_size(
@@ -227,6 +249,29 @@ class Sweep:
             panel=None if native is None or not pictured else self._panel(condition, subject, native, after),
             disk=None if native is None or not saved else self._disk(condition, subject, native, files),
         )
+
+    def _verified(
+        self, subject: _Subject, found: Found, after: LabelArray, metrics: CaseMetrics
+    ) -> tuple[Found, LabelArray, CaseMetrics]:
+        """The smallest breaking perturbation, a little larger if the exported segmentation is not broken by it.
+
+        The search ends within its tolerance of the boundary, on the network's grid and in its own precision.
+        """
+        case, threshold = subject.case, self.settings.broken_below * (subject.clean_dice or 0)
+        delta = found.perturbed - case.base
+        length = float(perturbation_size(delta[:, : case.image_channels], self.settings.norm))
+        for factor in (factor for factor in _LARGER if factor * length <= found.eps_network):
+            if metrics.dice is not None and metrics.dice < threshold:
+                return found, after, metrics
+            assert found.breaking_rms is not None
+            larger = replace(found, perturbed=case.base + factor * delta)
+            after = case.predict(subject.contestant.window, larger.perturbed)
+            metrics, _ = self._metrics(case, after)
+            size = float((factor * delta)[:, : case.image_channels].square().mean().sqrt())
+            found = replace(larger, breaking_rms=size)
+        if metrics.dice is not None and metrics.dice < threshold:
+            return found, after, metrics
+        return replace(found, breaking_rms=None), after, metrics
 
     def _corruption(self, condition: Condition, subject: _Subject) -> Record:
         raw, contestant = subject.case.raw, subject.contestant

@@ -224,11 +224,12 @@ def threat_model(run: Run) -> list[tuple[str, str]]:
         ("Knowledge", "White-box attacks know the model, its weights and its preprocessing; black-box attacks see its "
          "outputs only; transferred perturbations were made on another model. All know the reference segmentation"),
         ("Effort", f"{settings.steps} gradient steps, {settings.restarts} restart"
-         f"{'s' if settings.restarts != 1 else ''}; attacks without gradients make {10 * settings.steps} queries"),
+         f"{'s' if settings.restarts != 1 else ''}; FGSM makes one step, Square "
+         f"{10 * settings.steps} queries, noise one draw per restart"),
         ("Attacked system", "The whole volume through the real pipeline: preprocessing, sliding window (step "
          f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. One "
          "perturbation for all windows, added to the image before it is normalised, in units of the clean image's "
-         "normalisation"),
+         "normalisation. Where the plans resample, it is added on the network's grid, after resampling"),
         ("Broken", f"A case counts as broken when its Dice is below {settings.broken_below:g} of its clean Dice"),
     ]  # fmt: skip
 
@@ -268,8 +269,12 @@ def limits(run: Run, summary: Summary) -> list[str]:
     return [
         "Attacks give an upper bound on robustness. A stronger attack, or more steps, may lower every Dice here; no "
         "number is a guarantee.",
-        "Perturbations are made for the network's input after preprocessing. Where the preprocessing resamples or "
-        "clips, the same change of the file may have another effect.",
+        "Where the plans resample, perturbations are made on the network's grid, and no file gives exactly the same "
+        "input; what is left of them on the image's own grid is known only for saved files.",
+        "With several channels and the L2 norm a budget is the RMS over all channels together; one channel may take "
+        "more than its share.",
+        "Natural corruptions are applied to the images as they are given. Of skull-stripped images they also fill the "
+        "empty background, which a scanner would not do.",
         f"{cases} cases of {run.dataset} were evaluated. Other scanners, protocols and patients may differ, and "
         "intervals do not cover that.",
         "Each model is one training. Differences between models include the chance of training, which the intervals "

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ima_seg.errors import UserError
+from ima_seg.model import full_precision
 from ima_seg.nnunet.folder import SegmentationModel
 from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, channel_scales
 from ima_seg.nnunet.tiling import SlidingWindow
@@ -76,7 +77,8 @@ class PreparedCase:
             then extra channels that are never perturbed. :attr:`renormalise` turns it into the network's input.
         clean: (1, C + cascade, *S) the network's input of the clean image, as nnU-Net computes it.
         image_channels: C.
-        support: (1, C, *S) bool where a perturbation may be; ``None``: everywhere.
+        support: (1, 1, *S) bool where a perturbation may be, the nonzero region; ``None``: everywhere.
+        nonzero: the nonzero region of the cropped image on its own grid; ``None`` with ``support``.
         reference: (1, 1, *S) label map on the network's grid.
         scales: normalisation per channel.
         native_range: (C,) range from the 0.5 to the 99.5 percentile, original intensities.
@@ -92,6 +94,7 @@ class PreparedCase:
     clean: torch.Tensor
     image_channels: int
     support: torch.Tensor | None
+    nonzero: npt.NDArray[np.bool_] | None
     reference: torch.Tensor
     scales: list[ChannelScale]
     native_range: FloatArray
@@ -118,20 +121,14 @@ class PreparedCase:
 
     def network(self, window: SlidingWindow, *, whole: bool) -> torch.nn.Sequential:
         """Perturbed image in the layout of :attr:`base` (or a batch of its slices) -> logits: normalisation, window."""
-        renormalise = Renormalise(self.scales, self.clean, self._inside, whole=whole, offsets=self.offsets)
+        renormalise = Renormalise(self.scales, self.clean, self.support, whole=whole, offsets=self.offsets)
         return torch.nn.Sequential(renormalise, window).eval()
-
-    @property
-    def _inside(self) -> torch.Tensor | None:
-        if self.support is None:
-            return None
-        masked = next(index for index, scale in enumerate(self.scales) if scale.masked)
-        return self.support[:, masked : masked + 1]
 
     @torch.no_grad()
     def predict(self, window: SlidingWindow, perturbed: torch.Tensor) -> LabelArray:
         """The segmentation (Z, Y, X) in the original geometry, by nnU-Net's own resampling and export."""
-        logits: torch.Tensor = self.network(window, whole=True)(perturbed)
+        with full_precision():
+            logits: torch.Tensor = self.network(window, whole=True)(perturbed)
         return self.export(logits)
 
     def export(self, logits: torch.Tensor) -> LabelArray:
@@ -164,6 +161,8 @@ class PreparedCase:
         if self.resampled:
             original, network = _spacings(self.model, self.properties)
             values = np.asarray(configuration.resampling_fn_data(values, shape, network, original))
+            if self.nonzero is not None:
+                values = values * self.nonzero  # the kernel of the resampling reaches beyond the mask
         values = values.astype(np.float64) * self.scale.reshape(-1, *(1,) * len(shape))
         full = np.zeros((len(values), *self.properties["shape_before_cropping"]))
         box = tuple(slice(low, high) for low, high in self.properties["bbox_used_for_cropping"])
@@ -231,7 +230,8 @@ def prepare_case(
 
     forward = list(plans.transpose_forward)
     turned = image.transpose([0, *(axis + 1 for axis in forward)])
-    cropped, region, box = crop_to_nonzero(turned.astype(np.float32))
+    turned_stage = None if first_stage is None else first_stage.transpose([0, *(axis + 1 for axis in forward)]).copy()
+    cropped, region, box = crop_to_nonzero(turned.astype(np.float32), turned_stage)
     scales = channel_scales(
         cropped,
         region[0] >= 0,
@@ -266,9 +266,8 @@ def prepare_case(
 
     support = None
     if any(scale.masked for scale in scales):
-        inside = torch.from_numpy(segmentation[:1] >= 0)[None].to(device)
-        everywhere = torch.ones_like(inside)
-        support = torch.cat([inside if scale.masked else everywhere for scale in scales], 1)
+        # Of all channels: a voxel that is not zero in one channel belongs to the mask of every channel.
+        support = torch.from_numpy(segmentation[:1] >= 0)[None].to(device)
     percentiles = np.percentile(cropped.reshape(len(cropped), -1), (0.5, 99.5), axis=1)
     return PreparedCase(
         raw=raw,
@@ -277,6 +276,7 @@ def prepare_case(
         clean=tensor([*data, *masks]),
         image_channels=len(data),
         support=support,
+        nonzero=None if support is None else region[0] >= 0,
         reference=torch.from_numpy(np.ascontiguousarray(reference.astype(np.int16)))[None].to(device),
         scales=scales,
         native_range=percentiles[1] - percentiles[0],

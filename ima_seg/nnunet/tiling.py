@@ -126,7 +126,7 @@ class SlidingWindow(nn.Module):
         for batch in self._batches(torch.Size((1, *shape[1:]))):
             for index in batch:
                 total[index[2:]] += gaussian
-        return gaussian, 1 / (total * (len(self.networks) * len(self.flips)))
+        return gaussian, total.mul_(len(self.networks) * len(self.flips)).reciprocal_()
 
     @torch.no_grad()
     def blend(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ class SlidingWindow(nn.Module):
             if logits is None:
                 logits = x.new_zeros((x.shape[0], summed.shape[1], *x.shape[2:]), dtype=torch.float32)
             for index, part in zip(batch, summed, strict=True):
-                logits[index] += part * gaussian
+                logits[index].addcmul_(part, gaussian)
         assert logits is not None
         return logits.mul_(weight)
 
@@ -148,9 +148,9 @@ class SlidingWindow(nn.Module):
         """Gradient with respect to ``x`` of <blended logits, ``outer``> (B, K, *S)."""
         gaussian, weight = self._weights(x.shape, x.device)
         gradient = torch.zeros_like(x)
-        outer = outer * weight
         for batch in self._batches(x.shape):
-            share = torch.stack([outer[index] for index in batch]) * gaussian
+            # Weighted tile by tile: the whole would be one more copy of the logits.
+            share = torch.stack([outer[index] * weight[index[2:]] for index in batch]) * gaussian
             tiles = torch.stack([x[index] for index in batch])
             for network in self.networks:
                 for flip in self.flips:
