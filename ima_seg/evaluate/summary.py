@@ -13,6 +13,7 @@ from ima_seg.evaluate.compare import CleanCost, Comparison, clean_costs, compari
 from ima_seg.evaluate.estimates import Estimate, estimate, mean, median
 from ima_seg.evaluate.records import ClassMetrics, Failure, Record
 from ima_seg.evaluate.run import Run
+from ima_seg.evaluate.saved import Saved, saved_files
 from ima_seg.evaluate.statistics import area_under_dice, median_breaking, pooled_dice, wilson
 
 #: Kinds of attacks of which the worst per case is taken.
@@ -139,6 +140,7 @@ class Summary(_Strict):
     targeted: list[Targeted]
     comparisons: list[Comparison]
     clean_costs: list[CleanCost]
+    saved: list[Saved]
     incomplete: list[Incomplete]
     forwards: int
     gradients: int
@@ -227,6 +229,7 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
         targeted=_targeted(groups),
         comparisons=comparisons([model.name for model in run.models], _dice_of_groups(everything, partial)),
         clean_costs=clean_costs([model.name for model in run.models], clean),
+        saved=saved_files(records),
         incomplete=_incomplete(run, groups, failures),
         forwards=sum(r.forwards for r in records),
         gradients=sum(r.gradients for r in records),
