@@ -22,7 +22,7 @@ from ima_seg.evaluate.conditions import attack_names, check_settings, conditions
 from ima_seg.evaluate.execution import Attacker
 from ima_seg.evaluate.files import check_writable
 from ima_seg.evaluate.ranks import Share, pick_device, share_out
-from ima_seg.evaluate.records import Record, drop_half_line, read_lines
+from ima_seg.evaluate.records import Failure, Record, drop_half_line, read_lines
 from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, ModelInfo, Run
 from ima_seg.evaluate.sweep import Contestant, Sweep
@@ -118,7 +118,7 @@ def evaluate(
             write_text(out / f"run{share.suffix}.json", run.model_dump_json(indent=1) + "\n")
         failures.unlink(missing_ok=True)
         share.wait()
-        done = {record.key for record in read_lines(sorted(out.glob("records*.jsonl")), Record)}
+        done = {record.key for record in read_lines(_record_files(out), Record)}
         sweep = Sweep(settings, contestants, Attacker(settings, place, dtype), out, records, failures, done)
         if share.index == 0:
             for problem in problems:
@@ -281,15 +281,33 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
             f"{out} holds an evaluation with other settings ({'; '.join(differing)}); results are never mixed, name "
             "another folder with -o"
         )
-    if (out / f"records{share.suffix}.jsonl").is_file() and not resume:
+    # Files of the other parts of the same array are no reason to stop.
+    own = f"records{share.suffix}.jsonl"
+    begun = [
+        path.name
+        for path in _record_files(out)
+        if path.name == own or not path.name.endswith(f"-of-{share.count}.jsonl")
+    ]
+    if begun and not resume:
         raise UserError(f"{out} holds this evaluation already, in part or whole; go on with --resume, or name another")
 
 
 def _complete(out: Path, run: Run, share: Share) -> bool:
-    """Whether all parts have been begun by now; the report itself says what is missing."""
+    """Whether every case of all parts is evaluated or noted as failed, so that this process is the last."""
     if share.count == share.world:
         return True
-    return len(list(out.glob(f"records.part-*-of-{share.count}.jsonl"))) == share.count
+    failed = {failure.case for failure in read_lines(sorted(out.glob("failures*.jsonl")), Failure)}
+    there = {(r.case, r.model, r.attack, r.eps, r.severity) for r in read_lines(_record_files(out), Record)}
+    return all(
+        case in failed or (case, model, *condition) in there
+        for case in run.cases
+        for model, wanted in run.conditions.items()
+        for condition in wanted
+    )
+
+
+def _record_files(out: Path) -> list[Path]:
+    return sorted(out.glob("records*.jsonl"))
 
 
 @contextmanager

@@ -181,9 +181,11 @@ class Sweep:
         if condition.key(files.case, contestant.name, self.settings) not in self.done:
             repeat = None
             if all(name != contestant.name for _, name, *_ in self.done):
-                repeat = within_memory(
-                    contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
-                )
+                # Without the memory for a gradient the clean image and the corruptions are evaluated all the same.
+                with contextlib.suppress(UserError):
+                    repeat = within_memory(
+                        contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
+                    )
             self._write(
                 self._record(
                     condition,

@@ -273,6 +273,8 @@ def limits(run: Run, summary: Summary) -> list[str]:
         "input; what is left of them on the image's own grid is known only for saved files.",
         "With several channels and the L2 norm a budget is the RMS over all channels together; one channel may take "
         "more than its share.",
+        "Attacks keep the point of lowest Dice over the classes that the reference has. A class that it lacks and that "
+        "is predicted counts as Dice 0 in this report, but no attack looks for it.",
         "Natural corruptions are applied to the images as they are given. Of skull-stripped images they also fill the "
         "empty background, which a scanner would not do.",
         f"{cases} cases of {run.dataset} were evaluated. Other scanners, protocols and patients may differ, and "

@@ -151,6 +151,9 @@ class SlidingWindow(nn.Module):
         for batch in self._batches(x.shape):
             # Weighted tile by tile: the whole would be one more copy of the logits.
             share = torch.stack([outer[index] * weight[index[2:]] for index in batch]) * gaussian
+            # In float16 the gradient of a small structure, scaled up against underflow, may overflow.
+            height = share.abs().amax().clamp_min(torch.finfo(share.dtype).tiny)
+            share = share / height
             tiles = torch.stack([x[index] for index in batch])
             for network in self.networks:
                 for flip in self.flips:
@@ -161,7 +164,7 @@ class SlidingWindow(nn.Module):
                     toward = torch.flip(share, flip) if flip else share
                     (part,) = torch.autograd.grad(logits, leaf, toward.to(logits.dtype))
                     for index, piece in zip(batch, part, strict=True):
-                        gradient[index] += piece
+                        gradient[index] += piece * height
         return gradient
 
 
