@@ -46,7 +46,7 @@ def attack_name(attack: str) -> str:
         return NAMES[attack]
     if attack.startswith("transfer:"):
         return f"Transfer from {attack.split(':', 1)[1]}"
-    name = attack.removeprefix("corruption:")
+    name = attack.removeprefix("corruption:").replace("_", " ")
     return name[:1].upper() + name[1:]
 
 
