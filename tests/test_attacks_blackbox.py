@@ -34,7 +34,7 @@ ATTACKS = {
     "minimal": unbreakable,
 }
 #: Forwards and gradients per sample; minimal: clean, one per search, and the last point of each search.
-PASSES = {"gaussian": (4, 0), "uniform": (4, 0), "square": (25, 0), "vafa": (3, 8), "minimal": (7, 9)}
+PASSES = {"gaussian": (3, 0), "uniform": (3, 0), "square": (25, 0), "vafa": (3, 8), "minimal": (7, 9)}
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 every_norm = pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -158,7 +158,8 @@ def test_logits_that_are_not_finite_stay_in_their_row(name, when, value):
     assert torch.equal(hit.adversarial[~victim], whole.adversarial[~victim])
     assert torch.equal(hit.damage[~victim], whole.damage[~victim])
     assert torch.equal(hit.adversarial[victim], x[victim])
-    assert torch.isfinite(hit.damage[victim]).item() == (when == "moved")
+    # The clean image is not among the draws of noise.
+    assert torch.isfinite(hit.damage[victim]).item() == (when == "moved" and name not in ("gaussian", "uniform"))
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "minimal"])
