@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     # nnU-Net warns about variables that only its training needs.
     for name in ("raw", "preprocessed", "results"):
         os.environ.setdefault(f"nnUNet_{name}", "")
+    # Of libraries that import torch's scripting; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")
     from ima_seg.evaluate.api import evaluate
     from ima_seg.evaluate.corruptions import default_corruptions
     from ima_seg.evaluate.run import EvaluationSettings
