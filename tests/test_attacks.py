@@ -373,7 +373,7 @@ def test_targeted_goals_equal_loops_over_the_voxels(regions, ignore):
                     continue
                 z = logits[b, :, v].tolist()
                 ahead = z[channel] - (0 if regions else max(z[k] for k in range(outputs) if k != channel))
-                climbed += min(-ahead if inside else ahead, 0.5)
+                climbed += min(-ahead, 0.5) if inside else 1 / (1 + math.exp(-ahead))
                 hits += (ahead <= 0) if inside else (ahead > 0)
                 count += 1
             torch.testing.assert_close(goal.loss(logits, target, 0.0)[b].item(), climbed / 15, rtol=1e-4, atol=1e-6)
@@ -397,3 +397,18 @@ def test_every_loss_does_damage(name, norm):
     hit = pgd(network, x, target, eps=torch.full((6,), 0.5), threat=ThreatModel(norm), steps=10, goal=GOALS[name])
     clean = lost_dice(network(x).detach(), target)
     assert (hit.damage > clean + 0.2).all()
+
+
+def test_a_class_appears_next_to_the_decision_although_most_voxels_are_far_from_it():
+    """Most voxels can never flip but answer to the image ten times as strongly; the budget must not go to them."""
+
+    class Ramp(torch.nn.Module):
+        def forward(self, x):
+            near = torch.arange(x.shape[2]) < 8
+            score = torch.where(near, x[:, 0] - 0.3, 10 * x[:, 0] - 100)
+            return torch.stack([torch.zeros_like(score), score], 1)
+
+    x = torch.zeros(1, 1, 64)
+    target = Target.from_raw(torch.zeros(1, 1, 64), Labels(2))
+    hit = pgd(Ramp(), x, target, eps=torch.tensor([0.2]), threat=ThreatModel(), steps=10, goal=appear(0), start=False)
+    assert hit.damage.item() == pytest.approx(8 / 64)

@@ -236,7 +236,8 @@ def _targeted_loss(
 ) -> torch.Tensor:
     flat = _flat(logits)
     channel = _channel(logits, target, class_index)
-    climbed = (sign * _ahead(flat, target, channel)).clamp_max(CONFIDENCE)
+    ahead = sign * _ahead(flat, target, channel)
+    climbed = ahead.sigmoid() if sign > 0 else ahead.clamp_max(CONFIDENCE)
     # By the number of all voxels: by that of a small class, its gradients would overflow float16.
     return climbed.masked_fill(~where(target, channel), 0.0).sum(1) / flat.shape[2]
 
@@ -275,8 +276,9 @@ def disappear(class_index: int) -> Goal:
 def appear(class_index: int) -> Goal:
     """The class shows where the reference does not have it.
 
-    Climbs, over the valid voxels that are not of the class, min(z_c - max_{i != c} z_i, 0.5), for regions
-    min(z_c, 0.5). Damage: share of those voxels that are predicted as the class; 0 where there are none.
+    Climbs, over the valid voxels that are not of the class, sigmoid(z_c - max_{i != c} z_i), for regions sigmoid(z_c):
+    nearly all of them lie far from the decision, and their sum without the sigmoid would spend the budget on voxels that
+    never flip. Damage: share of those voxels that are predicted as the class; 0 where there are none.
 
     Args:
         class_index: index into the foreground channels, ``target.foreground``.
