@@ -277,8 +277,8 @@ def appear(class_index: int) -> Goal:
     """The class shows where the reference does not have it.
 
     Climbs, over the valid voxels that are not of the class, sigmoid(z_c - max_{i != c} z_i), for regions sigmoid(z_c):
-    nearly all of them lie far from the decision, and their sum without the sigmoid would spend the budget on voxels that
-    never flip. Damage: share of those voxels that are predicted as the class; 0 where there are none.
+    nearly all of them lie far from the decision, and without the sigmoid the budget would go to voxels that never flip.
+    Damage: share of those voxels that are predicted as the class; 0 where there are none.
 
     Args:
         class_index: index into the foreground channels, ``target.foreground``.
