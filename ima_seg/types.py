@@ -100,7 +100,7 @@ class Target:
     valid: torch.Tensor | None
     labels: Labels
 
-    def __getitem__(self, rows: torch.Tensor) -> Target:
+    def __getitem__(self, rows: torch.Tensor | slice) -> Target:
         return Target(self.onehot[rows], None if self.valid is None else self.valid[rows], self.labels)
 
     @property

@@ -7,7 +7,7 @@ import torch
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.errors import UserError
 from ima_seg.model import autocast, full_resolution
-from ima_seg.ops import perturbation_size, project, random_start
+from ima_seg.ops import per_row, perturbation_size, project, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 
@@ -36,11 +36,6 @@ def forward(model: Network, x: torch.Tensor, dtype: torch.dtype | None) -> torch
 def all_finite(logits: torch.Tensor) -> torch.Tensor:
     """(B,) bool, whether all logits (B, K, *S) of a sample are finite."""
     return torch.isfinite(logits.flatten(1).sum(1, dtype=torch.float32))
-
-
-def per_row(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 1, ..., 1) to broadcast over ``like`` (B, C, *S)."""
-    return mask.view(-1, *(1,) * (like.ndim - 1))
 
 
 class Perturbed:

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts, per_row
+from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.model import frozen
-from ima_seg.ops import gradient_step, perturbation_size, project
+from ima_seg.ops import gradient_step, per_row, perturbation_size, project
 from ima_seg.types import Network, Target, ThreatModel
 
 #: Share of the new step in the sum with the momentum; the first step has no momentum.

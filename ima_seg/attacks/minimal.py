@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts, finish, per_row
+from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts, finish
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.attacks.boundary import SearchSettings, boundary_search
 from ima_seg.model import frozen
+from ima_seg.ops import per_row
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 

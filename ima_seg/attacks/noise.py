@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts, per_row
+from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.model import frozen
-from ima_seg.ops import perturbation_size
+from ima_seg.ops import per_row, perturbation_size
 from ima_seg.types import Network, Norm, Target, ThreatModel
 
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts, finish, per_row
+from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts, finish
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.errors import UserError
 from ima_seg.model import frozen
-from ima_seg.ops import gradient_step
+from ima_seg.ops import gradient_step, per_row
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 #: Which point is returned: that of most damage, or the last one, which costs neither its logits nor hard predictions.

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts, per_row
+from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.attacks.noise import scaled_to
 from ima_seg.model import frozen
+from ima_seg.ops import per_row
 from ima_seg.types import Network, Target, ThreatModel
 
 #: After which of 10 000 queries the share of the voxels in a window is halved.

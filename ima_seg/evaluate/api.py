@@ -150,7 +150,7 @@ def _compatible(
             )
         if settings.budget == "slice" and not model.is_2d:
             raise UserError(f"budget 'slice' is for 2D models, {name!r} is {model.configuration_name}: --budget volume")
-        if settings.unit == "hu" and list(model.configuration.normalization_schemes) != ["CTNormalization"]:
+        if settings.unit == "hu" and not model.is_single_ct:
             raise UserError(f"unit 'hu' is for models of a single CT channel, {name!r} is not: --unit percent or rms")
         stage = model.configuration.previous_stage_name
         if stage is not None and previous_stage is None:
@@ -176,7 +176,6 @@ def _describe(
 ) -> Run:
     first = next(iter(loaded.values()))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    is_ct = list(first.configuration.normalization_schemes) == ["CTNormalization"]
     return Run(
         settings=settings,
         models=[_model_info(name, model) for name, model in loaded.items()],
@@ -192,7 +191,7 @@ def _describe(
             for name in loaded
         },
         channels=first.channels,
-        modality_native_unit="HU" if is_ct else "original intensity units",
+        modality_native_unit="HU" if first.is_single_ct else "original intensity units",
         command=command,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=name,

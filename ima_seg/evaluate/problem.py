@@ -56,22 +56,22 @@ class Problem:
             attack: with its options bound.
             eps: budget of each sample, per voxel in network units.
         """
-        if len(self.x) <= self.chunk:
-            eps_all = torch.full((len(self.x),), eps, device=self.x.device)
-            return attack(self.network, self.x, self.target, eps=eps_all, threat=self.threat, support=self.support)
         parts = []
         for start in range(0, len(self.x), self.chunk):
-            rows = torch.arange(start, min(start + self.chunk, len(self.x)), device=self.x.device)
+            rows = slice(start, start + self.chunk)
+            x = self.x[rows]
             parts.append(
                 attack(
                     self.network,
-                    self.x[rows],
+                    x,
                     self.target[rows],
-                    eps=torch.full((len(rows),), eps, device=self.x.device),
+                    eps=torch.full((len(x),), eps, device=x.device),
                     threat=self.threat,
                     support=self.support if self.support is None or len(self.support) == 1 else self.support[rows],
                 )
             )
+        if len(parts) == 1:
+            return parts[0]
         return AttackResult(
             adversarial=torch.cat([part.adversarial for part in parts]),
             distance=torch.cat([part.distance for part in parts]),
@@ -114,7 +114,7 @@ def per_voxel(eps: float, unit: Unit, problem: Problem) -> float:
     if unit == "l2":
         return problem.threat.from_total(eps, problem.voxels)
     if unit == "hu":
-        if [scale.scheme for scale in case.scales] != ["CTNormalization"]:
+        if not case.model.is_single_ct:
             raise UserError(
                 f"unit 'hu' needs a model of a single CT channel; {case.model.folder.name} has "
                 f"{', '.join(case.model.channels)}: use --unit percent or rms"

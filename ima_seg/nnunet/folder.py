@@ -71,6 +71,11 @@ class SegmentationModel:
         """Whether the network sees slices."""
         return len(self.configuration.patch_size) == 2
 
+    @property
+    def is_single_ct(self) -> bool:
+        """Whether there is one channel, normalised as CT, so that HU are a unit of the perturbation."""
+        return list(self.configuration.normalization_schemes) == ["CTNormalization"]
+
     def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> SlidingWindow:
         """The sliding window of nnU-Net's inference; ``tile_batch`` defaults to the batch size of the training."""
         return SlidingWindow(

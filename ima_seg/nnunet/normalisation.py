@@ -23,6 +23,8 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 #: As in nnU-Net's normalisation schemes.
 _LEAST_STD = 1e-8
+#: Schemes whose shift and scale come from the image itself.
+_FROM_THE_IMAGE = ("ZScoreNormalization", "RescaleTo01Normalization")
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,12 @@ class Renormalise(nn.Module):
         offsets: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.scales, self.whole, self.offsets = list(scales), whole, list(offsets)
+        self.scales, self.offsets = list(scales), list(offsets)
         self.inside = inside
-        self.anew = whole and any(s.scheme in ("ZScoreNormalization", "RescaleTo01Normalization") for s in scales)
-        self.clean_statistics = [self._statistics(clean[:, i], s) for i, s in enumerate(scales)]
+        #: Channel -> shift and width of the clean image, where they are taken anew from the perturbed one.
+        self.clean_statistics = {
+            i: self._statistics(clean[:, i], s) for i, s in enumerate(scales) if whole and s.scheme in _FROM_THE_IMAGE
+        }
 
     def _statistics(self, channel: torch.Tensor, scale: ChannelScale) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and width that the scheme takes from the image itself, of one channel (1, *S)."""
@@ -131,7 +135,7 @@ class Renormalise(nn.Module):
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         """Network input (B, C + cascade, *S)."""
         count = len(self.scales)
-        if not self.anew and not self.offsets and all(scale.bounds is None for scale in self.scales):
+        if not self.clean_statistics and not self.offsets and all(scale.bounds is None for scale in self.scales):
             return v
         channels = []
         for index, scale in enumerate(self.scales):
@@ -140,7 +144,7 @@ class Renormalise(nn.Module):
                 channel = channel.clamp(*scale.bounds)
                 if index in self.offsets:
                     channel = channel + v[:, count + self.offsets.index(index)]
-            elif self.whole and scale.scheme in ("ZScoreNormalization", "RescaleTo01Normalization"):
+            elif index in self.clean_statistics:
                 mean, width = self._statistics(channel, scale)
                 clean_mean, clean_width = self.clean_statistics[index]
                 renewed = (channel - mean) * (clean_width / width) + clean_mean

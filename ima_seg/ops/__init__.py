@@ -3,9 +3,10 @@
 from ima_seg.ops.reference import (
     gradient_step,
     hard_dice,
+    per_row,
     perturbation_size,
     project,
     random_start,
 )
 
-__all__ = ["gradient_step", "hard_dice", "perturbation_size", "project", "random_start"]
+__all__ = ["gradient_step", "hard_dice", "per_row", "perturbation_size", "project", "random_start"]

@@ -12,7 +12,7 @@ import torch
 from ima_seg.types import Norm, Target
 
 
-def _per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def per_row(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, ..., 1) to broadcast over ``like`` (B, C, *S)."""
     return value.view(-1, *(1,) * (like.ndim - 1))
 
@@ -32,11 +32,11 @@ def perturbation_size(delta: torch.Tensor, norm: Norm) -> torch.Tensor:
 def project(delta: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tensor:
     """Project ``delta`` (B, C, *S) onto the balls of radius ``eps`` (B,), **in place**; returns ``delta``."""
     if norm == "linf":
-        radius = _per_sample(eps, delta)
+        radius = per_row(eps, delta)
         return torch.maximum(torch.minimum(delta, radius, out=delta), -radius, out=delta)
     size = perturbation_size(delta, norm)
     shrink = torch.where(size > eps, eps / size, torch.ones_like(size))
-    return delta.mul_(_per_sample(shrink, delta))
+    return delta.mul_(per_row(shrink, delta))
 
 
 def gradient_step(
@@ -62,9 +62,9 @@ def gradient_step(
     else:
         direction = gradient.sign()
         scale = torch.where(usable, alpha, torch.zeros_like(alpha))
-    stepped = torch.addcmul(delta, direction.to(delta.dtype), _per_sample(scale, delta).to(delta.dtype))
+    stepped = torch.addcmul(delta, direction.to(delta.dtype), per_row(scale, delta).to(delta.dtype))
     # 0 * NaN is NaN: rows without a usable gradient are restored rather than scaled.
-    stepped = torch.where(_per_sample(usable, delta), stepped, delta)
+    stepped = torch.where(per_row(usable, delta), stepped, delta)
     return project(stepped, eps, norm)
 
 
@@ -78,10 +78,10 @@ def random_start(
     """
     noise = torch.empty_like(like)
     if norm == "linf":
-        return noise.uniform_(-1.0, 1.0, generator=generator).mul_(_per_sample(radius, like))
+        return noise.uniform_(-1.0, 1.0, generator=generator).mul_(per_row(radius, like))
     noise.normal_(generator=generator)
     share = torch.rand(radius.shape, device=radius.device, generator=generator)
-    return noise.mul_(_per_sample(radius * share / perturbation_size(noise, norm), like))
+    return noise.mul_(per_row(radius * share / perturbation_size(noise, norm), like))
 
 
 def hard_dice(logits: torch.Tensor, target: Target) -> torch.Tensor:
