@@ -384,3 +384,21 @@ def test_cuda_finds_the_hyperplane_and_waits_once_per_step(norm, no_random_start
     waits = sum("synchroniz" in str(warning.message) for warning in caught)
     assert waits <= 20 + 10
     assert ((found.distance.cpu() / true - 1).abs() < 0.011).all()
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_given_start_is_projected_and_searched_from(norm):
+    network, x, target = hyperplane_problem((9, 7))
+    weight = network.weight.detach()
+    start = -(weight.sign() if norm == "linf" else weight).expand_as(x) * 100
+    start[0] = 0  # no crossing from here in one step of a hundredth
+    eps = torch.full((len(x),), 0.35)
+    settings = SearchSettings(steps=1, step_factor=0.01)
+    options = dict(eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=torch.ones_like(eps), settings=settings)
+    found = boundary_search(network, x, target, threat=ThreatModel(norm), start=start, **options)
+    distance = network.distance(x, norm)
+    assert found.crossed.tolist() == [False, *(distance[1:] < 0.35).tolist()]
+    torch.testing.assert_close(found.distance[found.crossed], distance[found.crossed], rtol=0.02, atol=1e-4)
+    assert (found.distance[1:] <= 0.35 + 1e-5).all() and found.distance[0] < 0.01
+    with pytest.raises(UserError, match=r"start has shape \(5, 1, 9\)"):
+        boundary_search(network, x, target, threat=ThreatModel(norm), start=start[..., 0], **options)

@@ -15,8 +15,9 @@ import torch
 from ima_seg.attacks._gradient import Perturbed, check_batch
 from ima_seg.attacks._rows import assign, remaining
 from ima_seg.attacks.base import UNTARGETED, Loss
+from ima_seg.errors import UserError
 from ima_seg.model import frozen
-from ima_seg.ops import gradient_step, hard_dice, perturbation_size, random_start
+from ima_seg.ops import gradient_step, hard_dice, per_row, perturbation_size, project, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 Refine = Literal["root", "bisection"]
@@ -70,6 +71,11 @@ class BoundaryResult:
     passes: PassCount
 
 
+def start_radius(eps: torch.Tensor, slack: float) -> torch.Tensor:
+    """Largest size (B,) of a random start for budgets ``eps`` (B,), all per voxel in network units."""
+    return torch.minimum(eps, (eps - slack).clamp_min(slack))
+
+
 @torch.no_grad()
 def boundary_search(
     model: Network,
@@ -84,6 +90,7 @@ def boundary_search(
     searched: torch.Tensor | None = None,
     loss: Loss = UNTARGETED.loss,
     support: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> BoundaryResult:
@@ -101,15 +108,16 @@ def boundary_search(
         searched: (B,) bool, the samples to search; the others are returned as they are. Default: all.
         loss: what the walk climbs.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
+        start: perturbation to start from, (B, image channels, *S); it is projected onto the ball of ``eps``. Default:
+            a random one (see ``SearchSettings.start_slack``). Give a finite one for every searched sample.
         dtype: autocast dtype of the passes, None for float32.
-        generator: source of the random start.
+        generator: source of the random start; not used with ``start``.
 
     Crossed samples leave the working batch at once; the network only sees those still under way.
     """
     check_batch(x, eps)
     norm, size = threat.norm, len(x)
     batch = Perturbed(model, x, threat, dtype, loss, support)
-    start_radius = torch.minimum(eps, (eps - settings.start_slack).clamp_min(settings.start_slack))
     alpha = settings.step_factor * eps / settings.steps
 
     # All state is kept for the full batch; ``rows`` says which of it the network still works on.
@@ -117,8 +125,17 @@ def boundary_search(
     finite = torch.ones(size, dtype=torch.bool, device=x.device)
     alive = finite.clone() if searched is None else searched.clone()
     crossed, stalled = ~finite, ~finite
-    start_radius = start_radius * alive
-    point = batch.supported(random_start(threat.perturbable(x), start_radius, norm, generator))
+    if start is None:
+        radius = start_radius(eps, settings.start_slack)
+        point = batch.supported(random_start(threat.perturbable(x), radius * alive, norm, generator))
+    else:
+        wanted = tuple(threat.perturbable(x).shape)
+        if tuple(start.shape) != wanted:
+            raise UserError(
+                f"start has shape {tuple(start.shape)}; expected that of the perturbable channels, {wanted}"
+            )
+        point = torch.where(per_row(alive, start), batch.supported(start), 0.0)
+        point = project(point, eps, norm)
     if searched is not None:
         rows = remaining(rows, alive, settings.multiple_of)
     inner, inner_dice, dice = torch.zeros_like(point), clean_dice.float().clone(), clean_dice.float().clone()
