@@ -20,7 +20,7 @@ from ima_seg.attacks import boundary_search, pgd
 from ima_seg.attacks._rows import assign, remaining
 from ima_seg.errors import UserError
 from ima_seg.ledger import EpochSummary, MarginLedger
-from ima_seg.model import full_resolution, inner_module, resolve_precision
+from ima_seg.model import full_resolution, inner_module
 from ima_seg.ops import hard_dice
 from ima_seg.settings import IMASettings
 from ima_seg.types import Labels, PassCount, Target, ThreatModel
@@ -171,7 +171,6 @@ class IMA:
         crossed, finite, stalled = (torch.zeros_like(searched) for _ in range(3))
         distance = torch.zeros_like(eps)
         passes = PassCount()
-        dtype = resolve_precision(self.settings.precision, x.device)
         multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
         if bool(searched.any()):
             found = boundary_search(
@@ -184,7 +183,7 @@ class IMA:
                 settings=self.settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
                 threat=self.threat,
                 searched=searched,
-                dtype=dtype,
+                precision=self.settings.precision,
                 generator=generator,
             )
             adversarial, crossed, finite = found.adversarial, found.crossed, found.finite
@@ -199,7 +198,7 @@ class IMA:
                 steps=self.settings.background_steps,
                 step_factor=self.settings.step_factor,
                 threat=self.threat,
-                dtype=dtype,
+                precision=self.settings.precision,
                 generator=generator,
                 keep="last",  # costs the gradient passes and nothing else
             )

@@ -26,6 +26,12 @@ def _few_threads() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Automatic precision depends on the processor; tests that want bfloat16 ask for it."""
+    monkeypatch.setattr("ima_seg.model._cpu_has_bf16", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     """Each test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)

@@ -123,13 +123,13 @@ def test_random_starts_are_as_large_within_a_support_as_without():
     for norm in ("l2", "linf"):
         sizes = []
         for mask in (None, support):
-            batch = Perturbed(lambda x: x, x, ThreatModel(norm), None, support=mask)
+            batch = Perturbed(lambda x: x, x, ThreatModel(norm), support=mask)
             delta = batch.random(eps, torch.Generator().manual_seed(1))
             sizes.append(perturbation_size(delta, norm))
         assert (delta * ~support == 0).all()
         if norm == "l2":
             torch.testing.assert_close(*sizes)
-    empty = Perturbed(lambda x: x, x, ThreatModel(), None, support=support & False)
+    empty = Perturbed(lambda x: x, x, ThreatModel(), support=support & False)
     assert (empty.random(eps, None) == 0).all()
 
 
@@ -192,7 +192,7 @@ def test_precisions(attack, dtype):
     hit = attack(network.to(dtype), x.to(dtype), target, generator=torch.Generator().manual_seed(1), **common)
     assert hit.adversarial.dtype == dtype and hit.damage.dtype == hit.distance.dtype == torch.float32
     assert abs(hit.damage.mean() - exact.damage.mean()) < 0.1
-    cast = attack(network.float(), x, target, dtype=torch.bfloat16, **common)
+    cast = attack(network.float(), x, target, precision="bf16", **common)
     assert cast.adversarial.dtype == torch.float32 and abs(cast.damage.mean() - exact.damage.mean()) < 0.1
 
 

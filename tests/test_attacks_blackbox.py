@@ -280,11 +280,11 @@ def test_windows_lie_where_there_is_support_and_anywhere_without():
     eps = torch.ones(200)
     support = torch.zeros(1, 1, 16, 12, dtype=torch.bool)
     support[..., 15, 4] = True
-    search = _Search(Perturbed(network, x, ThreatModel(), None, support=support), eps, None)
+    search = _Search(Perturbed(network, x, ThreatModel(), support=support), eps, None)
     place = search._place(search._window((3, 5)))
     assert place.shape == (200, 1, 15)
     assert (place == 15 * 12 + 4).any(2).all() and place.max() < 16 * 12
-    search = _Search(Perturbed(network, x, ThreatModel(), None), eps, None)
+    search = _Search(Perturbed(network, x, ThreatModel()), eps, None)
     place = search._place(search._window((3, 5)))
     assert (place % 12).amin() == 0 and (place % 12).amax() == 11 and place.amin() == 0 and place.amax() // 12 == 15
     assert (place[..., 0] % 12 <= 12 - 5).all()
@@ -313,7 +313,7 @@ def test_vafa_sets_the_scale_of_its_steps_from_the_budget(norm):
     network, x, _ = problem((20, 24))
     support = torch.zeros(1, 1, 20, 24, dtype=torch.bool)
     support[..., 4:16, :] = True
-    quantised = _Quantised(Perturbed(network, x, ThreatModel(norm), None, support=support), 8)
+    quantised = _Quantised(Perturbed(network, x, ThreatModel(norm), support=support), 8)
     eps = torch.tensor([0.01, 0.1, 0.2])
     q = quantised.uniform_step(eps, 1.5).view(-1, *(1,) * (quantised.coefficients.ndim - 1))
     torch.testing.assert_close(perturbation_size(quantised.perturbation(q), norm), 1.5 * eps, rtol=2e-3, atol=0)
@@ -321,7 +321,7 @@ def test_vafa_sets_the_scale_of_its_steps_from_the_budget(norm):
 
 def test_a_quantised_coefficient_moves_to_the_smoothly_rounded_multiple():
     network, x, _ = problem((8, 8))
-    quantised = _Quantised(Perturbed(network, x, ThreatModel(), None), 8)
+    quantised = _Quantised(Perturbed(network, x, ThreatModel()), 8)
     z = quantised.coefficients / 0.7
     rounded = z - torch.sin(2 * torch.pi * z) / (2 * torch.pi)
     image = join(block_transform(0.7 * rounded, (8, 8), inverse=True), (8, 8))

@@ -295,7 +295,7 @@ def test_only_the_full_resolution_head_is_attacked():
     network = TinyUNet(2, outputs=2, heads=True)
     x = torch.randn(2, 1, 16, 16)
     target = Target.from_raw(torch.randint(0, 2, (2, 1, 16, 16)), Labels(2))
-    batch = Perturbed(network, x, ThreatModel(), None)
+    batch = Perturbed(network, x, ThreatModel())
     zero = torch.zeros_like(x)
     gradient = batch.gradient(*batch.logits_with_graph(zero), target)
     with torch.no_grad():

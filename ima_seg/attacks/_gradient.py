@@ -6,7 +6,7 @@ import torch
 
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.errors import UserError
-from ima_seg.model import autocast, full_resolution
+from ima_seg.model import Precision, autocast, full_resolution, resolve_precision
 from ima_seg.ops import per_row, perturbation_size, project, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
@@ -48,7 +48,7 @@ class Perturbed:
         model: network (B, C, *S) -> logits.
         x: batch (B, C, *S).
         threat: norm and perturbable channels.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         loss: what the gradient climbs.
         support: bool, broadcastable to the perturbable channels; None for everywhere.
     """
@@ -58,11 +58,13 @@ class Perturbed:
         model: Network,
         x: torch.Tensor,
         threat: ThreatModel,
-        dtype: torch.dtype | None,
+        precision: Precision = "auto",
         loss: Loss = UNTARGETED.loss,
         support: torch.Tensor | None = None,
     ) -> None:
-        self.model, self.x, self.threat, self.dtype, self.loss, self.support = model, x, threat, dtype, loss, support
+        self.model, self.x, self.threat, self.loss, self.support = model, x, threat, loss, support
+        self.precision: Precision = precision
+        self.dtype = resolve_precision(precision, x.device)
         if support is not None:
             wanted = tuple(threat.perturbable(x).shape)
             fits = support.ndim == x.ndim and all(a in (1, b) for a, b in zip(support.shape, wanted, strict=True))
@@ -74,7 +76,7 @@ class Perturbed:
 
     def select(self, rows: torch.Tensor) -> Perturbed:
         support = self.support if self.support is None or len(self.support) == 1 else self.support[rows]
-        return Perturbed(self.model, self.x[rows], self.threat, self.dtype, self.loss, support)
+        return Perturbed(self.model, self.x[rows], self.threat, self.precision, self.loss, support)
 
     def apply(self, delta: torch.Tensor) -> torch.Tensor:
         """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels; a new tensor."""

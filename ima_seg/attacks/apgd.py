@@ -8,7 +8,7 @@ import torch
 
 from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
-from ima_seg.model import frozen
+from ima_seg.model import Precision, frozen
 from ima_seg.ops import gradient_step, per_row, perturbation_size, project
 from ima_seg.types import Network, Target, ThreatModel
 
@@ -50,7 +50,7 @@ def apgd(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
     start: bool = True,
     red_eps: bool = False,
@@ -77,7 +77,7 @@ def apgd(
         goal: what to climb and how to measure the damage.
         support: bool, broadcastable to the perturbable channels (B, image channels, *S); the perturbation is zero
             where it is False.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the random starts.
         start: whether to start at a random point; without, further restarts would repeat the first and are not made.
         red_eps: stages of radius 2, 1.5 and 1 times ``eps`` with 3 : 3 : 4 of the steps, each from the projection of
@@ -88,7 +88,7 @@ def apgd(
     """
     check_batch(x, eps)
     check_counts(steps, restarts)
-    batch = Perturbed(model, x, threat, dtype, goal.loss, support)
+    batch = Perturbed(model, x, threat, precision, goal.loss, support)
     best = Best(batch, target, goal, eps, steps)
     stages = stage_lengths(steps, red_eps)
     forwards = 0

@@ -16,7 +16,7 @@ from ima_seg.attacks._gradient import Perturbed, check_batch
 from ima_seg.attacks._rows import assign, remaining
 from ima_seg.attacks.base import UNTARGETED, Loss
 from ima_seg.errors import UserError
-from ima_seg.model import frozen
+from ima_seg.model import Precision, frozen
 from ima_seg.ops import gradient_step, hard_dice, per_row, perturbation_size, project, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
@@ -91,7 +91,7 @@ def boundary_search(
     loss: Loss = UNTARGETED.loss,
     support: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
 ) -> BoundaryResult:
     """Search each sample's decision boundary within its own budget.
@@ -110,14 +110,14 @@ def boundary_search(
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
         start: perturbation to start from, (B, image channels, *S); it is projected onto the ball of ``eps``. Default:
             a random one (see ``SearchSettings.start_slack``). Give a finite one for every searched sample.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the random start; not used with ``start``.
 
     Crossed samples leave the working batch at once; the network only sees those still under way.
     """
     check_batch(x, eps)
     norm, size = threat.norm, len(x)
-    batch = Perturbed(model, x, threat, dtype, loss, support)
+    batch = Perturbed(model, x, threat, precision, loss, support)
     alpha = settings.step_factor * eps / settings.steps
 
     # All state is kept for the full batch; ``rows`` says which of it the network still works on.

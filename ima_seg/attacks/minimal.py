@@ -9,7 +9,7 @@ import torch
 from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts, finish
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.attacks.boundary import SearchSettings, boundary_search
-from ima_seg.model import frozen
+from ima_seg.model import Precision, frozen
 from ima_seg.ops import per_row
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
@@ -49,7 +49,7 @@ def minimal_norm(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
     gamma: float = 0.01,
     step_factor: float = 4.0,
@@ -74,7 +74,7 @@ def minimal_norm(
         restarts: how often to make all rounds; later ones go on from the smallest crossing and forget the failures.
         goal: the loss that the searches climb; the damage that is reported. ``threshold`` alone says what is broken.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the random starts, on the device of ``x``.
         gamma: share of the distance by which the next crossing must at least be nearer.
         step_factor: a step is ``step_factor * budget / steps`` long.
@@ -82,7 +82,7 @@ def minimal_norm(
     check_batch(x, eps)
     check_counts(steps, restarts)
     check_counts(rounds, restarts)
-    batch = Perturbed(model, x, threat, dtype, goal.loss, support)
+    batch = Perturbed(model, x, threat, precision, goal.loss, support)
     best = Best(batch, target, goal, eps, rounds * restarts)
     settings = SearchSettings(steps=steps, step_factor=step_factor, refine_steps=12, refine_tolerance=gamma / 2)
     foreground = ~torch.isnan(clean_dice)
@@ -101,7 +101,8 @@ def minimal_norm(
             budget = torch.where(torch.isinf(crossing), eps, nearer)
             found = boundary_search(
                 model, x, target, eps=budget, threshold=threshold, clean_dice=clean_dice, settings=settings,
-                threat=threat, searched=searched, loss=goal.loss, support=support, dtype=dtype, generator=generator,
+                threat=threat, searched=searched, loss=goal.loss, support=support, precision=precision,
+                generator=generator,
             )  # fmt: skip
             passes += found.passes
             delta = threat.perturbable(found.adversarial).to(best.delta.dtype) - threat.perturbable(x)

@@ -8,7 +8,7 @@ import torch
 
 from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
-from ima_seg.model import frozen
+from ima_seg.model import Precision, frozen
 from ima_seg.ops import per_row, perturbation_size
 from ima_seg.types import Network, Norm, Target, ThreatModel
 
@@ -30,7 +30,7 @@ def gaussian_noise(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
 ) -> AttackResult:
     """White Gaussian noise scaled to exactly ``eps``: its RMS (l2) or its largest value (linf).
@@ -45,7 +45,7 @@ def gaussian_noise(
             good is a finding too. The trace has a row for each draw.
         goal: what counts as damage.
         support: bool, broadcastable to the perturbable channels; the noise is zero outside and scaled after masking.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the noise, on the device of ``x``.
     """
 
@@ -53,7 +53,7 @@ def gaussian_noise(
         noise = batch.supported(batch.zero().normal_(generator=generator))
         return scaled_to(noise, eps, threat.norm)
 
-    return _worst_of(draw, Perturbed(model, x, threat, dtype, goal.loss, support), target, eps, restarts, goal)
+    return _worst_of(draw, Perturbed(model, x, threat, precision, goal.loss, support), target, eps, restarts, goal)
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def uniform_noise(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
 ) -> AttackResult:
     """Uniform white noise: scaled to the RMS ``eps`` (l2), or drawn from the box [-eps, eps] (linf).
@@ -79,7 +79,7 @@ def uniform_noise(
         noise = batch.supported(batch.zero().uniform_(-1.0, 1.0, generator=generator))
         return scaled_to(noise, eps, "l2") if threat.norm == "l2" else noise * per_row(eps, noise).to(noise.dtype)
 
-    return _worst_of(draw, Perturbed(model, x, threat, dtype, goal.loss, support), target, eps, restarts, goal)
+    return _worst_of(draw, Perturbed(model, x, threat, precision, goal.loss, support), target, eps, restarts, goal)
 
 
 def _worst_of(

@@ -9,7 +9,7 @@ import torch
 from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts, finish
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.errors import UserError
-from ima_seg.model import frozen
+from ima_seg.model import Precision, frozen
 from ima_seg.ops import gradient_step, per_row
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
@@ -28,7 +28,7 @@ def fgsm(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
 ) -> AttackResult:
     """The fast gradient method: one step from the clean batch to the boundary of the ball.
@@ -39,8 +39,8 @@ def fgsm(
     """
     check_counts(steps, restarts)
     return _descend(
-        model, x, target, eps=eps, threat=threat, steps=1, restarts=1, goal=goal, support=support, dtype=dtype,
-        generator=None, step_factor=1.0, start=False, keep="best",
+        model, x, target, eps=eps, threat=threat, steps=1, restarts=1, goal=goal, support=support,
+        precision=precision, generator=None, step_factor=1.0, start=False, keep="best",
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def ifgsm(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
     step_factor: float = 4.0,
     keep: Keep = "best",
@@ -68,8 +68,8 @@ def ifgsm(
     """
     check_counts(steps, restarts)
     return _descend(
-        model, x, target, eps=eps, threat=threat, steps=steps, restarts=1, goal=goal, support=support, dtype=dtype,
-        generator=None, step_factor=step_factor, start=False, keep=keep,
+        model, x, target, eps=eps, threat=threat, steps=steps, restarts=1, goal=goal, support=support,
+        precision=precision, generator=None, step_factor=step_factor, start=False, keep=keep,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def pgd(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
     step_factor: float = 4.0,
     start: bool = True,
@@ -105,7 +105,7 @@ def pgd(
         goal: what to climb and how to measure the damage.
         support: bool, broadcastable to the perturbable channels (B, image channels, *S); the perturbation is zero
             where it is False.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the random starts.
         step_factor: each step is ``step_factor * eps / steps`` long. No step is too long: what leaves the ball is
             projected back.
@@ -119,7 +119,7 @@ def pgd(
     check_counts(steps, restarts)
     return _descend(
         model, x, target, eps=eps, threat=threat, steps=steps, restarts=restarts if start else 1, goal=goal,
-        support=support, dtype=dtype, generator=generator, step_factor=step_factor, start=start, keep=keep,
+        support=support, precision=precision, generator=generator, step_factor=step_factor, start=start, keep=keep,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _descend(
     restarts: int,
     goal: Goal,
     support: torch.Tensor | None,
-    dtype: torch.dtype | None,
+    precision: Precision,
     generator: torch.Generator | None,
     step_factor: float,
     start: bool,
@@ -143,7 +143,7 @@ def _descend(
 ) -> AttackResult:
     """The loop of all three; arguments as for :func:`pgd`."""
     check_batch(x, eps)
-    batch = Perturbed(model, x, threat, dtype, goal.loss, support)
+    batch = Perturbed(model, x, threat, precision, goal.loss, support)
     alpha = step_factor * eps / steps
     if keep == "last":
         if restarts > 1:

@@ -16,7 +16,7 @@ import torch
 from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.attacks.noise import scaled_to
-from ima_seg.model import frozen
+from ima_seg.model import Precision, frozen
 from ima_seg.ops import per_row
 from ima_seg.types import Network, Target, ThreatModel
 
@@ -36,7 +36,7 @@ def square(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
     p_init: float = 0.8,
 ) -> AttackResult:
@@ -61,13 +61,13 @@ def square(
         restarts: how often to start anew.
         goal: the loss to raise, at progress 0 throughout, for its values are compared; the damage that is returned.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of all draws, on the device of ``x``.
         p_init: share of the voxels in the first windows; halved on the paper's schedule, scaled to ``queries``.
     """
     check_batch(x, eps)
     check_counts(queries, restarts)
-    batch = Perturbed(model, x, threat, dtype, goal.loss, support)
+    batch = Perturbed(model, x, threat, precision, goal.loss, support)
     best = Best(batch, target, goal, eps, queries)
     search = _Search(batch, eps, generator)
     linf = threat.norm == "linf"

@@ -14,7 +14,7 @@ import torch
 from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.errors import UserError
-from ima_seg.model import frozen
+from ima_seg.model import Precision, frozen
 from ima_seg.ops import per_row, perturbation_size
 from ima_seg.types import Network, Norm, Target, ThreatModel
 
@@ -37,7 +37,7 @@ def vafa(
     restarts: int = 1,
     goal: Goal = UNTARGETED,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
     block: int = 8,
     headroom: float | None = None,
@@ -69,7 +69,7 @@ def vafa(
         restarts: the first starts at q = q_max as the paper does, the others at random tables.
         goal: what to climb and how to measure the damage.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        dtype: autocast dtype of the passes, None for float32.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the random tables, on the device of ``x``.
         block: edge of a block, in voxels; an axis shorter than that is one block.
         headroom: see above. Above 1, for once the steps of the less harmful frequencies have shrunk the perturbation
@@ -80,7 +80,7 @@ def vafa(
     check_counts(steps, restarts)
     if block < 1:
         raise UserError(f"block is {block}; the edge of a block is at least one voxel")
-    batch = Perturbed(model, x, threat, dtype, goal.loss, support)
+    batch = Perturbed(model, x, threat, precision, goal.loss, support)
     best = Best(batch, target, goal, eps, steps)
     quantised = _Quantised(batch, block)
     q_max = per_row(quantised.uniform_step(eps, headroom or _HEADROOM[threat.norm]), quantised.coefficients)

@@ -27,7 +27,7 @@ from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, ModelInfo, Run
 from ima_seg.evaluate.sweep import Contestant, Sweep
 from ima_seg.files import write_text
-from ima_seg.model import Precision, resolve_precision
+from ima_seg.model import resolve_precision
 from ima_seg.nnunet.folder import SegmentationModel, load_model
 from ima_seg.nnunet.inputs import CaseFiles, find_cases
 from ima_seg.nnunet.margins import restore_ledger
@@ -95,7 +95,7 @@ def evaluate(
         if {"disappear", "appear"} & set(settings.attacks) and not settings.targets:
             settings = settings.model_copy(update={"targets": list(first.classes)})
         check_settings(settings, models=list(loaded), classes=list(first.classes))
-        dtype = resolve_precision(_precision(settings.precision), place)
+        dtype = resolve_precision(settings.precision, place)
         contestants = [
             Contestant(
                 name,
@@ -119,7 +119,7 @@ def evaluate(
         failures.unlink(missing_ok=True)
         share.wait()
         done = {record.key for record in read_lines(_record_files(out), Record)}
-        sweep = Sweep(settings, contestants, Attacker(settings, place, dtype), out, records, failures, done)
+        sweep = Sweep(settings, contestants, Attacker(settings, place), out, records, failures, done)
         if share.index == 0:
             for problem in problems:
                 sweep.fail(problem.case, problem.message)
@@ -129,12 +129,6 @@ def evaluate(
         report = write_report([out], out) if share.rank == 0 and _complete(out, run, share) else None
         share.wait()  # a rank that ends with an error before ends the others, too
     return report, len(sweep.failed)
-
-
-def _precision(name: str) -> Precision:
-    if name not in ("auto", "fp32", "bf16", "fp16"):
-        raise UserError(f"precision {name!r} does not exist; use auto, fp32, bf16 or fp16")
-    return name  # type: ignore[return-value]
 
 
 def _compatible(

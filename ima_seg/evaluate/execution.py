@@ -60,11 +60,10 @@ class Attacker:
     Args:
         settings: of the run.
         device: of the networks.
-        dtype: autocast dtype of the attacks' passes.
     """
 
-    def __init__(self, settings: EvaluationSettings, device: torch.device, dtype: torch.dtype | None) -> None:
-        self.settings, self.device, self.dtype = settings, device, dtype
+    def __init__(self, settings: EvaluationSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
         self.threat = ThreatModel(settings.norm)
 
     def run(self, condition: Condition, case: PreparedCase, window: SlidingWindow) -> Found:
@@ -93,7 +92,7 @@ class Attacker:
         else:
             spec = ATTACKS[condition.attack]
             attack = partial(spec.run, **spec.length(settings.steps, settings.restarts))
-        attack = partial(attack, dtype=self.dtype, generator=self.generator(condition, case))
+        attack = partial(attack, precision=self.settings.precision, generator=self.generator(condition, case))
         result = problem.run(attack, eps)
         self._check_budget(condition, problem, result.distance, eps)
         # A targeted loss has no gradient once all of its voxels have flipped, or where there are none.
@@ -111,7 +110,7 @@ class Attacker:
     def repeat_difference(self, case: PreparedCase, window: SlidingWindow) -> float:
         """How much the same input gradient differs when it is computed twice, as a share of its largest value."""
         problem = make_problem(case, window, self.threat, "volume")
-        batch = Perturbed(problem.network, problem.x, problem.threat, self.dtype)
+        batch = Perturbed(problem.network, problem.x, problem.threat, self.settings.precision)
         first, second = (batch.gradient(*batch.logits_with_graph(batch.zero()), problem.target) for _ in range(2))
         return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
@@ -152,7 +151,7 @@ class Attacker:
             steps=self.settings.steps,
             rounds=8,
             support=problem.support,
-            dtype=self.dtype,
+            precision=self.settings.precision,
             generator=self.generator(condition, case),
         )
         self._check_budget(condition, problem, result.distance, eps)

@@ -6,7 +6,7 @@ import torch
 
 from ima_seg.attacks.base import AttackResult, lost_dice
 from ima_seg.attacks.pgd import pgd
-from ima_seg.model import full_resolution
+from ima_seg.model import Precision, full_resolution
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.ops import perturbation_size, project
 from ima_seg.types import Network, PassCount, Target, ThreatModel
@@ -25,7 +25,7 @@ def patch_pgd(
     steps: int,
     restarts: int = 1,
     support: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    precision: Precision = "auto",
     generator: torch.Generator | None = None,
 ) -> AttackResult:
     """PGD on each patch of a grid without overlap (but at the edges), put together.
@@ -44,7 +44,7 @@ def patch_pgd(
         steps: gradient steps.
         restarts: of each patch.
         support: where a perturbation may be.
-        dtype: autocast dtype.
+        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the random starts.
     """
     network = window.networks[0]
@@ -71,7 +71,7 @@ def patch_pgd(
             threat=threat,
             steps=steps,
             restarts=restarts,
-            dtype=dtype,
+            precision=precision,
             generator=generator,
         )
         passes += hit.passes

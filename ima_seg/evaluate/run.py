@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 Norm = Literal["l2", "linf"]
 Unit = Literal["rms", "l2", "linf", "hu", "percent"]
 Budget = Literal["volume", "slice"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class _Strict(BaseModel):
@@ -56,7 +57,7 @@ class EvaluationSettings(_Strict):
     save_adversarial: bool = False
     step_size: float = 0.5
     mirroring: bool = True
-    precision: str = "auto"
+    precision: Precision = "auto"
     limit: int | None = None
 
 
