@@ -12,24 +12,16 @@ step on the same batch, each in a process of its own on the CPU. A table goes to
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import alternate, number_of_process, peak_memory, provenance, ratio, store
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import SearchSettings, boundary_search
-from ima_seg.files import write_text
 from ima_seg.losses import dice_ce_loss
 from ima_seg.model import frozen
 
@@ -56,12 +48,6 @@ def make(name: str, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor
     x = torch.randn(batch, 1, *patch, device=device)
     y = torch.randint(0, 3, (batch, 1, *patch), device=device)
     return network.to(device), x, y
-
-
-def wait(device: torch.device) -> None:
-    """Let the device finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def bare_passes(network: Any, x: torch.Tensor, target: Target) -> None:
@@ -93,27 +79,11 @@ def overhead(name: str, norm: str, device: torch.device, pairs: int) -> dict[str
         "search": lambda: search(network, x, target, norm),
         "bare": lambda: bare_passes(network, x, target),
     }
-    seconds: dict[str, list[float]] = {key: [] for key in jobs}
-    for pair in range(pairs + 1):
-        for key in jobs if pair % 2 else reversed(jobs):
-            wait(device)
-            began = time.perf_counter()
-            jobs[key]()
-            wait(device)
-            if pair:  # the first pair warms up
-                seconds[key].append(time.perf_counter() - began)
-    ratios = [a / b for a, b in zip(seconds["search"], seconds["bare"], strict=True)]
+    seconds = alternate(jobs, pairs, device)
     return {
-        "case": name, "norm": norm, "ratio": round(statistics.median(ratios), 3),
-        "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
+        "case": name, "norm": norm, **ratio(seconds["search"], seconds["bare"]),
         "bare_seconds": round(statistics.median(seconds["bare"]), 3), "pairs": pairs,
     }  # fmt: skip
-
-
-def status(field: str) -> float:
-    """A memory field of this process, in MiB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def one_step(name: str, kind: str, device: torch.device) -> float:
@@ -128,30 +98,21 @@ def one_step(name: str, kind: str, device: torch.device) -> float:
         terms = [dice_ce_loss(o, Target.from_raw(t, Labels(3))).mean() for o, t in zip(output, heads, strict=True)]
         return torch.stack(terms).mean()
 
-    if device.type == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing
-        before = status("VmRSS")
-    else:
-        before = torch.cuda.memory_allocated() / 2**20
-    for _ in range(2):
-        optimiser.zero_grad(set_to_none=True)
-        report = ima.step(network, x, y, [str(i) for i in range(len(x))], loss=loss)
-        assert (report.adversarial is not None) == (kind == "ima")
-        optimiser.step()
-    return (status("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated() / 2**20) - before
+    with peak_memory(device) as peak:
+        for _ in range(2):
+            optimiser.zero_grad(set_to_none=True)
+            report = ima.step(network, x, y, [str(i) for i in range(len(x))], loss=loss)
+            assert (report.adversarial is not None) == (kind == "ima")
+            optimiser.step()
+    return peak.mib
 
 
 def memory(name: str, device: torch.device) -> dict[str, Any]:
     """Peak memory of both kinds of step, in processes of their own."""
-    peak = {}
-    # Every large tensor in a mapping of its own: the peak then counts tensors, not the heap's fragmentation.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-    for kind in ("standard", "ima"):
-        command = [sys.executable, __file__, "--device", device.type, "--peak", name, kind]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        peak[kind] = float(done.stdout)
-    ratio = round(peak["ima"] / peak["standard"], 3)
-    return {"case": name, "standard_mib": round(peak["standard"]), "ima_mib": round(peak["ima"]), "ratio": ratio}
+    kinds = ("standard", "ima")
+    peak = {kind: number_of_process(__file__, "--device", device.type, "--peak", name, kind) for kind in kinds}
+    quotient = round(peak["ima"] / peak["standard"], 3)
+    return {"case": name, "standard_mib": round(peak["standard"]), "ima_mib": round(peak["ima"]), "ratio": quotient}
 
 
 def main() -> None:
@@ -178,14 +139,7 @@ def main() -> None:
         row = memory(name, device)
         result["memory"].append(row)
         print(f"| {name} | {row['standard_mib']} | {row['ima_mib']} | {row['ratio']} |", flush=True)
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    result |= {
-        "command": " ".join(["python", "benchmarks/bench_step_overhead.py", *sys.argv[1:]]),
-        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat(),
-    }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"step_overhead_{device.type}.json"
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    store("step_overhead", device, result | provenance(__file__, device))
 
 
 if __name__ == "__main__":

@@ -15,24 +15,16 @@ ratio is the median over pairs. Tables go to standard output, all to ``benchmark
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step_overhead import status, wait
+from common import alternate, number_of_process, peak_memory, provenance, ratio, store
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from ima_seg import Labels, Target
-from ima_seg.files import write_text
 from ima_seg.losses import dice_ce_loss
 from ima_seg.nnunet.tiling import SlidingWindow
 
@@ -106,34 +98,25 @@ def difference(device: torch.device) -> float:
 def peak(size: int, patch: int, way: str, device: torch.device) -> float:
     """Memory in bytes at the peak of one step on a cube, its image and reference included."""
     window = make(patch, FEATURES, device)
-    if device.type == "cuda":
-        before = float(torch.cuda.memory_allocated())
-    else:
+    if device.type == "cpu":
         gradient(ours, window, *volume(patch, device))  # what libraries allocate once for all
-        before = status("VmRSS") * 2**20
-    x, target = volume(size, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    assert gradient(ours if way == "tiles" else one_graph, window, x, target).isfinite().all()
-    return (status("VmHWM") * 2**20 if device.type == "cpu" else torch.cuda.max_memory_allocated()) - before
+    with peak_memory(device) as needed:
+        x, target = volume(size, device)
+        assert gradient(ours if way == "tiles" else one_graph, window, x, target).isfinite().all()
+    return needed.mib * 2**20
 
 
 def memory(sizes: list[int], patch: int, device: torch.device) -> list[dict[str, Any]]:
     """Peaks of all sizes, in processes of their own, and their growth from one to the next."""
     rows: list[dict[str, Any]] = []
-    # Every large tensor in a mapping of its own: the peak then counts tensors, not the heap's fragmentation.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     window = make(patch, FEATURES, torch.device("cpu"))
     for size in sorted(sizes):
         tiles = window.tiles(torch.Size((1, 1, *(size,) * 3)))
         row: dict[str, Any] = {"size": size, "tiles": tiles, "image_and_logits_mib": round(size**3 * UNIT / 2**20, 1)}
         for way in ("tiles", "one graph")[: 1 + (tiles <= MOST_TILES)]:
-            command = [sys.executable, __file__, "--device", device.type, "--peak", str(size), str(patch), way]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            step = number_of_process(__file__, "--device", device.type, "--peak", str(size), str(patch), way)
             key = way.replace(" ", "_")
-            row[f"{key}_mib"] = round(float(done.stdout) / 2**20, 1)
+            row[f"{key}_mib"] = round(step / 2**20, 1)
             if rows:
                 grown = (row[f"{key}_mib"] - rows[-1][f"{key}_mib"]) * 2**20 / (size**3 - rows[-1]["size"] ** 3)
                 row[f"{key}_bytes_per_voxel"] = round(grown, 1)
@@ -166,20 +149,10 @@ def seconds(size: int, patch: int, features: int, pairs: int, device: torch.devi
             torch.autograd.grad(network(leaf), leaf, outer)
 
     jobs: dict[str, Callable[[], Any]] = {"step": lambda: gradient(ours, window, x, target), "bare": bare}
-    took: dict[str, list[float]] = {key: [] for key in jobs}
-    for pair in range(pairs + 1):
-        for key in jobs if pair % 2 else reversed(jobs):
-            wait(device)
-            began = time.perf_counter()
-            jobs[key]()
-            wait(device)
-            if pair:  # the first pair warms up
-                took[key].append(time.perf_counter() - began)
-    ratios = [a / b for a, b in zip(took["step"], took["bare"], strict=True)]
+    took = alternate(jobs, pairs, device)
     return {
         "size": size, "patch": patch, "features": features, "tiles": tiles, "pairs": pairs,
-        "ratio": round(statistics.median(ratios), 3), "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-        "bare_seconds": round(statistics.median(took["bare"]), 3),
+        **ratio(took["step"], took["bare"]), "bare_seconds": round(statistics.median(took["bare"]), 3),
     }  # fmt: skip
 
 
@@ -209,14 +182,7 @@ def main() -> None:
     row = result["time"] = seconds(*TIMED[device.type], options.pairs, device)
     cells = [row[key] for key in ("size", "patch", "features", "tiles", "ratio", "ratio_min_max")]
     print("|", " | ".join(map(str, cells)), "|")
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    result |= {
-        "command": " ".join(["python", "benchmarks/bench_whole_volume.py", *sys.argv[1:]]),
-        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat(),
-    }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"whole_volume_{device.type}.json"
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    store("whole_volume", device, result | provenance(__file__, device))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""What the benchmarks share: alternating timings, peak memory, what machine it was, where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ima_seg.files import write_text
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def wait(device: torch.device) -> None:
+    """Let the device finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(
+    jobs: dict[str, Callable[[], Any]], rounds: int, device: torch.device, between: Callable[[], Any] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every job in each round, one job after the other in each, in an order that reverses every round.
+
+    One more round comes first and warms up. What else the machine does then meets all jobs alike, and neither profits
+    from always following the other.
+
+    Args:
+        jobs: by name.
+        rounds: that are timed.
+        device: that the jobs run on.
+        between: called after each job, outside the timing.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(rounds + 1):
+        for name in jobs if turn % 2 else reversed(jobs):
+            wait(device)
+            began = time.perf_counter()
+            jobs[name]()
+            wait(device)
+            took = time.perf_counter() - began
+            if between is not None:
+                between()
+            if turn:
+                seconds[name].append(took)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
+    """Median, least and largest of the ratios of two jobs' seconds, round by round."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
+    }
+
+
+def status(field: str) -> float:
+    """A memory field of this process, in MiB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+@dataclass
+class Peak:
+    """Filled in by :func:`peak_memory`."""
+
+    mib: float = 0.0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Memory that the block needs at its peak, beyond what is there when it begins."""
+    peak = Peak()
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = status("VmRSS")
+        yield peak
+        peak.mib = status("VmHWM") - before
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        yield peak
+        peak.mib = torch.cuda.max_memory_allocated() / 2**20 - before
+
+
+def number_of_process(script: str, *arguments: str) -> float:
+    """The number that ``script`` prints when run with ``arguments`` in a process of its own: its peak memory."""
+    # Every large tensor in a mapping of its own: the peak then counts tensors, not the heap's fragmentation.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    command = [sys.executable, script, *arguments]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+
+
+def cpu_info(field: str) -> str:
+    """A field of the first processor (Linux), empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions that compute in bfloat16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_info("flags").split()))
+
+
+def provenance(script: str, device: torch.device) -> dict[str, Any]:
+    """How a result came about: command, device, version of torch, date."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return {
+        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def store(name: str, device: torch.device, result: dict[str, Any]) -> None:
+    """Write ``benchmarks/results/NAME_DEVICE.json``."""
+    write_text(RESULTS / f"{name}_{device.type}.json", json.dumps(result, indent=2) + "\n")
