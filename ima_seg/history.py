@@ -17,7 +17,17 @@ from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.ranks import gather
 from ima_seg.types import Norm
 
-_SUMS = ("clean_loss", "adversarial_loss", "searched", "crossed", "background", "below", "nonfinite", "stalled")
+_SUMS = (
+    "clean_loss",
+    "adversarial_loss",
+    "searched",
+    "resting",
+    "crossed",
+    "background",
+    "below",
+    "nonfinite",
+    "stalled",
+)
 _COLUMNS = (*_SUMS, "finite_iterations")
 
 
@@ -55,8 +65,9 @@ class EpochTally:
 def history_row(summary: EpochSummary, totals: Mapping[str, float], seconds: float) -> dict[str, Any]:
     """One row of ``ima_history.csv``.
 
-    Margins are per voxel in network units. ``passes_per_sample`` counts the network passes of the search (forwards and
-    input gradients) per patch; the two training passes come on top.
+    Margins are per voxel in network units. ``passes_per_sample`` counts the network passes (forwards and input
+    gradients) that the perturbations of an epoch took, over all its patches, searched or not; the two training passes
+    come on top.
     """
     patches = max(totals["patches"], 1)
     iterations = max(totals["finite_iterations"], 1)
@@ -76,6 +87,7 @@ def history_row(summary: EpochSummary, totals: Mapping[str, float], seconds: flo
         "forwards_per_sample": totals["forwards"] / patches,
         "gradients_per_sample": totals["gradients"] / patches,
         "searched_share": totals["searched"] / patches,
+        "resting_share": totals["resting"] / patches,
         "background_share": totals["background"] / patches,
         "below_tau_share": totals["below"] / patches,
         "nonfinite_gradients": int(totals["nonfinite"]),

@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ima_seg.attacks import boundary_search, pgd
 from ima_seg.attacks._rows import assign, remaining
+from ima_seg.attacks.boundary import start_radius
 from ima_seg.errors import UserError
 from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.model import full_resolution, inner_module
-from ima_seg.ops import hard_dice
+from ima_seg.ops import gradient_step, hard_dice, per_row, perturbation_size, random_start
 from ima_seg.settings import IMASettings
 from ima_seg.types import Labels, PassCount, Target, ThreatModel
 
@@ -41,14 +42,16 @@ class StepReport:
         loss: (1 - beta) * clean + beta * adversarial, 0-dim.
         clean_loss, adversarial_loss: 0-dim; equal where nothing was attacked.
         adversarial: the perturbed batch (B, C, *S), or None where nothing was attacked.
-        searched: (B,) bool, patches with foreground and a clean Dice of at least tau.
+        searched: (B,) bool, patches whose boundary was searched: with foreground, a clean Dice of at least tau, and a
+            case that does not rest.
+        resting: (B,) bool, patches left out of the search because the margin of their case is steady.
         crossed: (B,) bool.
         distance: (B,) size of the perturbation, per voxel in network units.
         background: (B,) bool, patches without foreground.
         below: (B,) bool, patches whose clean Dice is below tau.
         nonfinite: (B,) bool, patches left out of the margins for a NaN or infinite gradient.
         stalled: (B,) bool, patches whose gradient was exactly zero at some step.
-        passes: network passes of the search, without the two training passes.
+        passes: network passes that the perturbations took, without the two training passes.
     """
 
     loss: torch.Tensor
@@ -56,6 +59,7 @@ class StepReport:
     adversarial_loss: torch.Tensor
     adversarial: torch.Tensor | None
     searched: torch.Tensor
+    resting: torch.Tensor
     crossed: torch.Tensor
     distance: torch.Tensor
     background: torch.Tensor
@@ -110,7 +114,9 @@ class IMA:
             image_channels: the first this many input channels may be perturbed; None means all.
         """
         delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
-        ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
+        ledger = MarginLedger(
+            delta=delta, eps_max=eps_max, rule=settings.rule, steady_interval=settings.steady_interval
+        )
         return cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
 
     def step(
@@ -149,25 +155,31 @@ class IMA:
         accumulate: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(model, DistributedDataParallel) and beta > 0:
             accumulate = model.no_sync()
+        # The clean backward pass yields the gradient of its input for the price of the first layer's.
+        free = self.settings.start == "gradient" and 0 < beta < 1
+        clean = x.detach().requires_grad_(True) if free else x
         with accumulate:
-            output = forward(model, x)
+            output = forward(model, clean)
             clean_loss = loss(output)
             target = Target.from_raw(y, self.labels)
             clean_dice = hard_dice(full_resolution(output).detach(), target)
             background = clean_dice.isnan()
             below = clean_dice < self.settings.tau
-            searched = ~background & ~below
-            attacked = searched | (background if self.settings.background_steps else torch.zeros_like(background))
+            resting = ~background & ~below & self.ledger.resting(case_ids, x.device)
+            searched = ~background & ~below & ~resting
+            perturbed = resting | background if self.settings.background_steps else resting
+            attacked = searched | perturbed
             attack_any = beta > 0 and (distributed or bool(attacked.any()))
             del output
             backward(clean_loss * (1 - beta) if attack_any else clean_loss)
         clean_loss = clean_loss.detach()
         if not attack_any:
-            return self._unattacked(clean_loss, x, searched, background, below)
+            return self._unattacked(clean_loss, x, searched, resting, background, below)
 
         eps = self.ledger.get(case_ids, x.device)
         network = inner_module(model)
-        adversarial = x.clone()
+        alpha = self.settings.step_factor * eps / self.settings.steps
+        adversarial = x.detach().clone()
         crossed, finite, stalled = (torch.zeros_like(searched) for _ in range(3))
         distance = torch.zeros_like(eps)
         passes = PassCount()
@@ -183,27 +195,34 @@ class IMA:
                 settings=self.settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
                 threat=self.threat,
                 searched=searched,
+                start=self._step_from_clean(x, clean.grad, alpha, eps, generator) if free else None,
                 precision=self.settings.precision,
                 generator=generator,
             )
             adversarial, crossed, finite = found.adversarial, found.crossed, found.finite
             distance, stalled, passes = found.distance, found.stalled, found.passes
-        rows = remaining(torch.arange(len(x), device=x.device), background, multiple_of)
-        if len(rows) and self.settings.background_steps:
+        rows = remaining(torch.arange(len(x), device=x.device), perturbed, multiple_of)
+        steps = max(self.settings.background_steps, 1)
+        if len(rows) and free and steps == 1:
+            delta = self._step_from_clean(x, clean.grad, eps, eps, generator)
+            delta = torch.where(per_row(perturbed, delta), delta, 0.0)
+            self.threat.perturbable(adversarial).add_(delta)
+            distance = torch.where(perturbed, perturbation_size(delta, self.threat.norm), distance)
+        elif len(rows):
             hit = pgd(
                 network,
                 x[rows],
                 target[rows],
                 eps=eps[rows],
-                steps=self.settings.background_steps,
+                steps=steps,
                 step_factor=self.settings.step_factor,
                 threat=self.threat,
                 precision=self.settings.precision,
                 generator=generator,
                 keep="last",  # costs the gradient passes and nothing else
             )
-            assign(adversarial, rows, background[rows], hit.adversarial)
-            assign(distance, rows, background[rows], hit.distance)
+            assign(adversarial, rows, perturbed[rows], hit.adversarial)
+            assign(distance, rows, perturbed[rows], hit.distance)
             passes += hit.passes
         self.ledger.record(case_ids, crossed=crossed, distance=distance, counts=searched & finite)
 
@@ -216,6 +235,7 @@ class IMA:
             adversarial_loss=adversarial_loss,
             adversarial=adversarial,
             searched=searched,
+            resting=resting,
             crossed=crossed,
             distance=distance,
             background=background,
@@ -229,11 +249,33 @@ class IMA:
         """Move the margins; a collective call when ``torch.distributed`` is initialised."""
         return self.ledger.step()
 
+    def _step_from_clean(
+        self,
+        x: torch.Tensor,
+        gradient: torch.Tensor | None,
+        alpha: torch.Tensor,
+        eps: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """The perturbation (B, image channels, *S) of one step along ``gradient`` from the clean batch.
+
+        Its length makes the scale of the gradient irrelevant, that of the loss and of a gradient scaler. A random start
+        replaces it where the gradient is zero, infinite or NaN.
+        """
+        image, norm = self.threat.perturbable(x), self.threat.norm
+        nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
+        random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, generator)
+        if gradient is None:  # a loss that does not depend on the input
+            return random
+        step = gradient_step(nothing, self.threat.perturbable(gradient), alpha=alpha, eps=eps, norm=norm)
+        return torch.where(per_row(perturbation_size(step, norm) > 0, step), step, random)
+
     def _unattacked(
         self,
         clean_loss: torch.Tensor,
         x: torch.Tensor,
         searched: torch.Tensor,
+        resting: torch.Tensor,
         background: torch.Tensor,
         below: torch.Tensor,
     ) -> StepReport:
@@ -244,6 +286,7 @@ class IMA:
             adversarial_loss=clean_loss,
             adversarial=None,
             searched=nothing if self.settings.beta == 0 else searched,
+            resting=nothing if self.settings.beta == 0 else resting,
             crossed=nothing,
             distance=torch.zeros(len(x), device=x.device),
             background=background,

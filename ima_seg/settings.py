@@ -29,7 +29,11 @@ ENVIRONMENT_VARIABLE = "IMA_CONFIG"
 #: Cap on margins unless set: the paper's largest, L2 15 on a 56x40 slice, is 0.317 SD per voxel.
 DEFAULT_EPS_MAX = 0.3
 
+#: What trainings did before a setting existed.
+BEFORE: Mapping[str, Any] = {"start": "random", "steady_interval": 1}
+
 Auto = Literal["auto"]
+Start = Literal["random", "gradient"]
 
 
 class IMASettings(BaseModel):
@@ -48,9 +52,18 @@ class IMASettings(BaseModel):
         beta: weight of the adversarial loss; 0 is standard training.
         steps: gradient steps K of the search, at most.
         step_factor: alpha; a step is ``step_factor * margin / steps`` long.
+        start: where the search begins. ``"random"``: at a random point. ``"gradient"``: one step along the input
+            gradient of the clean training loss, which the clean backward pass yields at the cost of the first layer's;
+            at random for patches without a usable one, and where ``beta`` is 1. It is the gradient of another loss
+            (whole batch, all deep-supervision heads), so only the start: the search climbs each patch's own. A case's
+            last perturbation cannot be used again: nnU-Net's patches are random, augmented crops, and the batch does
+            not tell from where.
         refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``).
         background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
-            clean.
+            clean. With ``start = "gradient"`` a single step is that of the clean gradient, which needs no pass.
+        steady_interval: a case whose margin hardly moved any more is searched in every so many epochs only; in the
+            others its patches are perturbed to its margin like background, by at least one step, and say nothing about
+            the margin (see ``MarginLedger``). 1 searches all cases in all epochs.
         rule: how visits move margins (see ``MarginLedger``).
         precision: arithmetic of the search; ``"auto"`` is bfloat16 where the device computes in it natively.
         epochs, iterations_per_epoch, val_iterations_per_epoch, save_every: replace nnU-Net's own where given.
@@ -66,10 +79,12 @@ class IMASettings(BaseModel):
     beta: float = Field(0.5, ge=0, le=1)
     steps: int = Field(10, ge=1, le=1000)
     step_factor: float = Field(4.0, gt=0)
+    start: Start = "random"
     refine: Refine = "root"
     refine_steps: int = Field(10, ge=0, le=100)
     refine_tolerance: float = Field(0.01, ge=0, lt=1)
     background_steps: int = Field(1, ge=0, le=1000)
+    steady_interval: int = Field(1, ge=1, le=1000)
     rule: Rule = "mean"
     precision: Precision = "auto"
     epochs: int | None = Field(None, ge=1)

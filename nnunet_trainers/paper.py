@@ -25,9 +25,11 @@ def paper_settings(*, eps_max_l2: float, delta_l2: float, patch_values: int) -> 
         beta=0.5,
         steps=20,
         step_factor=4.0,
+        start="random",
         refine="bisection",
         refine_steps=10,
         refine_tolerance=0.0,
+        steady_interval=1,
         rule="paper",
         epochs=50,
     )

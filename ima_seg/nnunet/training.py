@@ -14,7 +14,7 @@ from ima_seg.history import EpochTally, history_row, margin_rows, write_csv
 from ima_seg.ima import IMA
 from ima_seg.ledger import EpochSummary
 from ima_seg.plots import plot_progress
-from ima_seg.settings import IMASettings
+from ima_seg.settings import BEFORE, IMASettings
 from ima_seg.types import Labels
 
 SETTINGS_FILE = "ima_settings.json"
@@ -91,7 +91,8 @@ class IMATraining:
                     "settings, or start anew in another folder (other plans name with -p, or other nnUNet_results)"
                 )
         elif (folder / SETTINGS_FILE).is_file() and any(folder.glob("checkpoint_*.pth")):
-            changed = _differences(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")), mine)
+            stored = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+            changed = _differences({**BEFORE, **stored}, mine)
             if changed:
                 raise UserError(
                     f"{folder} holds a training with other IMA settings ({changed}), which this one would overwrite; "
@@ -174,7 +175,7 @@ class IMATraining:
         """Restore :meth:`state_dict`; settings are compared by :meth:`guard`, when training goes on."""
         self.ima.ledger.load_state_dict(state["ledger"])
         self.history = [dict(row) for row in state["history"]]
-        self.resumed_settings = json.loads(json.dumps(state["settings"]))
+        self.resumed_settings = {**BEFORE, **json.loads(json.dumps(state["settings"]))}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
