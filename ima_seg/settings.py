@@ -221,3 +221,7 @@ def load_settings(
     if file:
         settings = IMASettings.parse(read_settings_file(file), source=file, base=settings)
     return settings
+
+
+#: Cheaper than the default, for a first look or where time is short.
+FAST = IMASettings(steps=2, start="gradient", refine_steps=2, refine_tolerance=0.1)

@@ -1,5 +1,6 @@
 """Trainers for ``nnUNetv2_train -tr NAME``; nnU-Net finds every name in ``__all__`` once the package is installed."""
 
+from nnunet_trainers.fast import nnUNetTrainerIMA_fast
 from nnunet_trainers.ima import nnUNetTrainerIMA
 from nnunet_trainers.lengths import (
     nnUNetTrainerIMA_1epoch,
@@ -25,6 +26,7 @@ __all__ = [
     "nnUNetTrainerIMA_50epochs",
     "nnUNetTrainerIMA_100epochs",
     "nnUNetTrainerIMA_250epochs",
+    "nnUNetTrainerIMA_fast",
     "nnUNetTrainerIMA_paperHeart",
     "nnUNetTrainerIMA_paperHippocampus",
     "nnUNetTrainerIMA_paperProstate",

@@ -1,0 +1,266 @@
+"""What does robustness cost? Trains one 2D network once per variant of the search's settings and attacks the results.
+
+    python benchmarks/search_settings.py 4 -p nnUNetPlans_small --pretrained .../checkpoint_final.pth -w work_folder
+
+Every variant starts from the same standard model, segmentation heads included, and trains fold 0 of a preprocessed data
+set for the same number of iterations with nnUNetTrainerIMA (in ``work_folder/VARIANT-SEED`` as nnUNet_results; a
+finished training there is taken as it is). The network then meets PGD of 20 steps in float32, L2 per slice, on slices
+with foreground of validation cases. Confidence intervals come from a bootstrap over cases, slices of a case staying
+together; differences to the reference variant are paired by slice. They say nothing about how much another training of
+the same variant would differ: for that there is ``--seeds``.
+
+Writes ``benchmarks/results/search_settings.json`` and ``.md``; the table also goes to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ima_seg.attacks import pgd
+from ima_seg.files import write_text
+from ima_seg.nnunet.folder import load_model
+from ima_seg.ops import hard_dice
+from ima_seg.settings import IMASettings
+from ima_seg.types import Labels, Target, ThreatModel
+
+LEVELS_L2 = (0.0, 1.0, 5.0, 10.0, 15.0)
+RESAMPLES = 2000
+REFERENCE = "paper"
+#: What each variant sets; everything else is the default. ``paper`` is the paper's search with our margin rule.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {"steps": 20, "start": "random", "refine": "bisection", "refine_tolerance": 0.0, "precision": "fp32"},
+    "random-K10": {"steps": 10, "start": "random"},
+    "random-K5": {"steps": 5, "start": "random"},
+    "random-K3": {"steps": 3, "start": "random"},
+    "gradient-K5": {"steps": 5, "start": "gradient"},
+    "gradient-K3": {"steps": 3, "start": "gradient"},
+    "gradient-K2": {"steps": 2, "start": "gradient"},
+    "gradient-K2-coarse": {"steps": 2, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
+    "gradient-K1-coarse": {"steps": 1, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
+    "gradient-K2-coarse-rest": {
+        "steps": 2,
+        "start": "gradient",
+        "refine_steps": 2,
+        "refine_tolerance": 0.1,
+        "steady_interval": 4,
+    },
+    "rule-paper": {"rule": "paper"},
+    "rule-majority": {"rule": "majority"},
+}
+
+
+def train(name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Train a variant in a process of its own unless that is done; returns the final checkpoint."""
+    folder = options.work / f"{name}-{seed}"
+    pattern = "*/nnUNetTrainerIMA__*__2d/fold_0/checkpoint_final.pth"
+    done = list(folder.glob(pattern))
+    if done:
+        return done[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"delta": options.delta, "epochs": options.epochs, "iterations_per_epoch": options.iterations,
+              "val_iterations_per_epoch": 1, "save_every": 1000, **VARIANTS[name]}  # fmt: skip
+    settings = folder / "settings.toml"
+    settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    # nnU-Net reads its folders and the number of its workers at import; without workers a seed decides every batch.
+    environment = {**os.environ, "nnUNet_results": str(folder), "IMA_CONFIG": str(settings), "nnUNet_n_proc_DA": "0"}
+    with (folder / "log.txt").open("w") as log:
+        command = [sys.executable, __file__, *sys.argv[1:], "--train-seed", str(seed)]
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return next(folder.glob(pattern))
+
+
+def train_here(options: argparse.Namespace) -> None:
+    """Train with the settings of the environment, from the pretrained network, heads included."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
+        seeded(options.train_seed)
+    device = torch.device(options.device)
+    trainer = get_trainer_from_args(options.dataset, "2d", 0, "nnUNetTrainerIMA", options.plans, device=device)
+    trainer.initialize()
+    weights = torch.load(options.pretrained, map_location=device, weights_only=False)["network_weights"]
+    trainer.network.load_state_dict(weights)
+    trainer.run_training()
+
+
+def validation_slices(dataset: str, configuration: Any, cases: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Slices with foreground of the first ``cases`` validation cases of fold 0, padded or cropped to the patch.
+
+    Returns:
+        Images (N, C, H, W), references (N, 1, H, W), and the case of each slice.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    from ima_seg.nnunet.plans import preprocessed_folder
+
+    folder = preprocessed_folder(dataset)
+    names = json.loads((folder / "splits_final.json").read_text())[0]["val"][:cases]
+    data = folder / configuration.data_identifier
+    images, references, owners = [], [], []
+    for name in names:
+        image, reference, _, _ = infer_dataset_class(str(data))(str(data), [name]).load_case(name)
+        image, reference = torch.from_numpy(np.array(image)), torch.from_numpy(np.array(reference))
+        for z in range(image.shape[1]):
+            if (reference[:, z] > 0).any():
+                images.append(fit(image[:, z].float(), configuration.patch_size))
+                references.append(fit(reference[:, z].clamp_min(0).long(), configuration.patch_size))
+                owners.append(name)
+    return torch.stack(images), torch.stack(references), owners
+
+
+def fit(slice_: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """Pad with zeros or crop, centred, to ``size``."""
+    for axis, wanted in zip((-2, -1), size, strict=True):
+        spare = wanted - slice_.shape[axis]
+        padding = (spare // 2, spare - spare // 2)
+        slice_ = torch.nn.functional.pad(slice_, (0, 0, *padding) if axis == -2 else padding)
+    return slice_
+
+
+def robust_dice(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, labels: Labels) -> list[list[float]]:
+    """Dice of each slice at each level, levels first."""
+    radius = 1 / math.sqrt(x[0].numel())
+    result = []
+    for level in LEVELS_L2:
+        torch.manual_seed(0)
+        scores: list[float] = []
+        for start in range(0, len(x), 64):
+            batch, target = x[start : start + 64], Target.from_raw(y[start : start + 64], labels)
+            if level:
+                eps = torch.full((len(batch),), level * radius, device=x.device)
+                hit = pgd(
+                    network, batch, target, eps=eps, steps=20, threat=ThreatModel("l2"), keep="last", precision="fp32"
+                )
+                batch = hit.adversarial
+            with torch.no_grad():
+                scores += hard_dice(network(batch), target).tolist()
+        result.append(scores)
+    return result
+
+
+def attacked(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Per-slice Dice and cost of a training; kept beside it."""
+    stored = options.work / f"attacked-{checkpoint.parents[2].parent.name}.json"
+    if stored.is_file():
+        known: dict[str, Any] = json.loads(stored.read_text())
+        if len(set(known["owners"])) == options.cases:
+            return known
+    device = torch.device(options.device)
+    model = load_model(checkpoint.parents[1], folds=["0"], checkpoint=checkpoint.name, device=device)
+    x, y, owners = validation_slices(options.dataset, model.configuration, options.cases)
+    row: dict[str, Any] = {"owners": owners}
+    row["dice"] = robust_dice(model.networks[0], x.to(device), y.to(device), model.labels)
+    if model.ima is not None:
+        history = model.ima["history"]
+        row["settings"] = model.ima["settings"]
+        row["median_margin"] = history[-1]["margin_q50"]
+        for name in ("seconds", "forwards_per_sample", "gradients_per_sample", "passes_per_sample", "searched_share"):
+            row[name] = sum(epoch[name] for epoch in history) / len(history)
+    options.work.mkdir(parents=True, exist_ok=True)
+    write_text(stored, json.dumps(row))
+    return row
+
+
+def over_cases(values: np.ndarray, owners: list[str]) -> dict[str, float]:
+    """Mean of ``values`` (one per slice) and its 95 % interval, percentiles of a bootstrap over cases."""
+    names = sorted(set(owners))
+    sums = np.array([sum(v for v, owner in zip(values, owners, strict=True) if owner == name) for name in names])
+    counts = np.array([owners.count(name) for name in names])
+    drawn = np.random.default_rng(0).integers(len(names), size=(RESAMPLES, len(names)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    return {"mean": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def compared(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means with intervals and differences to the reference of the same seed, per training."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        dice = np.array(row["dice"])
+        entry = {key: value for key, value in row.items() if key not in ("dice", "owners")}
+        entry["dice"] = [over_cases(level, row["owners"]) for level in dice]
+        reference = rows.get(f"{REFERENCE}-{name.rsplit('-', 1)[-1]}")
+        if reference is not None and reference is not row:
+            entry["difference"] = [over_cases(level, row["owners"]) for level in dice - np.array(reference["dice"])]
+        results[name] = entry
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    head = ["variant-seed", *("clean" if level == 0 else f"L2 {level:g}" for level in LEVELS_L2)]
+    head += ["gradients", "forwards", "s per epoch"]
+    lines = [head, ["---"] * len(head)]
+    for name, row in results.items():
+        cells = [name]
+        for index, dice in enumerate(row["dice"]):
+            cell = f"{dice['mean']:.3f} ({dice['low']:.3f} to {dice['high']:.3f})"
+            if "difference" in row:
+                delta = row["difference"][index]
+                cell += f"; {delta['mean']:+.3f} ({delta['low']:+.3f} to {delta['high']:+.3f})"
+            cells.append(cell)
+        for key, digits in (("gradients_per_sample", 2), ("forwards_per_sample", 2), ("seconds", 0)):
+            cells.append(f"{row[key]:.{digits}f}" if key in row else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Train, attack, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("-p", "--plans", default="nnUNetPlans")
+    parser.add_argument("-w", "--work", type=Path, required=True)
+    parser.add_argument("--pretrained", type=Path, required=True, help="final checkpoint of a standard model")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--delta", type=float, default=0.06, help="expansion step, SD per voxel")
+    parser.add_argument("--cases", type=int, default=20, help="validation cases to attack")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search_settings.json")
+    parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train_seed is not None:
+        train_here(options)
+        return
+    rows = {"standard": attacked(options.pretrained, options)}
+    for seed in options.seeds:
+        for name in options.variants:
+            rows[f"{name}-{seed}"] = attacked(train(name, seed, options), options)
+            print(table(compared(rows)), flush=True)
+    results = compared(rows)
+    document = {
+        "what": "mean Dice per slice with foreground under PGD-20, L2 of the whole slice; 95 % intervals over cases",
+        "levels_l2": LEVELS_L2,
+        "slices": len(rows["standard"]["owners"]),
+        "cases": options.cases,
+        "iterations": options.epochs * options.iterations,
+        "default": IMASettings().model_dump(),
+        "results": results,
+        # file names only: a path says nothing to a reader
+        "command": " ".join(["python", "benchmarks/search_settings.py", *(Path(a).name for a in sys.argv[1:])]),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": str(options.device),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+    write_text(options.output, json.dumps(document, indent=2) + "\n")
+    write_text(options.output.with_suffix(".md"), table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
