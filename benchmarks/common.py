@@ -99,7 +99,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 def number_of_process(script: str, *arguments: str) -> float:
     """The number that ``script`` prints when run with ``arguments`` in a process of its own: its peak memory."""
     # Every large tensor in a mapping of its own: the peak then counts tensors, not the heap's fragmentation.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, script, *arguments]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
