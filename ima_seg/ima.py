@@ -156,8 +156,8 @@ class IMA:
         if isinstance(model, DistributedDataParallel) and beta > 0:
             accumulate = model.no_sync()
         # The clean backward pass yields the gradient of its input for the price of the first layer's.
-        free = self.settings.start == "gradient" and 0 < beta < 1
-        clean = x.detach().requires_grad_(True) if free else x
+        leads = self.settings.start == "gradient" and 0 < beta < 1
+        clean = x.detach().requires_grad_(leads)
         with accumulate:
             output = forward(model, clean)
             clean_loss = loss(output)
@@ -178,11 +178,14 @@ class IMA:
 
         eps = self.ledger.get(case_ids, x.device)
         network = inner_module(model)
-        alpha = self.settings.step_factor * eps / self.settings.steps
         adversarial = x.detach().clone()
         crossed, finite, stalled = (torch.zeros_like(searched) for _ in range(3))
         distance = torch.zeros_like(eps)
         passes = PassCount()
+        free = None
+        if clean.grad is not None:
+            length = torch.where(perturbed, eps, self.settings.step_factor * eps / self.settings.steps)
+            free = self._step_from_clean(x, clean.grad, length, eps, generator)
         multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
         if bool(searched.any()):
             found = boundary_search(
@@ -195,20 +198,17 @@ class IMA:
                 settings=self.settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
                 threat=self.threat,
                 searched=searched,
-                start=self._step_from_clean(x, clean.grad, alpha, eps, generator) if free else None,
+                start=free,
                 precision=self.settings.precision,
                 generator=generator,
             )
             adversarial, crossed, finite = found.adversarial, found.crossed, found.finite
             distance, stalled, passes = found.distance, found.stalled, found.passes
-        rows = remaining(torch.arange(len(x), device=x.device), perturbed, multiple_of)
         steps = max(self.settings.background_steps, 1)
-        if len(rows) and free and steps == 1:
-            delta = self._step_from_clean(x, clean.grad, eps, eps, generator)
-            delta = torch.where(per_row(perturbed, delta), delta, 0.0)
-            self.threat.perturbable(adversarial).add_(delta)
-            distance = torch.where(perturbed, perturbation_size(delta, self.threat.norm), distance)
-        elif len(rows):
+        if free is not None and steps == 1:
+            self.threat.perturbable(adversarial).add_(torch.where(per_row(perturbed, free), free, 0.0))
+            distance = torch.where(perturbed, perturbation_size(free, self.threat.norm), distance)
+        elif len(rows := remaining(torch.arange(len(x), device=x.device), perturbed, multiple_of)):
             hit = pgd(
                 network,
                 x[rows],
@@ -252,22 +252,20 @@ class IMA:
     def _step_from_clean(
         self,
         x: torch.Tensor,
-        gradient: torch.Tensor | None,
-        alpha: torch.Tensor,
+        gradient: torch.Tensor,
+        length: torch.Tensor,
         eps: torch.Tensor,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """The perturbation (B, image channels, *S) of one step along ``gradient`` from the clean batch.
+        """The perturbation (B, image channels, *S) of a step of ``length`` (B,) along ``gradient`` from the clean batch.
 
-        Its length makes the scale of the gradient irrelevant, that of the loss and of a gradient scaler. A random start
-        replaces it where the gradient is zero, infinite or NaN.
+        The scale of the gradient does not matter, so neither does that of a gradient scaler. A random start replaces the
+        step where the gradient is zero, infinite or NaN.
         """
         image, norm = self.threat.perturbable(x), self.threat.norm
         nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
         random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, generator)
-        if gradient is None:  # a loss that does not depend on the input
-            return random
-        step = gradient_step(nothing, self.threat.perturbable(gradient), alpha=alpha, eps=eps, norm=norm)
+        step = gradient_step(nothing, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
         return torch.where(per_row(perturbation_size(step, norm) > 0, step), step, random)
 
     def _unattacked(
