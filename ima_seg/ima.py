@@ -257,10 +257,10 @@ class IMA:
         eps: torch.Tensor,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """The perturbation (B, image channels, *S) of a step of ``length`` (B,) along ``gradient`` from the clean batch.
+        """The perturbation (B, image channels, *S) of a step of ``length`` (B,) along ``gradient`` from the clean one.
 
-        The scale of the gradient does not matter, so neither does that of a gradient scaler. A random start replaces the
-        step where the gradient is zero, infinite or NaN.
+        The scale of the gradient does not matter, so neither does that of a gradient scaler. A random start replaces
+        the step where the gradient is zero, infinite or NaN.
         """
         image, norm = self.threat.perturbable(x), self.threat.norm
         nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
