@@ -41,25 +41,20 @@ RESAMPLES = 2000
 REFERENCE = "paper"
 #: What each variant sets; everything else is the default. ``paper`` is the paper's search with our margin rule.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {"steps": 20, "start": "random", "refine": "bisection", "refine_tolerance": 0.0, "precision": "fp32"},
-    "random-K10": {"steps": 10, "start": "random"},
-    "random-K5": {"steps": 5, "start": "random"},
-    "random-K3": {"steps": 3, "start": "random"},
-    "gradient-K5": {"steps": 5, "start": "gradient"},
-    "gradient-K3": {"steps": 3, "start": "gradient"},
-    "gradient-K2": {"steps": 2, "start": "gradient"},
-    "gradient-K2-coarse": {"steps": 2, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
-    "gradient-K1-coarse": {"steps": 1, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
-    "gradient-K2-coarse-rest": {
-        "steps": 2,
-        "start": "gradient",
-        "refine_steps": 2,
-        "refine_tolerance": 0.1,
-        "steady_interval": 4,
+    "paper": {"steps": 20, "start": "random", "refine": "bisection", "refine_steps": 10, "refine_tolerance": 0.0,
+              "precision": "fp32"},
+    "random-K10": {"steps": 10, "start": "random", "refine_steps": 10, "refine_tolerance": 0.01},
+    "random-K5": {"steps": 5, "start": "random", "refine_steps": 10, "refine_tolerance": 0.01},
+    "gradient-K5": {"steps": 5, "start": "gradient", "refine_steps": 4, "refine_tolerance": 0.05},
+    "gradient-K3": {"steps": 3, "start": "gradient", "refine_steps": 10, "refine_tolerance": 0.01},
+    "gradient-K2": {"steps": 2, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
+    "gradient-K1": {"steps": 1, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
+    "gradient-K2-rest": {
+        "steps": 2, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1, "steady_interval": 4,
     },
     "rule-paper": {"rule": "paper"},
     "rule-majority": {"rule": "majority"},
-}
+}  # fmt: skip
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> Path:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ima_seg import IMASettings, UserError
+from ima_seg.history import EpochTally, history_row
 from ima_seg.ledger import MarginLedger
 from ima_seg.ops import hard_dice, perturbation_size
+from ima_seg.settings import FAST
 from ima_seg.types import Labels, Target
 from tests.test_boundary import hyperplane_problem, trained_unet
 from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima
@@ -216,3 +218,26 @@ def test_a_batch_of_resting_cases_costs_one_gradient_at_most(monkeypatch):
         report = ima.step(network, x, y, list("abcdef"), loss=cross_entropy(y))
         assert (report.passes.gradients, report.passes.forwards) == (gradients, 0)
         assert (report.distance > 0).all()
+
+
+@pytest.mark.parametrize("start", ["random", "gradient"])
+def test_history_counts_resting_patches_and_every_pass(start, monkeypatch):
+    network, x, target = trained_unet(2)
+    y = target.onehot[:, 1].view(6, 1, 16, 16).long()
+    ima = make_ima(SETTINGS.model_copy(update={"start": start}))
+    rests = torch.tensor([True, True, False, True, False, False])
+    monkeypatch.setattr(ima.ledger, "resting", lambda case_ids, device=None: rests)
+    passes, tally = counted(network), EpochTally()
+    for _ in range(2):
+        tally.add(ima.step(network, x, y, list("abcdef"), loss=cross_entropy(y)))
+    row = history_row(ima.end_epoch(), tally.totals(), seconds=1.0)
+    assert row["resting_share"] == row["searched_share"] == 0.5 and row["visits"] == 6
+    assert row["passes_per_sample"] == pytest.approx(sum(passes) / 12 - 2), "all but the two training passes"
+    assert row["passes_per_sample"] == row["forwards_per_sample"] + row["gradients_per_sample"]
+
+
+def test_the_fast_trainer_has_the_fast_settings():
+    import nnunet_trainers
+
+    assert nnunet_trainers.nnUNetTrainerIMA_fast.preset == FAST
+    assert FAST.steps <= IMASettings().steps and "nnUNetTrainerIMA_fast" in nnunet_trainers.__all__
