@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ima_seg.attacks import boundary_search, pgd
-from ima_seg.attacks._rows import assign, remaining
+from ima_seg.attacks._rows import assign, chosen
 from ima_seg.attacks.boundary import start_radius
 from ima_seg.errors import UserError
 from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.model import full_resolution, inner_module
-from ima_seg.ops import gradient_step, hard_dice, per_row, perturbation_size, random_start
+from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, perturbation_size, random_start
 from ima_seg.settings import IMASettings
 from ima_seg.types import Labels, PassCount, Target, ThreatModel
 
@@ -208,7 +208,7 @@ class IMA:
         if free is not None and steps == 1:
             self.threat.perturbable(adversarial).add_(torch.where(per_row(perturbed, free), free, 0.0))
             distance = torch.where(perturbed, perturbation_size(free, self.threat.norm), distance)
-        elif len(rows := remaining(torch.arange(len(x), device=x.device), perturbed, multiple_of)):
+        elif len(rows := chosen(perturbed, multiple_of)):
             hit = pgd(
                 network,
                 x[rows],
@@ -264,8 +264,9 @@ class IMA:
         """
         image, norm = self.threat.perturbable(x), self.threat.norm
         nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
-        random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, generator)
-        step = gradient_step(nothing, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
+        seeds = draw_seeds(len(x), x.device, generator)
+        random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, seeds)
+        step, _ = gradient_step(nothing, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
         return torch.where(per_row(perturbation_size(step, norm) > 0, step), step, random)
 
     def _unattacked(

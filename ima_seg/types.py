@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -91,17 +92,38 @@ class Target:
     """A reference segmentation, prepared once per batch.
 
     Attributes:
-        onehot: (B, K, N) bool over flattened space, ignored voxels False everywhere.
-        valid: (B, 1, N) bool, or ``None`` where nothing is ignored.
+        reference: multi-class: (B, 1, N) over flattened space, uint8 (int16 from 255 outputs on): 0 where ignored,
+            1 + class, or 1 + K where the value is that of no class. Regions: (B, K, N) bool, False where ignored.
+        known: regions with an ignore label: (B, 1, N) bool, False where ignored; else ``None``.
         labels: how outputs are read.
     """
 
-    onehot: torch.Tensor
-    valid: torch.Tensor | None
+    reference: torch.Tensor
+    known: torch.Tensor | None
     labels: Labels
 
     def __getitem__(self, rows: torch.Tensor | slice) -> Target:
-        return Target(self.onehot[rows], None if self.valid is None else self.valid[rows], self.labels)
+        return self.map(lambda part: part[rows])
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Target:
+        """``function`` applied to each tensor (B, channels, N)."""
+        known = None if self.known is None else function(self.known)
+        return Target(function(self.reference), known, self.labels)
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """(B, 1, N) bool, or ``None`` where nothing is ignored."""
+        if self.labels.regions or self.labels.ignore_label is None:
+            return self.known
+        return self.reference != 0
+
+    @cached_property
+    def onehot(self) -> torch.Tensor:
+        """(B, K, N) bool, ignored voxels False everywhere."""
+        if self.labels.regions:
+            return self.reference
+        classes = torch.arange(1, self.labels.outputs + 1, device=self.reference.device, dtype=self.reference.dtype)
+        return self.reference == classes[:, None]
 
     @property
     def foreground(self) -> torch.Tensor:
@@ -122,13 +144,17 @@ class Target:
             expected = labels.outputs + (labels.ignore_label is not None)
             if flat.shape[1] != expected:
                 raise UserError(f"region target has {flat.shape[1]} channels, expected {expected} (B, K, *S)")
-            valid = None if labels.ignore_label is None else ~flat[:, -1:].bool()
-            onehot = flat[:, : labels.outputs].bool()
-            return cls(onehot if valid is None else onehot & valid, valid, labels)
-        classes = torch.arange(labels.outputs, device=raw.device, dtype=flat.dtype)[:, None]
-        valid = None if labels.ignore_label is None else flat != labels.ignore_label
-        onehot = flat == classes
-        return cls(onehot if valid is None else onehot & valid, valid, labels)
+            known = None if labels.ignore_label is None else ~flat[:, -1:].bool()
+            reference = flat[:, : labels.outputs].bool()
+            return cls(reference if known is None else reference & known, known, labels)
+        none = labels.outputs
+        is_class = (flat >= 0) & (flat < none)
+        if flat.is_floating_point():
+            is_class &= flat == flat.floor()
+        codes = torch.where(is_class, flat, none).to(torch.uint8 if none < 255 else torch.int16) + 1
+        if labels.ignore_label is not None:
+            codes = codes.masked_fill_(flat == labels.ignore_label, 0)
+        return cls(codes, None, labels)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported whether its kernels are compiled or interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.evaluation_data import phantoms  # noqa: F401  (fixtures, made once for all test files)
 from tests.nnunet_data import nnunet  # noqa: F401

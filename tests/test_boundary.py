@@ -33,7 +33,7 @@ def hyperplane_problem(shape, channels=1, batch=5):
 def no_random_start(monkeypatch):
     """Starts at the clean image, so that the walk is a function of the sample alone."""
     monkeypatch.setattr(
-        "ima_seg.attacks.boundary.random_start", lambda like, radius, norm, generator=None: torch.zeros_like(like)
+        "ima_seg.attacks._gradient.random_start", lambda like, radius, norm, seeds, mask=None: torch.zeros_like(like)
     )
 
 

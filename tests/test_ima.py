@@ -87,9 +87,11 @@ def test_margins_grow_to_the_boundary_and_differ_between_cases(norm, dims):
     network, x, target = trained_unet(dims)
     y = target.onehot[:, 1].view(6, 1, *(16,) * dims).long()
     ima = make_ima(IMASettings(norm=norm, eps_max=3.0, delta=0.1, steps=10, precision="fp32"))
-    for _ in range(25):
+    for epoch in range(80):  # an L-infinity margin moves by rare whole steps, when that is depends on the starts
         ima.step(network, x, y, list("abcdef"), loss=cross_entropy(y))
         summary = ima.end_epoch()
+        if epoch >= 24 and summary.equilibrium:
+            break
     margins = ima.ledger.get(list("abcdef"))
     assert (margins > 0.1).all() and (margins < 3.0).all()
     # An L-infinity walk soon has every voxel at its bound, so those margins differ by whole steps.

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ima_seg.ops import gradient_step, hard_dice, perturbation_size, project, random_start
+from ima_seg.ops import draw_seeds, gradient_step, hard_dice, perturbation_size, project, random_start
 from ima_seg.types import Labels, Target, ThreatModel
 
 SHAPES = [(3, 1, 7), (1, 2, 5, 3), (4, 1, 3, 5, 2)]
@@ -14,7 +14,7 @@ SHAPES = [(3, 1, 7), (1, 2, 5, 3), (4, 1, 3, 5, 2)]
 def test_step_equals_float64_reference_sample_by_sample(shape, norm):
     delta, gradient = torch.randn(shape) * 0.1, torch.randn(shape)
     alpha, eps = torch.rand(shape[0]) * 0.2, torch.rand(shape[0]) * 0.2
-    ours = gradient_step(delta.clone(), gradient, alpha=alpha, eps=eps, norm=norm)
+    ours, _ = gradient_step(delta.clone(), gradient, alpha=alpha, eps=eps, norm=norm)
     for i in range(shape[0]):
         d, g = delta[i].double(), gradient[i].double()
         voxels = d.numel()
@@ -33,7 +33,7 @@ def test_step_leaves_samples_without_usable_gradient(norm):
     gradient = torch.randn(4, 1, 6)
     gradient[1], gradient[2, 0, 0], gradient[3, 0, 5] = 0, float("nan"), float("inf")
     eps = torch.full((4,), 1.0)
-    moved = gradient_step(delta, gradient, alpha=eps * 0.1, eps=eps, norm=norm)
+    moved, _ = gradient_step(delta, gradient, alpha=eps * 0.1, eps=eps, norm=norm)
     assert torch.equal(moved[1:], delta[1:])
     assert not torch.equal(moved[0], delta[0])
 
@@ -41,8 +41,8 @@ def test_step_leaves_samples_without_usable_gradient(norm):
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_zero_budget_gives_no_perturbation(norm):
     delta, zero = torch.zeros(2, 1, 4, 4), torch.zeros(2)
-    assert gradient_step(delta, torch.randn(2, 1, 4, 4), alpha=zero + 1, eps=zero, norm=norm).abs().max() == 0
-    assert random_start(delta, zero, norm).abs().max() == 0
+    assert gradient_step(delta, torch.randn(2, 1, 4, 4), alpha=zero + 1, eps=zero, norm=norm)[0].abs().max() == 0
+    assert random_start(delta, zero, norm, draw_seeds(2, delta.device)).abs().max() == 0
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -59,8 +59,8 @@ def test_projection_keeps_what_is_inside_and_reaches_the_sphere_outside(norm):
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_random_start_is_seeded_and_within_its_radius(norm):
     like, radius = torch.zeros(50, 1, 6, 6), torch.linspace(0.01, 0.5, 50)
-    first = random_start(like, radius, norm, torch.Generator().manual_seed(3))
-    again = random_start(like, radius, norm, torch.Generator().manual_seed(3))
+    first = random_start(like, radius, norm, draw_seeds(50, like.device, torch.Generator().manual_seed(3)))
+    again = random_start(like, radius, norm, draw_seeds(50, like.device, torch.Generator().manual_seed(3)))
     assert torch.equal(first, again)
     size = perturbation_size(first, norm)
     assert (size <= radius * (1 + 1e-5)).all()

@@ -7,7 +7,7 @@ import torch
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.errors import UserError
 from ima_seg.model import Precision, autocast, full_resolution, resolve_precision
-from ima_seg.ops import per_row, perturbation_size, project, random_start
+from ima_seg.ops import draw_seeds, per_row, perturbation_size, project, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 
@@ -80,6 +80,9 @@ class Perturbed:
 
     def apply(self, delta: torch.Tensor) -> torch.Tensor:
         """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels; a new tensor."""
+        image = self.threat.perturbable(self.x)
+        if image.shape == self.x.shape and delta.dtype == image.dtype:
+            return image + delta
         perturbed = self.x.clone()
         self.threat.perturbable(perturbed).add_(delta)
         return perturbed
@@ -98,14 +101,8 @@ class Perturbed:
 
     def random(self, radius: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """A random perturbation within the support, of the size it would have without one; at most ``radius`` (B,)."""
-        delta = random_start(self.zero(), radius, self.threat.norm, generator)
-        if self.support is None:
-            return delta
-        inside = self.supported(delta)
-        if self.threat.norm == "l2":
-            before, after = perturbation_size(delta, "l2"), perturbation_size(inside, "l2")
-            inside = inside * per_row(torch.where(after > 0, before / after, 0.0), inside)
-        return inside
+        seeds = draw_seeds(len(radius), radius.device, generator)
+        return random_start(self.zero(), radius.float(), self.threat.norm, seeds, self.support)
 
     @torch.no_grad()
     def logits(self, delta: torch.Tensor) -> torch.Tensor:
@@ -165,24 +162,30 @@ class Best:
         """Start the trace over, from the clean point where that has been visited."""
         self._running = self._clean
 
-    def visit(self, delta: torch.Tensor, logits: torch.Tensor, step: int) -> None:
-        """Note the logits (B, K, *S) of ``x + delta``, the point after ``step`` steps of this restart."""
+    def visit(self, delta: torch.Tensor, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """Note the logits (B, K, *S) of ``x + delta``, the point after ``step`` steps of this restart.
+
+        Returns:
+            (B,) bool, whether all logits are finite.
+        """
         logits = logits.detach()
-        damage = torch.where(all_finite(logits), self.goal.damage(logits, self.target).float(), -torch.inf)
+        sane = all_finite(logits)
+        damage = torch.where(sane, self.goal.damage(logits, self.target).float(), -torch.inf)
         better = (damage >= self.damage) & (damage > -torch.inf)
         self.delta = torch.where(per_row(better, delta), delta, self.delta)
         self.damage = torch.where(better, damage, self.damage)
         self._running = torch.fmax(self._running, damage)
         self.carry(step)
+        return sane
 
     def carry(self, step: int) -> None:
         """Note that ``step`` steps brought nothing new."""
         self.trace[step] = torch.fmax(self.trace[step], self._running)
 
-    def count(self, gradient: torch.Tensor) -> None:
-        """Count a gradient pass, and which samples had a gradient of exactly zero."""
+    def count(self, length: torch.Tensor) -> None:
+        """Count a gradient pass whose gradients are of size ``length`` (B,), and those that are exactly zero."""
         self._gradients += 1
-        self._zero = self._zero + (gradient.flatten(1).abs().amax(1) == 0)
+        self._zero = self._zero + (length == 0)
 
     def result(self, forwards: int) -> AttackResult:
         """The best point, projected and measured once more; ``forwards`` over all samples were made without gradient.

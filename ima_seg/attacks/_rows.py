@@ -1,4 +1,4 @@
-"""Working on part of a batch without asking the device more than once how large the part is."""
+"""Working on part of a batch, asking the device at most once per step how large the part is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,50 @@ import math
 import torch
 
 
-def remaining(rows: torch.Tensor, wanted: torch.Tensor, multiple_of: int) -> torch.Tensor:
-    """Those of ``rows`` that are ``wanted`` (bool over the full batch), filled up to a multiple of ``multiple_of``.
+class HostCount:
+    """How many entries of a mask are True, on its way to the host.
 
-    The fill are rows that are not wanted, whose results nobody may read. Reading the count waits for the device.
+    On CUDA the copy is queued behind the work that computes the mask, and :meth:`read` waits for that alone: what was
+    queued in between keeps the device busy.
     """
-    going = wanted[rows]
-    left = int(going.sum())
-    size = min(math.ceil(left / multiple_of) * multiple_of, len(rows))
-    if size == len(rows):
-        return rows
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        count = mask.sum()
+        self._event: torch.cuda.Event | None = None
+        self._read: int | None = None
+        if mask.device.type == "cuda":
+            self._count = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
+            self._count.copy_(count, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._count = count
+
+    def read(self) -> int:
+        """The count."""
+        if self._read is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._read = int(self._count)
+        return self._read
+
+
+def positions(wanted: torch.Tensor, count: int, multiple_of: int) -> torch.Tensor | None:
+    """Positions of the ``count`` True entries of ``wanted`` (bool), filled up to a multiple of ``multiple_of``.
+
+    The fill are positions that are not wanted, whose results nobody may read. None where that is all of them.
+    """
+    size = min(math.ceil(count / multiple_of) * multiple_of, len(wanted))
+    if size == len(wanted):
+        return None
     # uint8, for not every device sorts booleans
-    return rows[torch.argsort(going.logical_not().to(torch.uint8), stable=True)[:size]]
+    return torch.argsort(wanted.logical_not().to(torch.uint8), stable=True)[:size]
+
+
+def chosen(wanted: torch.Tensor, multiple_of: int) -> torch.Tensor:
+    """Rows that are ``wanted`` (bool), filled up as by :func:`positions`; waits for the device."""
+    rows = positions(wanted, int(wanted.sum()), multiple_of)
+    return torch.arange(len(wanted), device=wanted.device) if rows is None else rows
 
 
 def assign(full: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor, value: torch.Tensor) -> None:

@@ -142,7 +142,7 @@ def _stage(
             leaf, logits = batch.logits_with_graph(delta)
             loss, gradient = batch.loss_and_gradient(leaf, logits, target, progress)
             del leaf
-            best.count(gradient)
+            best.count(perturbation_size(gradient, "linf"))
         if within_budget:
             best.visit(delta, logits, done + step)
         else:
@@ -171,9 +171,9 @@ def _stage(
             rises, halved, greatest_then, since = torch.zeros_like(rises), stuck, greatest, step
         last = loss
 
-        moved = gradient_step(delta, gradient, alpha=alpha, eps=radius, norm=norm)
+        moved, size = gradient_step(delta, gradient, alpha=alpha, eps=radius, norm=norm)
         if step > 0:
             moved = project(delta + MOMENTUM * (moved - delta) + (1 - MOMENTUM) * (delta - previous), radius, norm)
-        usable = per_row(sane & torch.isfinite(perturbation_size(gradient, norm)), delta)
+        usable = per_row(sane & torch.isfinite(size), delta)
         previous, delta = delta, torch.where(usable, moved, delta)
     return top

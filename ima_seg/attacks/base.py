@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ima_seg.losses import dice_ce_loss
-from ima_seg.ops import hard_dice
+from ima_seg.ops import hard_counts, mean_dice
 from ima_seg.types import PassCount, Target
 
 #: (logits (B, K, *S), target, progress in [0, 1]) -> (B,) float32, to be maximised. ``progress`` is the share of the
@@ -18,17 +18,10 @@ Loss = Callable[[torch.Tensor, Target, float], torch.Tensor]
 
 def lost_dice(logits: torch.Tensor, target: Target) -> torch.Tensor:
     """1 - hard foreground Dice of each sample, (B,) float32; without foreground the share of voxels that are wrong."""
-    dice = hard_dice(logits, target)
-    flat = logits.flatten(2)
-    if target.labels.regions:
-        predicted = flat > 0
-        if target.valid is not None:
-            predicted = predicted & target.valid
-        wrong = predicted.float().mean((1, 2))
-    else:
-        background = (flat[:, :1] >= flat[:, 1:].amax(1, keepdim=True)).float()
-        wrong = ((1 - background) if target.valid is None else (1 - background) * target.valid).mean((1, 2))
-    return torch.where(torch.isnan(dice), wrong, 1 - dice)
+    counts, _ = hard_counts(logits, target)
+    dice = mean_dice(counts)
+    decisions = target.reference.shape[2] * (counts.shape[1] if target.labels.regions else 1)
+    return torch.where(torch.isnan(dice), counts[..., 1].sum(1) / decisions, 1 - dice)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,20 @@ from typing import Literal
 import torch
 
 from ima_seg.attacks._gradient import Perturbed, check_batch
-from ima_seg.attacks._rows import assign, remaining
+from ima_seg.attacks._rows import HostCount, assign, positions
 from ima_seg.attacks.base import UNTARGETED, Loss
 from ima_seg.errors import UserError
 from ima_seg.model import Precision, frozen
-from ima_seg.ops import gradient_step, hard_dice, per_row, perturbation_size, project, random_start
+from ima_seg.ops import (
+    gradient_step,
+    hard_counts,
+    hard_dice,
+    interpolate,
+    mean_dice,
+    per_row,
+    perturbation_size,
+    project,
+)
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 Refine = Literal["root", "bisection"]
@@ -113,137 +122,175 @@ def boundary_search(
         precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
         generator: source of the random start; not used with ``start``.
 
-    Crossed samples leave the working batch at once; the network only sees those still under way.
+    Crossed samples leave the working batch at once; the network only sees those still under way. How many these are is
+    asked of the device once per step, on CUDA after the step's work has been queued.
     """
     check_batch(x, eps)
-    norm, size = threat.norm, len(x)
     batch = Perturbed(model, x, threat, precision, loss, support)
-    alpha = settings.step_factor * eps / settings.steps
-
-    # All state is kept for the full batch; ``rows`` says which of it the network still works on.
-    rows = torch.arange(size, device=x.device)
-    finite = torch.ones(size, dtype=torch.bool, device=x.device)
-    alive = finite.clone() if searched is None else searched.clone()
-    crossed, stalled = ~finite, ~finite
     if start is None:
-        radius = start_radius(eps, settings.start_slack)
-        point = batch.supported(random_start(threat.perturbable(x), radius * alive, norm, generator))
+        delta = batch.random(start_radius(eps, settings.start_slack), generator)
     else:
         wanted = tuple(threat.perturbable(x).shape)
         if tuple(start.shape) != wanted:
             raise UserError(
                 f"start has shape {tuple(start.shape)}; expected that of the perturbable channels, {wanted}"
             )
-        point = torch.where(per_row(alive, start), batch.supported(start), 0.0)
-        point = project(point, eps, norm)
-    if searched is not None:
-        rows = remaining(rows, alive, settings.multiple_of)
-    inner, inner_dice, dice = torch.zeros_like(point), clean_dice.float().clone(), clean_dice.float().clone()
-    passes = PassCount()
-
+        delta = project(batch.supported(start).clone(), eps, threat.norm)
     with frozen(model):
-        for step in range(settings.steps + 1):
-            final = step == settings.steps
-            whole = len(rows) == size
-            here, reference = (batch, target) if whole else (batch.select(rows), target[rows])
-            delta, going = point[rows], alive[rows]
-            if final:
-                logits = here.logits(delta)
-                passes += PassCount(forwards=len(rows))
-            else:
-                leaf, logits = here.logits_with_graph(delta)
-            scores = logits.detach()
-            sane = torch.isfinite(scores.flatten(1).sum(1, dtype=torch.float32))
-            dice_here = hard_dice(scores, reference)
-            over = sane & (dice_here < threshold[rows])
-            assign(dice, rows, going, dice_here)
-            assign(crossed, rows, going, over)
-            assign(finite, rows, going, sane)
-            assign(point, rows, going & ~sane, inner[rows])
-            alive[rows] = going & sane & ~over
-            if final:
-                break
-            following = remaining(rows, alive, settings.multiple_of)
-            if len(following) == 0:
-                passes += PassCount(forwards=len(rows))
-                break
-            gradient = here.gradient(leaf, logits, reference, step / settings.steps)
-            passes += PassCount(gradients=len(rows))
-            del leaf, logits, scores
-            length = perturbation_size(gradient, norm)
-            usable, going = torch.isfinite(length), alive[rows]
-            assign(finite, rows, going, usable)
-            assign(stalled, rows, going, length == 0)
-            alive[rows] = going & usable
-            moving = going & usable
-            stepped = gradient_step(delta, gradient, alpha=alpha[rows], eps=eps[rows], norm=norm)
-            assign(inner, rows, moving, delta)
-            assign(inner_dice, rows, moving, dice_here)
-            assign(point, rows, moving, stepped)
-            rows = following
-
-        outside, forwards = _refine(batch, target, inner, point, inner_dice, dice, threshold, crossed, settings)
+        walk = _Walk(batch, target, delta, eps, threshold, clean_dice, searched, settings)
+        while walk.advance():
+            pass
+        outside, distance = _refine(walk, threshold)
     return BoundaryResult(
         adversarial=batch.apply(outside),
-        crossed=crossed,
-        finite=finite,
-        distance=perturbation_size(outside, norm),
-        stalled=stalled & ~crossed,
-        passes=passes + PassCount(forwards=forwards),
+        crossed=walk.crossed,
+        finite=walk.finite,
+        distance=distance,
+        stalled=walk.stalled & ~walk.crossed,
+        passes=walk.passes,
     )
 
 
-def _refine(
-    batch: Perturbed,
-    target: Target,
-    inner: torch.Tensor,
-    outer: torch.Tensor,
-    inner_dice: torch.Tensor,
-    outer_dice: torch.Tensor,
-    threshold: torch.Tensor,
-    crossed: torch.Tensor,
-    settings: SearchSettings,
-) -> tuple[torch.Tensor, int]:
-    """Close the bracket [inner, outer] of the crossed samples; returns the outer ends (B, ...) and the forwards made.
+class _Walk:
+    """The way outwards.
+
+    What was found is kept for the full batch: ``point``, the last point or the first that had crossed; ``inner``, the
+    one before it; ``dice`` and ``inner_dice`` of both. The working batch, ``rows`` of the full one, has tensors of its
+    own, which are only copied when it shrinks.
+    """
+
+    def __init__(
+        self,
+        batch: Perturbed,
+        target: Target,
+        delta: torch.Tensor,
+        eps: torch.Tensor,
+        threshold: torch.Tensor,
+        clean_dice: torch.Tensor,
+        searched: torch.Tensor | None,
+        settings: SearchSettings,
+    ) -> None:
+        self.batch, self.target, self.settings = batch, target, settings
+        self.point, self.inner = torch.zeros_like(delta), torch.zeros_like(delta)
+        self.dice, self.inner_dice = clean_dice.float().clone(), clean_dice.float().clone()
+        self.finite = torch.ones_like(eps, dtype=torch.bool)
+        self.crossed, self.stalled = ~self.finite, ~self.finite
+        self.passes, self._step = PassCount(), 0
+        self._active = len(eps)
+
+        self._rows = torch.arange(len(eps), device=eps.device)
+        self._going = torch.ones_like(self.finite) if searched is None else searched
+        self._working, self._reference = batch, target
+        self._alpha, self._eps, self._threshold = settings.step_factor * eps / settings.steps, eps, threshold
+        self._delta, self._before, self._dice_before = delta, self.inner, self.inner_dice
+        if searched is not None:
+            self._shrink(int(searched.sum()))
+
+    def advance(self) -> bool:
+        """Look where the working batch stands and take a step; False when there is none to take any more."""
+        size, steps = len(self._rows), self.settings.steps
+        if size == 0:
+            return False
+        final = self._step == steps
+        if final:
+            logits = self._working.logits(self._delta)
+        else:
+            leaf, logits = self._working.logits_with_graph(self._delta)
+        counts, sane = hard_counts(logits.detach(), self._reference)
+        dice = mean_dice(counts)
+        over = self._going & sane & (dice < self._threshold)
+        staying = self._going & sane & ~over
+        self._note(self.crossed, over)
+        self._note(self.finite, self._going & ~sane, to=False)
+        count = HostCount(staying)
+        # On CUDA the host would wait here while the device has nothing to do.
+        counted = self._delta.device.type == "cpu"
+        if final or not counted or count.read() < self._active:
+            # A point without finite logits says nothing; the one before it is the last.
+            last = torch.where(per_row(sane, self._delta), self._delta, self._before)
+            self._leave(self._going if final else self._going & ~staying, last, dice)
+        if final or (counted and count.read() == 0):
+            self.passes += PassCount(forwards=size)
+            return False
+        gradient = self._working.gradient(leaf, logits, self._reference, self._step / steps)
+        del leaf, logits
+        self.passes += PassCount(gradients=size)
+        stepped, length = gradient_step(
+            self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self._working.threat.norm
+        )
+        del gradient
+        self._note(self.stalled, staying & (length == 0))
+        # Without a finite gradient a sample stays where it is until the end, and says nothing.
+        self._note(self.finite, staying & ~torch.isfinite(length), to=False)
+        self._going, self._before, self._dice_before, self._delta = staying, self._delta, dice, stepped
+        self._step += 1
+        return self._shrink(count.read())
+
+    def _shrink(self, count: int) -> bool:
+        """Keep the ``count`` rows that go on, filled up; False when there are none."""
+        self._active = count
+        keep = positions(self._going, count, self.settings.multiple_of)
+        if keep is not None:
+            self._rows, self._going = self._rows[keep], self._going[keep]
+            self._working, self._reference = self._working.select(keep), self._reference[keep]
+            self._alpha, self._eps, self._threshold = self._alpha[keep], self._eps[keep], self._threshold[keep]
+            self._delta, self._before, self._dice_before = (
+                self._delta[keep], self._before[keep], self._dice_before[keep],
+            )  # fmt: skip
+        return count > 0
+
+    def _leave(self, leaving: torch.Tensor, point: torch.Tensor, dice: torch.Tensor) -> None:
+        """Note where the samples ``leaving`` the working batch have come to."""
+        assign(self.point, self._rows, leaving, point)
+        assign(self.inner, self._rows, leaving, self._before)
+        assign(self.dice, self._rows, leaving, dice)
+        assign(self.inner_dice, self._rows, leaving, self._dice_before)
+
+    def _note(self, flags: torch.Tensor, where: torch.Tensor, to: bool = True) -> None:
+        flags[self._rows] = (flags[self._rows] | where) if to else (flags[self._rows] & ~where)
+
+
+def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Close the bracket [inner, point] of the crossed samples; returns its outer ends (B, ...) and their sizes (B,).
 
     The hard Dice along a line is a step function of one variable. ``"root"`` is regula falsi with the Illinois weights
     (an end that stays twice has its value halved), kept half a tolerance away from both ends: once an end is close to
     the crossing, the next point lands just beyond it and the bracket closes from the other side.
     """
-    low = torch.zeros_like(threshold)
-    high = torch.ones_like(threshold)
-    low_value, high_value = inner_dice - threshold, outer_dice - threshold
-    gap = perturbation_size(outer - inner, batch.threat.norm)
+    settings, norm = walk.settings, walk.batch.threat.norm
+    inner, outer, crossed = walk.inner, walk.point, walk.crossed
+    low, high = torch.zeros_like(threshold), torch.ones_like(threshold)
+    low_value, high_value = walk.inner_dice - threshold, walk.dice - threshold
     # How wide the bracket may be in units of its first width; the distance is that of its outer end.
-    wanted = settings.refine_tolerance * perturbation_size(outer, batch.threat.norm) / gap.clamp_min(1e-30)
+    reach = settings.refine_tolerance / perturbation_size(outer - inner, norm).clamp_min(1e-30)
+    wanted = reach * perturbation_size(outer, norm)
     alive = crossed & (high - low > wanted)
     rows = torch.arange(len(threshold), device=threshold.device)
-    forwards = 0
+    batch, target = walk.batch, walk.target
     for _ in range(settings.refine_steps):
-        rows = remaining(rows, alive, settings.multiple_of)
-        if len(rows) == 0:
+        going = alive[rows]
+        count = HostCount(going).read()
+        if count == 0:
             break
+        keep = positions(going, count, settings.multiple_of)
+        if keep is not None:
+            rows, going, inner, outer = rows[keep], going[keep], inner[keep], outer[keep]
+            batch, target = batch.select(keep), target[keep]
         a, b, fa, fb, tolerance = low[rows], high[rows], low_value[rows], high_value[rows], wanted[rows]
-        middle = (a + b) / 2
+        share = (a + b) / 2
         if settings.refine == "root":
             # fa >= 0 > fb by construction, so the denominator cannot vanish.
             nudge = torch.minimum(tolerance / 2, (b - a) / 2)
             share = torch.minimum(torch.maximum((a * fb - b * fa) / (fb - fa), a + nudge), b - nudge)
-        else:
-            share = middle
-        shaped = share.view(-1, *(1,) * (inner.ndim - 1))
-        delta = torch.lerp(inner[rows], outer[rows], shaped.to(inner.dtype))
-        value = hard_dice(batch.select(rows).logits(delta), target[rows]) - threshold[rows]
-        forwards += len(rows)
+        delta, size = interpolate(inner, outer, share, norm)
+        value = hard_dice(batch.logits(delta), target) - threshold[rows]
+        walk.passes += PassCount(forwards=len(rows))
         inside = value >= 0
-        going = alive[rows]
         assign(low, rows, going & inside, share)
         assign(high, rows, going & ~inside, share)
         # Illinois: halve the value of the end that stays.
         assign(low_value, rows, going, torch.where(inside, value, fa / 2))
         assign(high_value, rows, going, torch.where(inside, fb / 2, value))
-        nearer = settings.refine_tolerance * perturbation_size(delta, batch.threat.norm) / gap[rows].clamp_min(1e-30)
-        assign(wanted, rows, going & ~inside, nearer)
+        assign(wanted, rows, going & ~inside, reach[rows] * size)
         alive[rows] = going & (high[rows] - low[rows] > wanted[rows])
-    end = torch.lerp(inner, outer, high.view(-1, *(1,) * (inner.ndim - 1)).to(inner.dtype))
-    return torch.where(crossed.view(-1, *(1,) * (inner.ndim - 1)), end, outer), forwards
+    return interpolate(walk.inner, walk.point, torch.where(crossed, high, 1.0), norm)

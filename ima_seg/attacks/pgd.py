@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts, finish
+from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts, finish
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.errors import UserError
 from ima_seg.model import Precision, frozen
-from ima_seg.ops import gradient_step, per_row
+from ima_seg.ops import gradient_step
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 #: Which point is returned: that of most damage, or the last one, which costs neither its logits nor hard predictions.
@@ -159,13 +159,13 @@ def _descend(
             delta = batch.random(eps, generator) if start else batch.zero()
             for step in range(steps):
                 leaf, logits = batch.logits_with_graph(delta)
-                best.visit(delta, logits, step)
+                sane = best.visit(delta, logits, step)
                 gradient = batch.gradient(leaf, logits, target, step / steps)
-                # An infinite logit can have a finite gradient; without a usable one the sample stays where it is.
-                gradient = torch.where(per_row(all_finite(logits.detach()), gradient), gradient, torch.nan)
                 del leaf, logits
-                best.count(gradient)
-                delta = gradient_step(delta, gradient, alpha=alpha, eps=eps, norm=threat.norm)
+                # An infinite logit can have a finite gradient; such a sample stays where it is.
+                still = torch.where(sane, alpha, 0.0)
+                delta, length = gradient_step(delta, gradient, alpha=still, eps=eps, norm=threat.norm)
+                best.count(length)
             best.visit(delta, batch.logits(delta), steps)
             forwards += len(x)
     return best.result(forwards)
@@ -179,8 +179,9 @@ def _last(
     with frozen(batch.model):
         for step in range(steps):
             gradient = batch.gradient(*batch.logits_with_graph(delta), target, step / steps)
-            zero = zero + (gradient.flatten(1).abs().amax(1) == 0)
-            delta = gradient_step(delta, gradient, alpha=alpha, eps=eps, norm=batch.threat.norm)
+            delta, length = gradient_step(delta, gradient, alpha=alpha, eps=eps, norm=batch.threat.norm)
+            del gradient
+            zero = zero + (length == 0)
     return finish(
         batch,
         delta,

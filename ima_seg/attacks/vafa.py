@@ -103,7 +103,7 @@ def vafa(
                 gradient = batch.gradient(leaf, logits, target, step / steps)
                 del leaf, logits
                 (slope,) = torch.autograd.grad(delta, q, gradient.to(delta.dtype))
-                best.count(slope)
+                best.count(perturbation_size(slope, "linf"))
                 # The sign of NaN would stay NaN in the table for good.
                 q = torch.clamp(q.detach() + alpha * torch.nan_to_num(slope).sign(), q_min, q_max)
             delta = _projected(quantised.perturbation(q), eps, threat.norm)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import torch
 
 from ima_seg.attacks.base import AttackResult, lost_dice
@@ -51,22 +56,21 @@ def patch_pgd(
     channels = threat.perturbable(x).shape[1]
     grid = SlidingWindow([network], patch_size=window.patch_size, step_size=1.0, tile_batch=window.tile_batch)
     padded, inside = grid._pad(x)
-    onehot = target.onehot.view(*target.onehot.shape[:2], *x.shape[2:])
-    valid = None if target.valid is None else target.valid.view(len(x), 1, *x.shape[2:])
-    onehot, _ = grid._pad(onehot.to(torch.uint8))
+    # What is padded is ignored.
+    labels = replace(target.labels, ignore_label=-1)
+    known = torch.ones_like(target.reference[:, :1], dtype=torch.bool) if target.known is None else target.known
+    framed = Target(target.reference, known if labels.regions else None, labels).map(
+        lambda part: grid._pad(part.view(*part.shape[:2], *x.shape[2:]))[0]
+    )
     delta = torch.zeros_like(padded[:, :channels])
     passes = PassCount()
-    if valid is not None:
-        valid, _ = grid._pad(valid.to(torch.uint8))
     for batch in grid._batches(padded.shape):
         tiles = torch.stack([padded[index] for index in batch])
-        truth = torch.stack([onehot[index] for index in batch]).flatten(2).bool()
-        known = None if valid is None else torch.stack([valid[index] for index in batch]).flatten(2).bool()
         budgets = torch.stack([eps[index[0]] for index in batch])
         hit = pgd(
             lambda tile: full_resolution(network(normalise(tile))),
             tiles,
-            Target(truth, known, target.labels),
+            framed.map(partial(_stack, batch)),
             eps=budgets,
             threat=threat,
             steps=steps,
@@ -93,3 +97,8 @@ def patch_pgd(
         # passes over tiles -> over samples
         passes=PassCount(forwards=len(x), gradients=round(passes.gradients * len(x) / grid.tiles(x.shape))),
     )
+
+
+def _stack(indices: Sequence[Any], volume: torch.Tensor) -> torch.Tensor:
+    """The parts of ``volume`` (B, C, *S) at ``indices``, (len(indices), C, N)."""
+    return torch.stack([volume[index] for index in indices]).flatten(2)

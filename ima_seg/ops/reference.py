@@ -1,6 +1,7 @@
-"""The tensor operations of an attack in plain torch: any device, any number of spatial dimensions, no host sync.
+"""The specification of the ops in plain torch, and what runs where there are no kernels.
 
-Sizes, radii and step lengths are per voxel in network units (see :mod:`ima_seg.types`), one value per sample.
+Any device, any number of spatial dimensions, no host sync. Sizes, radii and step lengths are per voxel in network units
+(see :mod:`ima_seg.types`), one value per sample. Arguments are checked in :mod:`ima_seg.ops`, not here.
 """
 
 from __future__ import annotations
@@ -8,13 +9,23 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
-from ima_seg.types import Norm, Target
+from ima_seg.ops import philox
+from ima_seg.types import Norm
+
+#: As in nnU-Net's Dice loss.
+SMOOTH = 1e-5
 
 
 def per_row(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, ..., 1) to broadcast over ``like`` (B, C, *S)."""
     return value.view(-1, *(1,) * (like.ndim - 1))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over tensors of ``dtype`` are taken in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def perturbation_size(delta: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -40,20 +51,19 @@ def project(delta: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 def gradient_step(
-    delta: torch.Tensor, gradient: torch.Tensor, *, alpha: torch.Tensor, eps: torch.Tensor, norm: Norm
-) -> torch.Tensor:
-    """One step of normalised gradient ascent and projection; a new tensor.
-
-    ``delta + alpha * g / rms(g)`` for l2, ``delta + alpha * sign(g)`` for linf, projected onto the ``eps``-ball.
-    A sample whose gradient is all zero stays where it is; so does one with a NaN or infinite gradient.
-
-    Args:
-        delta: perturbations (B, C, *S).
-        gradient: gradient of the loss, of the same shape.
-        alpha: step length (B,).
-        eps: radius (B,).
-        norm: ``"l2"`` or ``"linf"``.
-    """
+    delta: torch.Tensor,
+    gradient: torch.Tensor,
+    alpha: torch.Tensor,
+    eps: torch.Tensor,
+    norm: Norm,
+    mask: torch.Tensor | None,
+    image: torch.Tensor | None,
+    low: torch.Tensor | None,
+    high: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stepped perturbation, and the size of the gradient (B,) float32; see :func:`ima_seg.ops.gradient_step`."""
+    if mask is not None:
+        gradient = torch.where(mask, gradient, 0.0)
     size = perturbation_size(gradient, norm)
     usable = torch.isfinite(size) & (size > 0)
     if norm == "l2":
@@ -64,53 +74,141 @@ def gradient_step(
         scale = torch.where(usable, alpha, torch.zeros_like(alpha))
     stepped = torch.addcmul(delta, direction.to(delta.dtype), per_row(scale, delta).to(delta.dtype))
     # 0 * NaN is NaN: rows without a usable gradient are restored rather than scaled.
-    stepped = torch.where(per_row(usable, delta), stepped, delta)
-    return project(stepped, eps, norm)
+    stepped = project(torch.where(per_row(usable, delta), stepped, delta), eps, norm)
+    if image is not None and low is not None and high is not None:
+        # A voxel that lies outside the box already is not moved into it, but no further out either.
+        least, most = (per_row(low, image) - image).clamp_max(0), (per_row(high, image) - image).clamp_min(0)
+        stepped = torch.maximum(torch.minimum(stepped, most.to(delta.dtype)), least.to(delta.dtype))
+    return stepped, size
 
 
 def random_start(
-    like: torch.Tensor, radius: torch.Tensor, norm: Norm, generator: torch.Generator | None = None
+    like: torch.Tensor, radius: torch.Tensor, norm: Norm, seeds: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """A random perturbation of the shape of ``like`` (B, C, *S), each of size at most ``radius`` (B,).
-
-    l2: a Gaussian direction scaled to a size drawn uniformly from [0, radius]. (Uniform in the ball would put all the
-    mass on the sphere in thousands of dimensions.) linf: uniform in the box.
-    """
-    noise = torch.empty_like(like)
+    """See :func:`ima_seg.ops.random_start`."""
+    dtype = accumulator(like.dtype)
+    size = like[0].numel()
     if norm == "linf":
-        return noise.uniform_(-1.0, 1.0, generator=generator).mul_(per_row(radius, like))
-    noise.normal_(generator=generator)
-    share = torch.rand(radius.shape, device=radius.device, generator=generator)
-    return noise.mul_(per_row(radius * share / perturbation_size(noise, norm), like))
+        noise = (philox.uniform_field(seeds, size, dtype) * 2 - 1).view(like.shape)
+        scale = radius
+    else:
+        noise = philox.normal_field(seeds, size, dtype).view(like.shape)
+        scale = radius * philox.shares(seeds, dtype)
+    if mask is not None:
+        noise = torch.where(mask, noise, 0.0)
+    if norm == "l2":
+        length = perturbation_size(noise, norm)
+        scale = torch.where(length > 0, scale / length, 0.0)
+    return torch.empty_like(like).copy_(noise.mul_(per_row(scale, like)))
 
 
-def hard_dice(logits: torch.Tensor, target: Target) -> torch.Tensor:
-    """Hard foreground Dice of each sample, (B,) float32; NaN where the reference has no foreground.
+def interpolate(
+    inner: torch.Tensor, outer: torch.Tensor, share: torch.Tensor, norm: Norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The points between, and their sizes (B,) float32; see :func:`ima_seg.ops.interpolate`."""
+    point = torch.lerp(inner, outer, per_row(share, inner).to(inner.dtype))
+    return point, perturbation_size(point, norm)
 
-    The prediction is the argmax, or sigmoid > 0.5 for regions. The mean is over the foreground classes (regions)
-    present in the sample's reference; ignored voxels do not count.
 
-    Args:
-        logits: (B, K, *S), any floating dtype.
-        target: the reference.
+def _known(reference: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, 1, N) bool, the voxels that count; None where all do."""
+    return known if reference.dtype == torch.bool else reference != 0
+
+
+def _truth(flat: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """(B, K, N) bool."""
+    if reference.dtype == torch.bool:
+        return reference
+    classes = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=reference.dtype)
+    return reference == classes[:, None]
+
+
+def dice_ce(
+    logits: torch.Tensor, reference: torch.Tensor, known: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss (B,), sums (B, K, 3) of p t, p and t over voxels, and the number of voxels that count (B,), all float32.
+
+    See :func:`ima_seg.ops.dice_ce`.
     """
-    foreground = target.foreground
+    flat = logits.flatten(2).to(accumulator(logits.dtype))
+    regions = reference.dtype == torch.bool
+    truth, counted = _truth(flat, reference), _known(reference, known)
+    voxels = torch.full(flat.shape[:1], flat.shape[2], device=flat.device, dtype=flat.dtype)
+    if counted is not None:
+        voxels = counted.sum((1, 2)).to(flat.dtype)
+    if regions:
+        entropy = F.softplus(flat) - flat * truth
+        if counted is not None:
+            entropy = torch.where(counted, entropy, 0.0)
+        probabilities = flat.sigmoid()
+        cross_entropy = entropy.sum((1, 2)) / flat.shape[1]
+    else:
+        log_probabilities = F.log_softmax(flat, dim=1)
+        cross_entropy = -torch.where(truth, log_probabilities, 0.0).sum((1, 2))
+        probabilities = log_probabilities.exp()
+    if counted is not None:
+        probabilities = torch.where(counted, probabilities, 0.0)
+    sums = torch.stack([(probabilities * truth).sum(2), probabilities.sum(2), truth.sum(2).to(flat.dtype)], -1)
+    overlap, predicted, true = sums[:, 0 if regions else 1 :].unbind(-1)
+    dice = (2 * overlap + SMOOTH) / (predicted + true + SMOOTH)
+    return cross_entropy / voxels.clamp_min(1) - dice.mean(1), sums, voxels
+
+
+def dice_ce_backward(
+    upstream: torch.Tensor,
+    logits: torch.Tensor,
+    reference: torch.Tensor,
+    known: torch.Tensor | None,
+    sums: torch.Tensor,
+    voxels: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of :func:`dice_ce` with respect to ``logits``, times ``upstream`` (B,); of the dtype of ``logits``."""
+    flat = logits.flatten(2).to(accumulator(logits.dtype))
+    regions = reference.dtype == torch.bool
+    truth, counted = _truth(flat, reference), _known(reference, known)
+    overlap, predicted, true = sums.unbind(-1)
+    denominator = predicted + true + SMOOTH
+    share = upstream[:, None] / (flat.shape[1] if regions else flat.shape[1] - 1)
+    # d(-Dice)/dp of a voxel is ``push`` where it is background and ``push - pull`` where it is foreground.
+    push = share * (2 * overlap + SMOOTH) / denominator.square()
+    pull = share * 2 / denominator
+    weight = (upstream / voxels.clamp_min(1))[:, None, None]
+    if regions:
+        probabilities = flat.sigmoid()
+        slope = push[..., None] - pull[..., None] * truth
+        gradient = probabilities * (1 - probabilities) * slope + (probabilities - truth.to(flat.dtype)) * (
+            weight / flat.shape[1]
+        )
+    else:
+        probabilities = flat.softmax(1)
+        push[:, 0], pull[:, 0] = 0, 0
+        slope = push[..., None] - pull[..., None] * truth
+        gradient = probabilities * (slope - (probabilities * slope).sum(1, keepdim=True))
+        gradient += torch.where(truth.any(1, keepdim=True), probabilities - truth.to(flat.dtype), 0.0) * weight
+    if counted is not None:
+        gradient = torch.where(counted, gradient, 0.0)
+    return torch.empty_like(logits).copy_(gradient.view(logits.shape))
+
+
+def hard_counts(
+    logits: torch.Tensor, reference: torch.Tensor, known: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Voxels (B, F, 3) int64 that are hit, predicted and true, per foreground class; whether logits are finite (B,).
+
+    See :func:`ima_seg.ops.hard_counts`.
+    """
     flat = logits.flatten(2)
-    first = 0 if target.labels.regions else 1
-    winner = None if target.labels.regions else _argmax(flat)
-    dice_sum = torch.zeros(logits.shape[0], device=logits.device)
-    present_sum = torch.zeros_like(dice_sum)
-    for index in range(foreground.shape[1]):
-        truth = foreground[:, index]
-        predicted = flat[:, index] > 0 if winner is None else winner == index + first
-        if target.valid is not None:
-            predicted = predicted & target.valid[:, 0]
-        hits = (predicted & truth).sum(1)
-        reference = truth.sum(1)
-        present = reference > 0
-        dice_sum += torch.where(present, 2 * hits / (predicted.sum(1) + reference).clamp_min(1), 0.0)
-        present_sum += present
-    return torch.where(present_sum > 0, dice_sum / present_sum, torch.full_like(dice_sum, float("nan")))
+    regions = reference.dtype == torch.bool
+    counted = _known(reference, known)
+    winner = None if regions else _argmax(flat)
+    counts = []
+    for index in range(0 if regions else 1, flat.shape[1]):
+        truth = reference[:, index] if winner is None else reference[:, 0] == index + 1
+        predicted = flat[:, index] > 0 if winner is None else winner == index
+        if counted is not None:
+            predicted = predicted & counted[:, 0]
+        counts.append(torch.stack([(predicted & truth).sum(1), predicted.sum(1), truth.sum(1)], -1))
+    return torch.stack(counts, 1), torch.isfinite(flat.sum((1, 2), dtype=accumulator(flat.dtype)))
 
 
 def _argmax(flat: torch.Tensor) -> torch.Tensor:
