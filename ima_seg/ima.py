@@ -156,7 +156,7 @@ class IMA:
         if isinstance(model, DistributedDataParallel) and beta > 0:
             accumulate = model.no_sync()
         # The clean backward pass yields the gradient of its input for the price of the first layer's.
-        leads = self.settings.start == "gradient" and 0 < beta < 1
+        leads = self.settings.start != "random" and 0 < beta < 1
         clean = x.detach().requires_grad_(leads)
         with accumulate:
             output = forward(model, clean)
@@ -184,8 +184,9 @@ class IMA:
         passes = PassCount()
         free = None
         if clean.grad is not None:
-            length = torch.where(perturbed, eps, self.settings.step_factor * eps / self.settings.steps)
-            free = self._step_from_clean(x, clean.grad, length, eps, generator)
+            # The one step of a patch that is not searched is as long as PGD's would be.
+            length = self.settings.step_factor * eps / torch.where(perturbed, 1, self.settings.steps)
+            free = self._free_step(x, clean.grad, length, eps, generator)
         multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
         if bool(searched.any()):
             found = boundary_search(
@@ -249,7 +250,7 @@ class IMA:
         """Move the margins; a collective call when ``torch.distributed`` is initialised."""
         return self.ledger.step()
 
-    def _step_from_clean(
+    def _free_step(
         self,
         x: torch.Tensor,
         gradient: torch.Tensor,
@@ -257,17 +258,19 @@ class IMA:
         eps: torch.Tensor,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """The perturbation (B, image channels, *S) of a step of ``length`` (B,) along ``gradient`` from the clean one.
+        """The perturbation (B, image channels, *S) of one step of ``length`` (B,) along the clean ``gradient``.
 
-        The scale of the gradient does not matter, so neither does that of a gradient scaler. A random start replaces
-        the step where the gradient is zero, infinite or NaN.
+        It is made from the clean batch, or from a random point (``start = "mixed"``). The scale of the gradient does
+        not matter, so neither does that of a gradient scaler. Where it is zero, infinite or NaN, the random point
+        remains.
         """
         image, norm = self.threat.perturbable(x), self.threat.norm
         nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
         seeds = draw_seeds(len(x), x.device, generator)
         random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, seeds)
-        step, _ = gradient_step(nothing, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
-        return torch.where(per_row(perturbation_size(step, norm) > 0, step), step, random)
+        origin = random if self.settings.start == "mixed" else nothing
+        step, size = gradient_step(origin, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
+        return torch.where(per_row(torch.isfinite(size) & (size > 0), step), step, random)
 
     def _unattacked(
         self,

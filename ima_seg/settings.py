@@ -33,7 +33,7 @@ DEFAULT_EPS_MAX = 0.3
 BEFORE: Mapping[str, Any] = {"start": "random", "steady_interval": 1}
 
 Auto = Literal["auto"]
-Start = Literal["random", "gradient"]
+Start = Literal["random", "gradient", "mixed"]
 
 
 class IMASettings(BaseModel):
@@ -52,15 +52,15 @@ class IMASettings(BaseModel):
         beta: weight of the adversarial loss; 0 is standard training.
         steps: gradient steps K of the search, at most.
         step_factor: alpha; a step is ``step_factor * margin / steps`` long.
-        start: where the search begins. ``"random"``: at a random point. ``"gradient"``: one step along the input
-            gradient of the clean training loss, which the clean backward pass yields at the cost of the first layer's;
-            at random for patches without a usable one, and where ``beta`` is 1. It is the gradient of another loss
-            (whole batch, all deep-supervision heads), so only the start: the search climbs each patch's own. A case's
-            last perturbation cannot be used again: nnU-Net's patches are random, augmented crops, and the batch does
-            not tell from where.
+        start: where the search begins. ``"random"``: at a random point. ``"gradient"``: one step from the clean image
+            along the input gradient of the clean training loss, which the clean backward pass yields at the cost of the
+            first layer's. ``"mixed"``: that step from the random point. It is the gradient of another loss (whole
+            batch, all deep-supervision heads), so only the start: the search climbs each patch's own. Patches without a
+            usable gradient, and all where ``beta`` is 1, start at random. A case's last perturbation cannot be used
+            again: nnU-Net's patches are random, augmented crops, and the batch does not tell from where.
         refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``).
         background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
-            clean. With ``start = "gradient"`` a single step is that of the clean gradient, which needs no pass.
+            clean. Unless ``start`` is random, a single step is that of the clean gradient, which needs no pass.
         steady_interval: a case whose margin hardly moved any more is searched in every so many epochs only; in the
             others its patches are perturbed to its margin like background, by at least one step, and say nothing about
             the margin (see ``MarginLedger``). 1 searches all cases in all epochs.

@@ -14,6 +14,7 @@ from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima
 from tests.test_ledger import visit
 
 GRADIENT = SETTINGS.model_copy(update={"start": "gradient"})
+MIXED = SETTINGS.model_copy(update={"start": "mixed"})
 
 
 def counted(network):
@@ -29,7 +30,7 @@ def grow(ima, margins):
         ima.ledger.cases[case].margin = margin
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, GRADIENT], ids=["random", "gradient"])
+@pytest.mark.parametrize("settings", [SETTINGS, GRADIENT, MIXED], ids=["random", "gradient", "mixed"])
 def test_parameter_gradients_are_those_of_the_two_losses(settings):
     network, x, y = batch_of_all_kinds()
     report = make_ima(settings).step(network, x, y, list("abcd"), loss=cross_entropy(y))
@@ -44,7 +45,7 @@ def test_parameter_gradients_are_those_of_the_two_losses(settings):
 
 
 def test_the_free_gradient_takes_no_pass():
-    for settings, background in ((SETTINGS, 1), (GRADIENT, 0)):
+    for settings, background in ((SETTINGS, 1), (GRADIENT, 0), (MIXED, 0)):
         network, x, y = batch_of_all_kinds()
         passes = counted(network)
         report = make_ima(settings).step(network, x, y, list("abcd"), loss=cross_entropy(y))
@@ -78,7 +79,7 @@ def test_starts_stay_within_the_budget_and_are_random_without_a_usable_gradient(
     gradient[1] = spoiled
     gradient[2, 0, 0, 0] = spoiled
     eps = torch.tensor([0.1, 0.3, 0.6, 0.0])
-    start = ima._step_from_clean(x, gradient, 4.0 * eps / 5, eps, None)
+    start = ima._free_step(x, gradient, 4.0 * eps / 5, eps, None)
     size = perturbation_size(start, norm)
     assert torch.isfinite(start).all() and (size <= eps * (1 + 1e-5)).all()
     assert size[0] == pytest.approx(0.08, rel=1e-4) and size[3] == 0
@@ -187,7 +188,7 @@ def test_an_interval_below_one_is_refused():
         MarginLedger(delta=0.1, eps_max=1.0, steady_interval=0)
 
 
-@pytest.mark.parametrize("start", ["random", "gradient"])
+@pytest.mark.parametrize("start", ["random", "gradient", "mixed"])
 def test_patches_of_resting_cases_are_perturbed_but_move_no_margin(start, monkeypatch):
     network, x, target = trained_unet(2)
     y = target.onehot[:, 1].view(6, 1, 16, 16).long()
@@ -212,7 +213,7 @@ def test_patches_of_resting_cases_are_perturbed_but_move_no_margin(start, monkey
 def test_a_batch_of_resting_cases_costs_one_gradient_at_most(monkeypatch):
     network, x, target = trained_unet(2)
     y = target.onehot[:, 1].view(6, 1, 16, 16).long()
-    for start, gradients in (("random", 6), ("gradient", 0)):
+    for start, gradients in (("random", 6), ("gradient", 0), ("mixed", 0)):
         ima = make_ima(SETTINGS.model_copy(update={"start": start, "background_steps": 0}))
         monkeypatch.setattr(ima.ledger, "resting", lambda case_ids, device=None: torch.ones(6, dtype=torch.bool))
         report = ima.step(network, x, y, list("abcdef"), loss=cross_entropy(y))
@@ -220,7 +221,7 @@ def test_a_batch_of_resting_cases_costs_one_gradient_at_most(monkeypatch):
         assert (report.distance > 0).all()
 
 
-@pytest.mark.parametrize("start", ["random", "gradient"])
+@pytest.mark.parametrize("start", ["random", "gradient", "mixed"])
 def test_history_counts_resting_patches_and_every_pass(start, monkeypatch):
     network, x, target = trained_unet(2)
     y = target.onehot[:, 1].view(6, 1, 16, 16).long()

@@ -28,7 +28,7 @@ def no_environment(monkeypatch):
         ({"delta": 0.5, "eps_max": 0.1}, "delta 0.5 is more than eps_max 0.1"),
         ({"delta": 0.5}, "delta 0.5 is more than eps_max 0.3"),
         ({"epochs": True}, "epochs is true; no setting is a boolean"),
-        ({"start": "clean"}, r"start = 'clean'.*'random' or 'gradient'"),
+        ({"start": "clean"}, r"start = 'clean'.*'random', 'gradient' or 'mixed'"),
         ({"steady_interval": 0}, "steady_interval = 0"),
         ({"unit": "l2", "norm": "linf"}, "unit 'l2' goes with norm 'l2'"),
     ],
