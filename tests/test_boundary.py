@@ -297,10 +297,10 @@ def test_only_the_full_resolution_head_is_attacked():
     target = Target.from_raw(torch.randint(0, 2, (2, 1, 16, 16)), Labels(2))
     batch = Perturbed(network, x, ThreatModel())
     zero = torch.zeros_like(x)
-    gradient = batch.gradient(*batch.logits_with_graph(zero), target)
+    gradient = batch.at(zero, target).gradient()
     with torch.no_grad():
         network.low.weight.mul_(100)
-    torch.testing.assert_close(batch.gradient(*batch.logits_with_graph(zero), target), gradient)
+    torch.testing.assert_close(batch.at(zero, target).gradient(), gradient)
 
 
 def test_bad_batches_are_refused_by_name():

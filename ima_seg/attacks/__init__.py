@@ -1,5 +1,6 @@
 """Attacks: pure functions from (network, batch, target, budget) to perturbed batches."""
 
+from ima_seg.attacks._graphs import GraphedPasses
 from ima_seg.attacks.apgd import apgd
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.attacks.boundary import BoundaryResult, SearchSettings, boundary_search
@@ -16,6 +17,7 @@ __all__ = [
     "AttackResult",
     "BoundaryResult",
     "Goal",
+    "GraphedPasses",
     "Loss",
     "MinimalResult",
     "SearchSettings",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
+from ima_seg.attacks._graphs import active_graphs
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.errors import UserError
 from ima_seg.model import Precision, autocast, full_resolution, resolve_precision
@@ -65,6 +69,9 @@ class Perturbed:
         self.model, self.x, self.threat, self.loss, self.support = model, x, threat, loss, support
         self.precision: Precision = precision
         self.dtype = resolve_precision(precision, x.device)
+        voxels = x[0, 0].numel()
+        narrow = self.dtype == torch.float16 or x.dtype == torch.float16
+        self.scale = LossScale(torch.full(x.shape[:1], float(voxels), device=x.device), voxels, narrow)
         if support is not None:
             wanted = tuple(threat.perturbable(x).shape)
             fits = support.ndim == x.ndim and all(a in (1, b) for a, b in zip(support.shape, wanted, strict=True))
@@ -75,8 +82,11 @@ class Perturbed:
                 )
 
     def select(self, rows: torch.Tensor) -> Perturbed:
+        """The same for some of the samples."""
         support = self.support if self.support is None or len(self.support) == 1 else self.support[rows]
-        return Perturbed(self.model, self.x[rows], self.threat, self.precision, self.loss, support)
+        chosen = Perturbed(self.model, self.x[rows], self.threat, self.precision, self.loss, support)
+        chosen.scale = self.scale.select(rows)
+        return chosen
 
     def apply(self, delta: torch.Tensor) -> torch.Tensor:
         """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels; a new tensor."""
@@ -106,27 +116,86 @@ class Perturbed:
 
     @torch.no_grad()
     def logits(self, delta: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K, *S) of ``x + delta``."""
         return forward(self.model, self.apply(delta), self.dtype)
 
-    def logits_with_graph(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The leaf and its logits, ready for :meth:`gradient`."""
+    def at(self, delta: torch.Tensor, target: Target, progress: float = 0.0) -> Pass:
+        """A network pass at ``x + delta``, replayed from a CUDA graph where that is asked for and possible."""
+        scale = self.scale.scale
+        graphs = active_graphs()
+        found = graphs.run(self, delta, target, scale, progress) if graphs is not None else None
+        if found is None:
+            found = self.begin(delta, target, scale, progress)
+        pass_ = found
+
+        def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+            loss, gradient = pass_.loss_and_gradient()
+            return loss, self.scale.checked(gradient)
+
+        return Pass(found.logits, loss_and_gradient)
+
+    def begin(self, delta: torch.Tensor, target: Target, scale: torch.Tensor, progress: float | torch.Tensor) -> Pass:
+        """The pass itself; its gradient is that of ``scale`` (B,) times the loss."""
         with torch.enable_grad():
             leaf = self.apply(delta).requires_grad_(True)
-            return leaf, forward(self.model, leaf, self.dtype)
+            output = forward(self.model, leaf, self.dtype)
 
-    def loss_and_gradient(
-        self, leaf: torch.Tensor, logits: torch.Tensor, target: Target, progress: float = 0.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss (B,) and its gradient with respect to the perturbable channels, up to a positive factor."""
-        with torch.enable_grad():
-            loss = self.loss(logits, target, progress)
-            # The factor lifts the per-voxel gradient of a mean over N voxels to order one: float16 would flush it to 0.
-            (gradient,) = torch.autograd.grad(loss.sum() * float(logits.flatten(2).shape[2]), leaf)
-        return loss.detach(), self.supported(self.threat.perturbable(gradient))
+        def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.enable_grad():
+                loss = self.loss(output, target, progress)  # type: ignore[arg-type]  # graphs hold it in a tensor
+                (gradient,) = torch.autograd.grad((loss * scale).sum(), leaf)
+            return loss.detach(), self.supported(self.threat.perturbable(gradient))
 
-    def gradient(self, leaf: torch.Tensor, logits: torch.Tensor, target: Target, progress: float = 0.0) -> torch.Tensor:
-        """The gradient of :meth:`loss_and_gradient` alone."""
-        return self.loss_and_gradient(leaf, logits, target, progress)[1]
+        return Pass(output.detach(), loss_and_gradient)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A network pass at one point: what the network says there, and on demand how its loss changes.
+
+    Attributes:
+        logits: (B, K, *S), without graph.
+        loss_and_gradient: gives the loss (B,), and its gradient with respect to the perturbable channels
+            (B, image channels, *S), up to a positive factor per sample; to be called once.
+    """
+
+    logits: torch.Tensor
+    loss_and_gradient: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of :attr:`loss_and_gradient` alone."""
+        return self.loss_and_gradient()[1]
+
+
+class LossScale:
+    """The factor per sample on the loss, without which small gradients vanish in float16.
+
+    It begins at the number of voxels, for the loss is a mean over them, and in float16 follows the gradients: up where
+    they come near the smallest numbers, down where they leave the range. A sample whose gradient left the range at a
+    scale that can still be lowered has a gradient of zero in that step, instead of one that is not finite.
+    """
+
+    #: Gradients are kept above; factor of a change; least scale, and greatest in units of the number of voxels.
+    SMALL, CHANGE, LEAST, MOST = 2.0**-8, 2.0**6, 2.0**-15, 2.0**15
+
+    def __init__(self, scale: torch.Tensor, voxels: int, follows: bool) -> None:
+        self.scale, self._voxels, self._follows = scale, voxels, follows
+
+    def select(self, rows: torch.Tensor) -> LossScale:
+        """The same for some of the samples."""
+        return LossScale(self.scale[rows], self._voxels, self._follows)
+
+    def checked(self, gradient: torch.Tensor) -> torch.Tensor:
+        """``gradient`` (B, C, *S) as it may be used; the scale moves for the next one."""
+        if not self._follows:
+            return gradient
+        largest = gradient.flatten(1).abs().amax(1)
+        left = ~torch.isfinite(largest)
+        lowered = (self.scale / self.CHANGE).clamp_min(self.LEAST)
+        gradient = torch.where(per_row(left & (lowered < self.scale), gradient), 0.0, gradient)
+        raised = (self.scale * self.CHANGE).clamp_max(self.MOST * self._voxels)
+        self.scale = torch.where(left, lowered, torch.where(largest < self.SMALL, raised, self.scale))
+        return gradient
 
 
 class Best:

@@ -139,9 +139,10 @@ def _stage(
             logits = batch.logits(delta)
             loss, gradient = batch.loss(logits, target, progress), torch.zeros_like(delta)
         else:
-            leaf, logits = batch.logits_with_graph(delta)
-            loss, gradient = batch.loss_and_gradient(leaf, logits, target, progress)
-            del leaf
+            here = batch.at(delta, target, progress)
+            logits = here.logits
+            loss, gradient = here.loss_and_gradient()
+            del here
             best.count(perturbation_size(gradient, "linf"))
         if within_budget:
             best.visit(delta, logits, done + step)

@@ -195,8 +195,9 @@ class _Walk:
         if final:
             logits = self._working.logits(self._delta)
         else:
-            leaf, logits = self._working.logits_with_graph(self._delta)
-        counts, sane = hard_counts(logits.detach(), self._reference)
+            here = self._working.at(self._delta, self._reference, self._step / steps)
+            logits = here.logits
+        counts, sane = hard_counts(logits, self._reference)
         dice = mean_dice(counts)
         over = self._going & sane & (dice < self._threshold)
         staying = self._going & sane & ~over
@@ -212,8 +213,8 @@ class _Walk:
         if final or (counted and count.read() == 0):
             self.passes += PassCount(forwards=size)
             return False
-        gradient = self._working.gradient(leaf, logits, self._reference, self._step / steps)
-        del leaf, logits
+        gradient = here.gradient()
+        del here, logits
         self.passes += PassCount(gradients=size)
         stepped, length = gradient_step(
             self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self._working.threat.norm

@@ -158,10 +158,10 @@ def _descend(
             best.begin_restart()
             delta = batch.random(eps, generator) if start else batch.zero()
             for step in range(steps):
-                leaf, logits = batch.logits_with_graph(delta)
-                sane = best.visit(delta, logits, step)
-                gradient = batch.gradient(leaf, logits, target, step / steps)
-                del leaf, logits
+                here = batch.at(delta, target, step / steps)
+                sane = best.visit(delta, here.logits, step)
+                gradient = here.gradient()
+                del here
                 # An infinite logit can have a finite gradient; such a sample stays where it is.
                 still = torch.where(sane, alpha, 0.0)
                 delta, length = gradient_step(delta, gradient, alpha=still, eps=eps, norm=threat.norm)
@@ -178,7 +178,7 @@ def _last(
     zero = torch.zeros(eps.shape, device=eps.device)
     with frozen(batch.model):
         for step in range(steps):
-            gradient = batch.gradient(*batch.logits_with_graph(delta), target, step / steps)
+            gradient = batch.at(delta, target, step / steps).gradient()
             delta, length = gradient_step(delta, gradient, alpha=alpha, eps=eps, norm=batch.threat.norm)
             del gradient
             zero = zero + (length == 0)

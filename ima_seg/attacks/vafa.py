@@ -98,10 +98,10 @@ def vafa(
                 q.requires_grad_(True)
                 with torch.enable_grad():
                     delta = _projected(quantised.perturbation(q), eps, threat.norm)
-                leaf, logits = batch.logits_with_graph(delta.detach())
-                best.visit(delta.detach(), logits, step)
-                gradient = batch.gradient(leaf, logits, target, step / steps)
-                del leaf, logits
+                here = batch.at(delta.detach(), target, step / steps)
+                best.visit(delta.detach(), here.logits, step)
+                gradient = here.gradient()
+                del here
                 (slope,) = torch.autograd.grad(delta, q, gradient.to(delta.dtype))
                 best.count(perturbation_size(slope, "linf"))
                 # The sign of NaN would stay NaN in the table for good.

@@ -111,7 +111,7 @@ class Attacker:
         """How much the same input gradient differs when it is computed twice, as a share of its largest value."""
         problem = make_problem(case, window, self.threat, "volume")
         batch = Perturbed(problem.network, problem.x, problem.threat, self.settings.precision)
-        first, second = (batch.gradient(*batch.logits_with_graph(batch.zero()), problem.target) for _ in range(2))
+        first, second = (batch.at(batch.zero(), problem.target).gradient() for _ in range(2))
         return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
     def transfer(self, condition: Condition, source: PreparedCase, window: SlidingWindow, case: PreparedCase,

@@ -1,0 +1,172 @@
+"""Captured passes, with a stand-in for the capture where there is no GPU; the scale of the loss in float16."""
+
+import logging
+
+import pytest
+import torch
+
+from ima_seg.attacks import GraphedPasses, SearchSettings, apgd, boundary_search, pgd
+from ima_seg.attacks._gradient import LossScale, Perturbed
+from ima_seg.attacks.losses import GOALS
+from ima_seg.ops import hard_dice
+from ima_seg.types import Labels, Target, ThreatModel
+from tests.models import TinyUNet
+
+
+class Replayed(GraphedPasses):
+    """Computes anew what a graph would replay, from the same held tensors into the same outputs."""
+
+    replays = 0
+
+    def _obstacle(self, batch):
+        return None
+
+    def _record(self, work):
+        outputs = work()
+
+        def replay():
+            self.replays += 1
+            for held, new in zip(outputs, work(), strict=True):
+                held.copy_(new)
+
+        return outputs, replay
+
+
+def problem(regions=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = Labels(2, regions=True, ignore_label=9) if regions else Labels(3, ignore_label=3)
+    raw = torch.randint(0, 2 if regions else 4, (5, 3 if regions else 1, 16, 16), generator=generator)
+    return torch.randn(5, 1, 16, 16, generator=generator), Target.from_raw(raw, labels)
+
+
+def attacks(network, x, target):
+    eps, common = torch.linspace(0.0, 0.4, 5), {"threat": ThreatModel(), "precision": "fp32"}
+    support = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.7
+    seeded = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    yield pgd(network, x, target, eps=eps, steps=3, generator=seeded(), **common)
+    yield pgd(network, x, target, eps=eps, steps=3, support=support, keep="last", generator=seeded(), **common)
+    yield apgd(network, x, target, eps=eps, steps=5, generator=seeded(), **common)
+    # Its loss changes with the progress of the attack, which a graph holds in a tensor.
+    yield pgd(network, x, target, eps=eps, steps=4, goal=GOALS["segpgd"], generator=seeded(), **common)
+    clean = hard_dice(network(x).detach(), target)
+    yield boundary_search(
+        network, x, target, eps=eps, threshold=clean * 0.8, clean_dice=clean, settings=SearchSettings(steps=6),
+        generator=seeded(), **common,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_replayed_passes_find_what_the_passes_themselves_find(regions):
+    network, graphs = TinyUNet(2, outputs=2 if regions else 3).eval(), Replayed()
+    for seed in (0, 1):
+        x, target = problem(regions, seed)
+        expected = list(attacks(network, x, target))
+        with graphs:
+            found = list(attacks(network, x, target))
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.adversarial, plain.adversarial, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours.distance, plain.distance)
+    # Four attacks on one shape, and what is left of the batch when samples have crossed.
+    assert 3 < len(graphs) < 9 and graphs.replays > 20
+
+
+def test_weights_may_change_in_place_and_be_exchanged():
+    network, graphs = TinyUNet(2).eval(), Replayed()
+    x, target = problem()
+    for change in (
+        lambda: None,
+        lambda: network.last[1].weight.data.mul_(-2),
+        lambda: setattr(network.last[1], "weight", torch.nn.Parameter(torch.randn(3, 16, 1, 1))),
+    ):
+        change()
+        (expected, *_), (found, *_) = list(attacks(network, x, target)), ([*_run(graphs, network, x, target)])
+        torch.testing.assert_close(found.adversarial, expected.adversarial)
+
+
+def _run(graphs, network, x, target):
+    with graphs:
+        yield from attacks(network, x, target)
+
+
+def test_what_cannot_be_captured_runs_as_always_and_the_log_says_why(caplog):
+    network = TinyUNet(2).eval()
+    x, target = problem()
+
+    class Refuses(Replayed):
+        def _record(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    expected = next(iter(attacks(network, x, target)))
+    for graphs, why in ((Refuses(), "not permitted when stream is capturing"), (GraphedPasses(), "CUDA device")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "ima_seg.attacks"), graphs:
+            found = next(iter(attacks(network, x, target)))
+        assert torch.equal(found.adversarial, expected.adversarial) and len(graphs) == 0
+        assert [why in record.message for record in caplog.records] == [True], "once"
+
+
+def test_the_number_of_graphs_is_bounded(monkeypatch, caplog):
+    monkeypatch.setattr("ima_seg.attacks._graphs.MOST_GRAPHS", 2)
+    network, graphs = TinyUNet(2).eval(), Replayed()
+    for size in (8, 12, 16):
+        target = Target.from_raw(torch.ones(2, 1, size, size), Labels(3))
+        with graphs:
+            pgd(network, torch.randn(2, 1, size, size), target, eps=torch.ones(2), steps=1, threat=ThreatModel())
+    assert len(graphs) == 2 and "2 of them" in caplog.text
+
+
+class Flushes(torch.autograd.Function):
+    """The identity, whose gradient passes through float16 at ``share`` of its size."""
+
+    @staticmethod
+    def forward(ctx, x, share):
+        ctx.share = share
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * ctx.share).half().float(), None
+
+
+@pytest.mark.parametrize("share", [2.0**-29, 2.0**20])
+def test_float16_gradients_that_vanish_or_leave_the_range_come_back(share):
+    network = TinyUNet(2).eval().requires_grad_(False)
+    x, target = problem()
+    batch = Perturbed(lambda image: network(Flushes.apply(image, share)), x, ThreatModel(), "fp32")
+    zero = batch.zero()
+    expected = Perturbed(network, x, ThreatModel(), "fp32").at(zero, target).gradient()
+    first = batch.at(zero, target).gradient()
+    assert (first == 0).all() or not torch.isfinite(first).all(), "else there is nothing to guard"
+    batch.scale = LossScale(batch.scale.scale, 256, follows=True)
+    for _ in range(8):
+        gradient = batch.at(zero, target).gradient()
+        assert torch.isfinite(gradient).all()
+    direction = torch.nn.functional.cosine_similarity(gradient.flatten(1), expected.flatten(1))
+    assert (direction > 0.99).all()
+
+
+def test_a_gradient_that_is_not_finite_at_any_scale_is_not_hidden():
+    scale = LossScale(torch.tensor([4.0, 4.0]), 4, follows=True)
+    broken = torch.tensor([[[torch.nan, 1.0]], [[1.0, 1.0]]])
+    assert (scale.checked(broken)[0] == 0).all() and scale.scale.tolist() == [0.0625, 4.0]
+    for _ in range(4):
+        gradient = scale.checked(broken)
+    assert gradient[0].isnan().any() and torch.equal(gradient[1], broken[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "auto", "fp16"])
+def test_cuda_graphs_find_what_passes_find(precision):
+    network = TinyUNet(2).cuda().eval()
+    graphs = GraphedPasses()
+    for seed in (0, 1):
+        x, target = problem(seed=seed)
+        x, target = x.cuda(), target.map(torch.Tensor.cuda)
+        common = {"eps": torch.full((5,), 0.2, device="cuda"), "threat": ThreatModel(), "steps": 5,
+                  "precision": precision, "start": False}  # fmt: skip
+        expected = pgd(network, x, target, **common)
+        with graphs:
+            found = pgd(network, x, target, **common)
+        torch.testing.assert_close(found.damage, expected.damage, atol=0.02, rtol=0)
+        torch.testing.assert_close(found.distance, expected.distance, rtol=1e-3, atol=0)
+    assert len(graphs) == 1
