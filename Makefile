@@ -34,8 +34,10 @@ format: $(READY)
 typecheck: $(READY)
 	$(BIN)/mypy
 
+# Those that need no data set.
+MEASUREMENTS := $(wildcard benchmarks/bench_*.py) $(addprefix benchmarks/,attack_speed.py ops.py train_cost.py)
 bench: $(READY)
-	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
+	set -e; for script in $(MEASUREMENTS); do $(BIN)/python "$$script"; done
 
 clean:
 	rm -rf .venv build dist demo_output .pytest_cache .mypy_cache .ruff_cache .coverage
