@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -126,44 +125,49 @@ class Perturbed:
         found = graphs.run(self, delta, target, scale, progress) if graphs is not None else None
         if found is None:
             found = self.begin(delta, target, scale, progress)
-        pass_ = found
+        here = found
 
-        def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
-            loss, gradient = pass_.loss_and_gradient()
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            loss, gradient = here.loss_and_gradient()
             return loss, self.scale.checked(gradient)
 
-        return Pass(found.logits, loss_and_gradient)
+        return Pass(here.logits, compute)
 
     def begin(self, delta: torch.Tensor, target: Target, scale: torch.Tensor, progress: float | torch.Tensor) -> Pass:
         """The pass itself; its gradient is that of ``scale`` (B,) times the loss."""
         with torch.enable_grad():
             leaf = self.apply(delta).requires_grad_(True)
-            output = forward(self.model, leaf, self.dtype)
+            output = [forward(self.model, leaf, self.dtype)]
 
-        def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
             with torch.enable_grad():
-                loss = self.loss(output, target, progress)  # type: ignore[arg-type]  # graphs hold it in a tensor
+                loss = self.loss(output.pop(), target, progress)  # type: ignore[arg-type]  # graphs hold it in a tensor
                 (gradient,) = torch.autograd.grad((loss * scale).sum(), leaf)
             return loss.detach(), self.supported(self.threat.perturbable(gradient))
 
-        return Pass(output.detach(), loss_and_gradient)
+        return Pass(output[0].detach(), compute)
 
 
-@dataclass(frozen=True)
 class Pass:
     """A network pass at one point: what the network says there, and on demand how its loss changes.
 
     Attributes:
-        logits: (B, K, *S), without graph.
-        loss_and_gradient: gives the loss (B,), and its gradient with respect to the perturbable channels
-            (B, image channels, *S), up to a positive factor per sample; to be called once.
+        logits: (B, K, *S), without graph; until the gradient is asked for, which needs the memory.
     """
 
-    logits: torch.Tensor
-    loss_and_gradient: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    def __init__(self, logits: torch.Tensor, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.logits, self._compute = logits, compute
+
+    def loss_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss (B,), and its gradient with respect to the perturbable channels (B, image channels, *S).
+
+        The gradient is that of a sample's loss up to a positive factor. To be called once.
+        """
+        del self.logits
+        return self._compute()
 
     def gradient(self) -> torch.Tensor:
-        """The gradient of :attr:`loss_and_gradient` alone."""
+        """The gradient of :meth:`loss_and_gradient` alone."""
         return self.loss_and_gradient()[1]
 
 

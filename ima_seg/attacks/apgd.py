@@ -135,22 +135,21 @@ def _stage(
     for step in range(length + 1):
         final = step == length
         progress = (done + step) / steps
-        if final:
-            logits = batch.logits(delta)
-            loss, gradient = batch.loss(logits, target, progress), torch.zeros_like(delta)
-        else:
-            here = batch.at(delta, target, progress)
-            logits = here.logits
-            loss, gradient = here.loss_and_gradient()
-            del here
-            best.count(perturbation_size(gradient, "linf"))
+        here = None if final else batch.at(delta, target, progress)
+        logits = batch.logits(delta) if here is None else here.logits
+        sane = all_finite(logits)
         if within_budget:
             best.visit(delta, logits, done + step)
         else:
             best.carry(done + step)
+        if here is None:
+            loss, gradient = batch.loss(logits, target, progress), torch.zeros_like(delta)
+        else:
+            del logits
+            loss, gradient = here.loss_and_gradient()
+            best.count(perturbation_size(gradient, "linf"))
         # A point whose logits are not finite is neither the best nor one to go on from.
-        sane = all_finite(logits.detach()) & torch.isfinite(loss)
-        del logits
+        sane = sane & torch.isfinite(loss)
         loss = torch.where(sane, loss, -torch.inf)
         greater = sane & (loss > greatest)
         greatest = torch.where(greater, loss, greatest)

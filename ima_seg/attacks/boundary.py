@@ -213,8 +213,9 @@ class _Walk:
         if final or (counted and count.read() == 0):
             self.passes += PassCount(forwards=size)
             return False
+        del logits
         gradient = here.gradient()
-        del here, logits
+        del here
         self.passes += PassCount(gradients=size)
         stepped, length = gradient_step(
             self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self._working.threat.norm
