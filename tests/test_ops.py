@@ -591,8 +591,9 @@ def test_ops_compile_without_a_break_and_give_the_same(norm):
     weight = torch.randn(3, 1, 3, 3)
 
     def search(x, gradient, eps, seeds, mask, box):
-        delta = random_start(x, eps, norm, seeds, mask)
-        stepped, size = gradient_step(delta, gradient, alpha=eps, eps=eps, norm=norm, mask=mask, image=x, box=box)
+        still = x.detach()  # the loss alone is differentiable
+        delta = random_start(still, eps, norm, seeds, mask)
+        stepped, size = gradient_step(delta, gradient, alpha=eps, eps=eps, norm=norm, mask=mask, image=still, box=box)
         point, length = interpolate(delta, stepped, eps, norm)
         logits = torch.nn.functional.conv2d(x + point, weight, padding=1)
         return dice_ce(logits, target), *hard_counts(logits, target), stepped, size, length
