@@ -14,14 +14,26 @@ from ima_seg.ops import draw_seeds, per_row, perturbation_size, project, random_
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 
-def check_batch(x: torch.Tensor, eps: torch.Tensor) -> None:
-    """Refuse batches and budgets that no attack can work with. Reads shapes and dtypes only, never values."""
+def check_batch(x: torch.Tensor, eps: torch.Tensor, target: Target) -> None:
+    """Refuse batches, budgets and references that no attack can work with; the one time that it reads values."""
     if x.ndim < 3 or not x.is_floating_point():
         raise UserError(f"the batch is {x.dtype} of shape {tuple(x.shape)}; expected floating point (B, C, *S)")
     if eps.shape != x.shape[:1]:
         raise UserError(f"eps has shape {tuple(eps.shape)} for a batch of {x.shape[0]}; expected one value per sample")
     if eps.device != x.device:
         raise UserError(f"eps is on {eps.device}, the batch on {x.device}; move them to one device")
+    if not eps.is_floating_point():
+        raise UserError(f"eps is {eps.dtype}; expected floating point, per voxel in network units")
+    batch, _, voxels = target.reference.shape
+    if (batch, voxels) != (len(x), x[0, 0].numel()):
+        raise UserError(
+            f"the reference is of {batch} samples of {voxels} voxels, the batch {tuple(x.shape)}; they must agree"
+        )
+    if target.reference.device != x.device:
+        place = target.reference.device
+        raise UserError(f"the reference is on {place}, the batch on {x.device}; move them to one device")
+    if not bool((eps >= 0).all()):
+        raise UserError(f"eps is {eps.tolist()}; a budget is 0 or positive")
 
 
 def check_counts(steps: int, restarts: int) -> None:

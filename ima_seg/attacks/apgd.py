@@ -86,7 +86,7 @@ def apgd(
     Returns:
         The point of most damage visited, the clean one included.
     """
-    check_batch(x, eps)
+    check_batch(x, eps, target)
     check_counts(steps, restarts)
     batch = Perturbed(model, x, threat, precision, goal.loss, support)
     best = Best(batch, target, goal, eps, steps)

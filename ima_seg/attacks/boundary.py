@@ -125,7 +125,7 @@ def boundary_search(
     Crossed samples leave the working batch at once; the network only sees those still under way. How many these are is
     asked of the device once per step, on CUDA after the step's work has been queued.
     """
-    check_batch(x, eps)
+    check_batch(x, eps, target)
     batch = Perturbed(model, x, threat, precision, loss, support)
     if start is None:
         delta = batch.random(start_radius(eps, settings.start_slack), generator)

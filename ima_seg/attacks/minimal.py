@@ -79,7 +79,7 @@ def minimal_norm(
         gamma: share of the distance by which the next crossing must at least be nearer.
         step_factor: a step is ``step_factor * budget / steps`` long.
     """
-    check_batch(x, eps)
+    check_batch(x, eps, target)
     check_counts(steps, restarts)
     check_counts(rounds, restarts)
     batch = Perturbed(model, x, threat, precision, goal.loss, support)

@@ -90,7 +90,7 @@ def _worst_of(
     restarts: int,
     goal: Goal,
 ) -> AttackResult:
-    check_batch(batch.x, eps)
+    check_batch(batch.x, eps, target)
     check_counts(1, restarts)
     best = Best(batch, target, goal, eps, restarts - 1)
     forwards = 0

@@ -142,7 +142,7 @@ def _descend(
     keep: Keep,
 ) -> AttackResult:
     """The loop of all three; arguments as for :func:`pgd`."""
-    check_batch(x, eps)
+    check_batch(x, eps, target)
     batch = Perturbed(model, x, threat, precision, goal.loss, support)
     alpha = step_factor * eps / steps
     if keep == "last":

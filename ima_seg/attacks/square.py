@@ -65,7 +65,7 @@ def square(
         generator: source of all draws, on the device of ``x``.
         p_init: share of the voxels in the first windows; halved on the paper's schedule, scaled to ``queries``.
     """
-    check_batch(x, eps)
+    check_batch(x, eps, target)
     check_counts(queries, restarts)
     batch = Perturbed(model, x, threat, precision, goal.loss, support)
     best = Best(batch, target, goal, eps, queries)

@@ -76,7 +76,7 @@ def vafa(
             would be smaller than allowed. Default: 1.5 for l2, 3 for linf.
         step_factor: each step is ``step_factor * (q_max - q_min) / steps`` long.
     """
-    check_batch(x, eps)
+    check_batch(x, eps, target)
     check_counts(steps, restarts)
     if block < 1:
         raise UserError(f"block is {block}; the edge of a block is at least one voxel")

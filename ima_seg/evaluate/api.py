@@ -31,6 +31,7 @@ from ima_seg.model import resolve_precision
 from ima_seg.nnunet.folder import SegmentationModel, load_model
 from ima_seg.nnunet.inputs import CaseFiles, find_cases
 from ima_seg.nnunet.margins import restore_ledger
+from ima_seg.ops import describe_backend
 
 _PACKAGES = ("ima-seg", "nnunetv2", "torch", "monai", "torchio", "numpy", "scipy", "nibabel", "SimpleITK")
 
@@ -193,6 +194,7 @@ def _describe(
             "python": platform.python_version(),
             **{package: _version(package) for package in _PACKAGES},
             "passes of the attacks": str(dtype or torch.float32).removeprefix("torch."),
+            "ops of the attacks": describe_backend(device),
         },
         machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
     )

@@ -151,6 +151,7 @@ def _torch() -> Iterator[Finding]:
     import torch
 
     from ima_seg.model import resolve_precision
+    from ima_seg.ops.backend import ENVIRONMENT_VARIABLE, describe_backend
 
     version = torch.__version__
     remedy = 'pip install "torch>=2.5,!=2.9.*"'
@@ -175,6 +176,10 @@ def _torch() -> Iterator[Finding]:
     dtype = resolve_precision("auto", device)
     bf16 = "native" if dtype is torch.bfloat16 else "not native"
     yield Finding("bfloat16", f"{bf16}; the search computes in {str(dtype or torch.float32).removeprefix('torch.')}")
+    try:
+        yield Finding("attack ops", describe_backend(device))
+    except UserError as error:
+        yield Finding("attack ops", str(error), "wrong", f"unset {ENVIRONMENT_VARIABLE}")
 
 
 def _compile() -> Iterator[Finding]:
