@@ -56,9 +56,12 @@ class IMASettings(BaseModel):
             along the input gradient of the clean training loss, which the clean backward pass yields at the cost of the
             first layer's. ``"mixed"``: that step from the random point. It is the gradient of another loss (whole
             batch, all deep-supervision heads), so only the start: the search climbs each patch's own. Patches without a
-            usable gradient, and all where ``beta`` is 1, start at random. A case's last perturbation cannot be used
-            again: nnU-Net's patches are random, augmented crops, and the batch does not tell from where.
-        refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``).
+            usable gradient, and all where ``beta`` is 1, start at random. Along the clean gradient the boundary is
+            nearer than from a random point, and training there buys less robustness
+            (``benchmarks/search_settings.py``). A case's last perturbation cannot be used again: nnU-Net's patches are
+            random, augmented crops, and the batch does not tell from where.
+        refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``). The
+            two forwards of the default leave it a little beyond, which cost no robustness.
         background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
             clean. Unless ``start`` is random, a single step is that of the clean gradient, which needs no pass.
         steady_interval: a case whose margin hardly moved any more is searched in every so many epochs only; in the
@@ -77,12 +80,12 @@ class IMASettings(BaseModel):
     delta: Auto | float = "auto"
     tau: float = Field(0.6, gt=0, lt=1)
     beta: float = Field(0.5, ge=0, le=1)
-    steps: int = Field(10, ge=1, le=1000)
+    steps: int = Field(5, ge=1, le=1000)
     step_factor: float = Field(4.0, gt=0)
     start: Start = "random"
     refine: Refine = "root"
-    refine_steps: int = Field(10, ge=0, le=100)
-    refine_tolerance: float = Field(0.01, ge=0, lt=1)
+    refine_steps: int = Field(2, ge=0, le=100)
+    refine_tolerance: float = Field(0.1, ge=0, lt=1)
     background_steps: int = Field(1, ge=0, le=1000)
     steady_interval: int = Field(1, ge=1, le=1000)
     rule: Rule = "mean"
@@ -223,5 +226,5 @@ def load_settings(
     return settings
 
 
-#: Cheaper than the default, for a first look or where time is short.
-FAST = IMASettings(steps=2, start="gradient", refine_steps=2, refine_tolerance=0.1)
+#: About two thirds of the default's cost, for some of its robustness (``benchmarks/search_settings.py``).
+FAST = IMASettings(steps=2, start="gradient")

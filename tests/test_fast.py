@@ -14,6 +14,7 @@ from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima
 from tests.test_ledger import visit
 
 GRADIENT = SETTINGS.model_copy(update={"start": "gradient"})
+PLACED_EXACTLY = {"refine_steps": 10, "refine_tolerance": 0.01}
 MIXED = SETTINGS.model_copy(update={"start": "mixed"})
 
 
@@ -62,7 +63,9 @@ def test_a_hyperplane_is_found_along_the_clean_gradient_in_one_step(norm):
     y = target.onehot[:, 1].view(5, 1, 9, 7).long()
     distance = network.distance(x, norm).detach()
     eps = float(distance[2]) * 1.01
-    settings = IMASettings(norm=norm, start="gradient", steps=1, eps_max=10.0, delta=eps, precision="fp32")
+    settings = IMASettings(
+        norm=norm, start="gradient", steps=1, eps_max=10.0, delta=eps, precision="fp32", **PLACED_EXACTLY
+    )
     report = make_ima(settings).step(network, x, y, list("abcde"), loss=cross_entropy(y))
     assert report.crossed.tolist() == [True, True, True, False, False]
     torch.testing.assert_close(report.distance[:3], distance[:3], rtol=0.02, atol=1e-4)
@@ -192,7 +195,7 @@ def test_an_interval_below_one_is_refused():
 def test_patches_of_resting_cases_are_perturbed_but_move_no_margin(start, monkeypatch):
     network, x, target = trained_unet(2)
     y = target.onehot[:, 1].view(6, 1, 16, 16).long()
-    ima = make_ima(SETTINGS.model_copy(update={"start": start, "steady_interval": 4}))
+    ima = make_ima(SETTINGS.model_copy(update={"start": start, "steady_interval": 4, **PLACED_EXACTLY}))
     ids = list("abcdef")
     rests = torch.tensor([True, True, False, True, False, False])
     monkeypatch.setattr(ima.ledger, "resting", lambda case_ids, device=None: rests)
