@@ -18,7 +18,7 @@ from ima_seg.ops import (
     project,
     random_start,
 )
-from ima_seg.ops.philox import philox
+from ima_seg.ops.philox import normal_field, philox
 from ima_seg.types import Labels, Target, ThreatModel
 
 SHAPES = [(3, 1, 7), (1, 2, 5, 3), (4, 1, 3, 5, 2)]
@@ -462,6 +462,15 @@ def test_noise_is_distributed_as_it_should_be():
         assert abs((first * second).mean()) < 4 / math.sqrt(first.size)
     assert abs(np.corrcoef(share[1:], share[:-1])[0, 1]) < 4 / math.sqrt(count)
     assert abs(np.corrcoef(share, direction[:, 0])[0, 1]) < 4 / math.sqrt(count), "size and direction"
+
+
+def test_normal_numbers_are_standard_before_they_are_scaled():
+    field = normal_field(torch.arange(100), 2001, torch.float64).numpy()
+    assert kstest(field.flatten(), "norm").pvalue > 0.01
+    # Each pair of uniform numbers makes two, which must be independent; so must their squares be, hence the radius.
+    first, second = field[:, :-1:2].flatten(), field[:, 1::2].flatten()
+    for a, b in ((first, second), (first**2, second**2)):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(a.size)
 
 
 def test_draws_of_seeds_follow_the_generator():
