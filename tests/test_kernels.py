@@ -325,3 +325,12 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 11
+
+
+def test_nan_in_a_perturbation_is_not_made_a_number(kernels):
+    delta, one = torch.full((1, 1, 9), math.nan, device=DEVICE), torch.ones(1, device=DEVICE)
+    for norm in ("l2", "linf"):
+        assert not torch.isfinite(kernels.interpolate(delta, delta * 0, one * 0.3, norm)[1]).any()
+        for box in ((None, None, None), (torch.zeros_like(delta), one, one)):
+            stepped, _ = kernels.gradient_step(delta, torch.ones_like(delta), one, one, norm, None, *box)
+            assert stepped.isnan().all()

@@ -617,3 +617,22 @@ def test_ops_compile_without_a_break_and_give_the_same(norm):
     assert found[0][-1].abs().max() > 0
     for ours, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_norms_dtypes_and_devices_that_do_not_fit_are_named():
+    one, x = torch.ones(2), torch.zeros(2, 1, 4)
+    with pytest.raises(UserError, match="'l1'; the norms there are: l2, linf"):
+        gradient_step(x, x, alpha=one, eps=one, norm="l1")
+    with pytest.raises(UserError, match=r"outer torch\.bfloat16"):
+        interpolate(x, x.bfloat16(), one, "l2")
+    with pytest.raises(UserError, match="not empty"):
+        random_start(x[:0], one[:0], "l2", torch.zeros(0, dtype=torch.int64))
+    regions = torch.zeros(2, 1, 4, dtype=torch.bool)
+    with pytest.raises(UserError, match="known is on meta"):
+        dice_ce(x, Target(regions, regions.to("meta"), Labels(1, True, 5)))
+
+
+def test_interpolation_of_narrow_dtypes_is_rounded_once():
+    inner, outer = torch.zeros(1, 1, 3, dtype=torch.bfloat16), torch.full((1, 1, 3), 100.0, dtype=torch.bfloat16)
+    point, size = interpolate(inner, outer, torch.tensor([0.3]), "l2")
+    assert point.dtype == torch.bfloat16 and size.item() == pytest.approx(30.0)

@@ -11,7 +11,7 @@ the device.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import cast, get_args
 
 import torch
 
@@ -75,6 +75,7 @@ def gradient_step(
     Raises:
         UserError: shapes, dtypes or devices that do not fit.
     """
+    _check_norm(norm)
     _check_images(delta=delta, gradient=gradient)
     _check_per_sample(delta, alpha=alpha, eps=eps)
     _check_mask(delta, mask)
@@ -113,6 +114,7 @@ def random_start(
     Raises:
         UserError: shapes, dtypes or devices that do not fit.
     """
+    _check_norm(norm)
     _check_images(like=like)
     _check_per_sample(like, radius=radius)
     _check_mask(like, mask)
@@ -141,7 +143,10 @@ def interpolate(
     Raises:
         UserError: shapes, dtypes or devices that do not fit.
     """
+    _check_norm(norm)
     _check_images(inner=inner, outer=outer)
+    if inner.dtype != outer.dtype:
+        raise UserError(f"inner is {inner.dtype}, outer {outer.dtype}; a point between them needs one dtype")
     _check_per_sample(inner, share=share)
     return cast("tuple[torch.Tensor, torch.Tensor]", registered.interpolate(inner, outer, share, norm))
 
@@ -202,11 +207,17 @@ def hard_dice(logits: torch.Tensor, target: Target) -> torch.Tensor:
     return mean_dice(hard_counts(logits, target)[0])
 
 
+def _check_norm(norm: str) -> None:
+    if norm not in get_args(Norm):
+        raise UserError(f"norm is {norm!r}; the norms there are: {', '.join(get_args(Norm))}")
+
+
 def _check_images(**images: torch.Tensor) -> None:
     (first_name, first), *others = images.items()
-    if first.ndim < 3 or not first.is_floating_point():
+    if first.ndim < 3 or first.numel() == 0 or not first.is_floating_point():
+        shape = tuple(first.shape)
         raise UserError(
-            f"{first_name} is {first.dtype} of shape {tuple(first.shape)}; expected floating point (B, C, *S)"
+            f"{first_name} is {first.dtype} of shape {shape}; expected floating point (B, C, *S), not empty"
         )
     for name, image in others:
         if image.shape != first.shape or not image.is_floating_point():
@@ -239,13 +250,15 @@ def _check_mask(image: torch.Tensor, mask: torch.Tensor | None) -> None:
 
 def _check_logits(logits: torch.Tensor, target: Target) -> None:
     batch, _, voxels = target.reference.shape
-    fits = logits.ndim >= 3 and logits.is_floating_point() and logits[0, 0].numel() == voxels
+    fits = logits.ndim >= 3 and logits.is_floating_point() and 0 < logits.numel() == batch * logits.shape[1] * voxels
     if not fits or tuple(logits.shape[:2]) != (batch, target.labels.outputs):
         raise UserError(
             f"logits are {logits.dtype} of shape {tuple(logits.shape)}; the reference expects floating point "
             f"({batch}, {target.labels.outputs}, *S) with {voxels} voxels"
         )
     _check_device(logits, reference=target.reference)
+    if target.known is not None:
+        _check_device(logits, known=target.known)
 
 
 def _check_device(first: torch.Tensor, **others: torch.Tensor) -> None:

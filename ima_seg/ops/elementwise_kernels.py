@@ -30,10 +30,16 @@ def _gradient(gradient, mask, offsets, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _clamped(value, radius):
+    """``value`` within the radius; NaN stays NaN."""
+    return tl.where(value == value, tl.maximum(tl.minimum(value, radius), -radius), value)
+
+
+@triton.jit
 def _boxed(stepped, image, offsets, inside, low, high):
     value = tl.load(image + offsets, mask=inside, other=0.0).to(tl.float32)
     least, most = tl.minimum(low - value, 0.0), tl.maximum(high - value, 0.0)
-    return tl.maximum(tl.minimum(stepped, most), least)
+    return tl.where(stepped == stepped, tl.maximum(tl.minimum(stepped, most), least), stepped)
 
 
 @triton.jit
@@ -126,7 +132,7 @@ def linf_step(
         largest = tl.maximum(largest, tl.where(finite, tl.abs(g), 0.0))
         broken += tl.where(finite, 0.0, 1.0)
         sign = tl.where(g > 0, 1.0, 0.0) - tl.where(g < 0, 1.0, 0.0)
-        stepped = tl.maximum(tl.minimum(d + step * sign, radius), -radius)
+        stepped = _clamped(d + step * sign, radius)
         if BOXED:
             stepped = _boxed(stepped, image, offsets, inside, least, most)
         tl.store(out + offsets, stepped.to(out.dtype.element_ty), mask=inside)
@@ -158,7 +164,7 @@ def linf_finish(
             offsets = _places(block, BLOCK)
             inside = offsets < size
             d = tl.load(delta + offsets, mask=inside, other=0.0).to(tl.float32)
-            kept = tl.maximum(tl.minimum(d, radius), -radius)
+            kept = _clamped(d, radius)
             if BOXED:
                 kept = _boxed(kept, image, offsets, inside, least, most)
             tl.store(out + offsets, kept.to(out.dtype.element_ty), mask=inside)
@@ -185,7 +191,7 @@ def interpolate(
         if L2:
             total += point * point
         else:
-            total = tl.maximum(total, tl.abs(point))
+            total = tl.maximum(total, tl.where(point == point, tl.abs(point), float("inf")))
         tl.store(out + offsets, point.to(out.dtype.element_ty), mask=inside)
     tl.store(partial + row * parts + part, tl.sum(total) if L2 else tl.max(total))
 

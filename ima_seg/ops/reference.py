@@ -106,8 +106,9 @@ def interpolate(
     inner: torch.Tensor, outer: torch.Tensor, share: torch.Tensor, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The points between, and their sizes (B,) float32; see :func:`ima_seg.ops.interpolate`."""
-    point = torch.lerp(inner, outer, per_row(share, inner).to(inner.dtype))
-    return point, perturbation_size(point, norm)
+    dtype = accumulator(inner.dtype)
+    point = torch.lerp(inner.to(dtype), outer.to(dtype), per_row(share, inner).to(dtype))
+    return point.to(inner.dtype), perturbation_size(point, norm)
 
 
 def _known(reference: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor | None:
