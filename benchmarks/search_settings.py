@@ -33,7 +33,7 @@ from ima_seg.attacks import pgd
 from ima_seg.files import write_text
 from ima_seg.nnunet.folder import load_model
 from ima_seg.ops import hard_dice
-from ima_seg.settings import FAST, IMASettings
+from ima_seg.settings import IMASettings
 from ima_seg.types import Labels, Target, ThreatModel
 
 LEVELS_L2 = (0.0, 1.0, 5.0, 10.0, 15.0)
@@ -43,17 +43,14 @@ REFERENCE = "paper"
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"steps": 20, "start": "random", "refine": "bisection", "refine_steps": 10, "refine_tolerance": 0.0,
               "precision": "fp32"},
-    "random-K10": {"steps": 10, "start": "random", "refine_steps": 10, "refine_tolerance": 0.01},
     "random-K5": {"steps": 5, "start": "random", "refine_steps": 4, "refine_tolerance": 0.05},
     "random-K5-coarse": {"steps": 5, "start": "random", "refine_steps": 2, "refine_tolerance": 0.1},
     "mixed-K5": {"steps": 5, "start": "mixed", "refine_steps": 4, "refine_tolerance": 0.05},
-    "mixed-K2": {"steps": 2, "start": "mixed", "refine_steps": 2, "refine_tolerance": 0.1},
-    "mixed-K2-background": {"steps": 2, "start": "mixed", "refine_steps": 2, "refine_tolerance": 0.1,
-                            "background_steps": 2},
+    "mixed-K2-coarse": {"steps": 2, "start": "mixed", "refine_steps": 2, "refine_tolerance": 0.1,
+                        "background_steps": 2},
     "gradient-K5": {"steps": 5, "start": "gradient", "refine_steps": 4, "refine_tolerance": 0.05},
     "gradient-K3": {"steps": 3, "start": "gradient", "refine_steps": 10, "refine_tolerance": 0.01},
     "gradient-K2": {"steps": 2, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
-    "fast": FAST.model_dump(exclude_unset=True),
     "rule-paper": {"rule": "paper"},
     "rule-majority": {"rule": "majority"},
 }  # fmt: skip

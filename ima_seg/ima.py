@@ -22,7 +22,7 @@ from ima_seg.attacks.boundary import start_radius
 from ima_seg.errors import UserError
 from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.model import full_resolution, inner_module
-from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, perturbation_size, random_start
+from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
 from ima_seg.settings import IMASettings
 from ima_seg.types import Labels, PassCount, Target, ThreatModel
 
@@ -184,9 +184,7 @@ class IMA:
         passes = PassCount()
         free = None
         if clean.grad is not None:
-            # The one step of a patch that is not searched is as long as PGD's would be.
-            length = self.settings.step_factor * eps / torch.where(perturbed, 1, self.settings.steps)
-            free = self._free_step(x, clean.grad, length, eps, generator)
+            free = self._free_step(x, clean.grad, self.settings.step_factor * eps / self.settings.steps, eps, generator)
         multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
         if bool(searched.any()):
             found = boundary_search(
@@ -205,17 +203,14 @@ class IMA:
             )
             adversarial, crossed, finite = found.adversarial, found.crossed, found.finite
             distance, stalled, passes = found.distance, found.stalled, found.passes
-        steps = max(self.settings.background_steps, 1)
-        if free is not None and steps == 1:
-            self.threat.perturbable(adversarial).add_(torch.where(per_row(perturbed, free), free, 0.0))
-            distance = torch.where(perturbed, perturbation_size(free, self.threat.norm), distance)
-        elif len(rows := chosen(perturbed, multiple_of)):
+        rows = chosen(perturbed, multiple_of)
+        if len(rows):
             hit = pgd(
                 network,
                 x[rows],
                 target[rows],
                 eps=eps[rows],
-                steps=steps,
+                steps=max(self.settings.background_steps, 1),
                 step_factor=self.settings.step_factor,
                 threat=self.threat,
                 precision=self.settings.precision,

@@ -56,14 +56,13 @@ class IMASettings(BaseModel):
             along the input gradient of the clean training loss, which the clean backward pass yields at the cost of the
             first layer's. ``"mixed"``: that step from the random point. It is the gradient of another loss (whole
             batch, all deep-supervision heads), so only the start: the search climbs each patch's own. Patches without a
-            usable gradient, and all where ``beta`` is 1, start at random. Along the clean gradient the boundary is
-            nearer than from a random point, and training there buys less robustness
-            (``benchmarks/search_settings.py``). A case's last perturbation cannot be used again: nnU-Net's patches are
-            random, augmented crops, and the batch does not tell from where.
+            usable gradient, and all where ``beta`` is 1, start at random. A case's last perturbation cannot be used
+            again: nnU-Net's patches are random, augmented crops, and the batch does not tell from where.
         refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``). The
             two forwards of the default leave it a little beyond, which cost no robustness.
         background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
-            clean. Unless ``start`` is random, a single step is that of the clean gradient, which needs no pass.
+            clean. They climb their own loss from a random point: trained on the step of the clean gradient instead,
+            networks were less robust.
         steady_interval: a case whose margin hardly moved any more is searched in every so many epochs only; in the
             others its patches are perturbed to its margin like background, by at least one step, and say nothing about
             the margin (see ``MarginLedger``). 1 searches all cases in all epochs.
@@ -226,5 +225,5 @@ def load_settings(
     return settings
 
 
-#: About two thirds of the default's cost, for some of its robustness (``benchmarks/search_settings.py``).
-FAST = IMASettings(steps=2, start="gradient")
+#: Two thirds of the default's search (``benchmarks/search_settings.py``).
+FAST = IMASettings(steps=2, start="mixed", background_steps=2)
