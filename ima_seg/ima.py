@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ima_seg.attacks import boundary_search, pgd
+from ima_seg.attacks import BoundaryResult, GraphedPasses, boundary_search, pgd
 from ima_seg.attacks._rows import assign, chosen
 from ima_seg.attacks.boundary import start_radius
 from ima_seg.errors import UserError
@@ -24,7 +24,7 @@ from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.model import full_resolution, inner_module
 from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
 from ima_seg.settings import IMASettings
-from ima_seg.types import Labels, PassCount, Target, ThreatModel
+from ima_seg.types import Labels, Network, PassCount, Target, ThreatModel
 
 #: On accelerators the working batch of the search shrinks in at most this many sizes.
 ACCELERATOR_SIZES = 8
@@ -93,6 +93,7 @@ class IMA:
     ) -> None:
         self.settings, self.labels, self.ledger = settings, labels, ledger
         self.threat = ThreatModel(settings.norm, image_channels)
+        self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None
 
     @classmethod
     def from_settings(
@@ -177,14 +178,57 @@ class IMA:
             return self._unattacked(clean_loss, x, searched, resting, background, below)
 
         eps = self.ledger.get(case_ids, x.device)
-        network = inner_module(model)
-        adversarial = x.detach().clone()
-        crossed, finite, stalled = (torch.zeros_like(searched) for _ in range(3))
-        distance = torch.zeros_like(eps)
-        passes = PassCount()
-        free = None
-        if clean.grad is not None:
-            free = self._free_step(x, clean.grad, self.settings.step_factor * eps / self.settings.steps, eps, generator)
+        with self._graphs or contextlib.nullcontext():
+            found = self._perturb(
+                inner_module(model), x, target, eps, clean_dice, clean.grad, searched, perturbed, generator
+            )
+        self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
+
+        adversarial_loss = loss(forward(model, found.adversarial))
+        backward(adversarial_loss * beta)
+        adversarial_loss = adversarial_loss.detach()
+        return StepReport(
+            loss=(1 - beta) * clean_loss + beta * adversarial_loss,
+            clean_loss=clean_loss,
+            adversarial_loss=adversarial_loss,
+            adversarial=found.adversarial,
+            searched=searched,
+            resting=resting,
+            crossed=found.crossed,
+            distance=found.distance,
+            background=background,
+            below=below,
+            nonfinite=searched & ~found.finite,
+            stalled=found.stalled,
+            passes=found.passes,
+        )
+
+    def end_epoch(self) -> EpochSummary:
+        """Move the margins; a collective call when ``torch.distributed`` is initialised."""
+        return self.ledger.step()
+
+    def _perturb(
+        self,
+        network: Network,
+        x: torch.Tensor,
+        target: Target,
+        eps: torch.Tensor,
+        clean_dice: torch.Tensor,
+        clean_gradient: torch.Tensor | None,
+        searched: torch.Tensor,
+        perturbed: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> BoundaryResult:
+        """The boundary of the ``searched`` samples, and PGD within its margin ``eps`` on each that is ``perturbed``."""
+        settings = self.settings
+        nothing = torch.zeros_like(searched)
+        found = BoundaryResult(
+            adversarial=x.detach().clone(), crossed=nothing, finite=nothing, distance=torch.zeros_like(eps),
+            stalled=nothing, passes=PassCount(),
+        )  # fmt: skip
+        start = None
+        if clean_gradient is not None:
+            start = self._free_step(x, clean_gradient, settings.step_factor * eps / settings.steps, eps, generator)
         multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
         if bool(searched.any()):
             found = boundary_search(
@@ -192,58 +236,33 @@ class IMA:
                 x,
                 target,
                 eps=eps,
-                threshold=torch.full_like(eps, self.settings.tau),
+                threshold=torch.full_like(eps, settings.tau),
                 clean_dice=clean_dice,
-                settings=self.settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
+                settings=settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
                 threat=self.threat,
                 searched=searched,
-                start=free,
-                precision=self.settings.precision,
+                start=start,
+                precision=settings.precision,
                 generator=generator,
             )
-            adversarial, crossed, finite = found.adversarial, found.crossed, found.finite
-            distance, stalled, passes = found.distance, found.stalled, found.passes
         rows = chosen(perturbed, multiple_of)
-        if len(rows):
-            hit = pgd(
-                network,
-                x[rows],
-                target[rows],
-                eps=eps[rows],
-                steps=max(self.settings.background_steps, 1),
-                step_factor=self.settings.step_factor,
-                threat=self.threat,
-                precision=self.settings.precision,
-                generator=generator,
-                keep="last",  # costs the gradient passes and nothing else
-            )
-            assign(adversarial, rows, perturbed[rows], hit.adversarial)
-            assign(distance, rows, perturbed[rows], hit.distance)
-            passes += hit.passes
-        self.ledger.record(case_ids, crossed=crossed, distance=distance, counts=searched & finite)
-
-        adversarial_loss = loss(forward(model, adversarial))
-        backward(adversarial_loss * beta)
-        adversarial_loss = adversarial_loss.detach()
-        return StepReport(
-            loss=(1 - beta) * clean_loss + beta * adversarial_loss,
-            clean_loss=clean_loss,
-            adversarial_loss=adversarial_loss,
-            adversarial=adversarial,
-            searched=searched,
-            resting=resting,
-            crossed=crossed,
-            distance=distance,
-            background=background,
-            below=below,
-            nonfinite=searched & ~finite,
-            stalled=stalled,
-            passes=passes,
+        if len(rows) == 0:
+            return found
+        hit = pgd(
+            network,
+            x[rows],
+            target[rows],
+            eps=eps[rows],
+            steps=max(settings.background_steps, 1),
+            step_factor=settings.step_factor,
+            threat=self.threat,
+            precision=settings.precision,
+            generator=generator,
+            keep="last",  # costs the gradient passes and nothing else
         )
-
-    def end_epoch(self) -> EpochSummary:
-        """Move the margins; a collective call when ``torch.distributed`` is initialised."""
-        return self.ledger.step()
+        assign(found.adversarial, rows, perturbed[rows], hit.adversarial)
+        assign(found.distance, rows, perturbed[rows], hit.distance)
+        return replace(found, passes=found.passes + hit.passes)
 
     def _free_step(
         self,

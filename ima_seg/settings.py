@@ -68,6 +68,9 @@ class IMASettings(BaseModel):
             the margin (see ``MarginLedger``). 1 searches all cases in all epochs.
         rule: how visits move margins (see ``MarginLedger``).
         precision: arithmetic of the search; ``"auto"`` is bfloat16 where the device computes in it natively.
+        cuda_graphs: ``"on"`` captures the network passes of the search as CUDA graphs, one for each size of the batch
+            (:class:`ima_seg.attacks.GraphedPasses`): faster where launches take longer than kernels, for the memory of
+            a pass.
         epochs, iterations_per_epoch, val_iterations_per_epoch, save_every: replace nnU-Net's own where given.
     """
 
@@ -89,6 +92,7 @@ class IMASettings(BaseModel):
     steady_interval: int = Field(1, ge=1, le=1000)
     rule: Rule = "mean"
     precision: Precision = "auto"
+    cuda_graphs: Literal["off", "on"] = "off"
     epochs: int | None = Field(None, ge=1)
     iterations_per_epoch: int | None = Field(None, ge=1)
     val_iterations_per_epoch: int | None = Field(None, ge=1)

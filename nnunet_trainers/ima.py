@@ -63,7 +63,7 @@ class nnUNetTrainerIMA(nnUNetTrainer):
             if self.training.history:
                 # A killed training may have written an epoch that its checkpoint does not have.
                 self.training.write_files(Path(self.output_folder))
-        self.training.log_settings()
+        self.training.log_settings(self.device)
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:

@@ -170,3 +170,20 @@ def test_cuda_graphs_find_what_passes_find(precision):
         torch.testing.assert_close(found.damage, expected.damage, atol=0.02, rtol=0)
         torch.testing.assert_close(found.distance, expected.distance, rtol=1e-3, atol=0)
     assert len(graphs) == 1
+
+
+def test_training_with_graphs_falls_back_where_there_are_none(caplog):
+    from ima_seg import IMA, IMASettings
+    from tests.test_boundary import trained_unet
+
+    reports = []
+    for graphs in ("off", "on"):
+        network, x, target = trained_unet(2)
+        y = target.onehot[:, 1].view(6, 1, 16, 16).long()
+        settings = IMASettings(delta=0.3, eps_max=1.0, precision="fp32", cuda_graphs=graphs)
+        ima = IMA.from_settings(settings, labels=Labels(2), patch_voxels=256, epochs=5)
+        torch.manual_seed(0)
+        reports.append(ima.step(network, x, y, list("abcdef"),
+                                loss=lambda out, y=y: torch.nn.functional.cross_entropy(out, y[:, 0])))  # fmt: skip
+    assert torch.equal(reports[0].adversarial, reports[1].adversarial)
+    assert "CUDA device" in caplog.text

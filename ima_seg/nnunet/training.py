@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
 from ima_seg.history import EpochTally, history_row, margin_rows, write_csv
 from ima_seg.ima import IMA
 from ima_seg.ledger import EpochSummary
+from ima_seg.model import resolve_precision
+from ima_seg.ops import describe_backend
 from ima_seg.plots import plot_progress
 from ima_seg.settings import BEFORE, IMASettings
 from ima_seg.types import Labels
@@ -64,8 +68,8 @@ class IMATraining:
         return {**self.settings.model_dump(), "epochs": self.epochs, "delta": ledger.delta, "eps_max": ledger.eps_max,
                 "unit": "voxel"}  # fmt: skip
 
-    def log_settings(self) -> None:
-        """Echo the settings, one per line, sizes with their L2 view."""
+    def log_settings(self, device: torch.device) -> None:
+        """Echo the settings, one per line, sizes with their L2 view, and what they come to on ``device``."""
         self.log("IMA settings:")
         for name, value in self.described().items():
             view = ""
@@ -75,6 +79,9 @@ class IMATraining:
                 )
                 view += f"norm of a patch of {self.voxels} values"
             self.log(f"  {name}: {value if not isinstance(value, float) else f'{value:.6g}'}{view}")
+        dtype = resolve_precision(self.settings.precision, device)
+        computed = str(dtype or torch.float32).removeprefix("torch.")
+        self.log(f"IMA search: passes in {computed}, ops by {describe_backend(device)}")
 
     def guard(self, folder: Path) -> None:
         """Refuse to continue, or to overwrite, a training made with other settings; then store ours in ``folder``.
@@ -180,6 +187,6 @@ class IMATraining:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     # How often to save and validate changes nothing about what is trained.
-    ignored = {"save_every", "val_iterations_per_epoch", "precision"}
+    ignored = {"save_every", "val_iterations_per_epoch", "precision", "cuda_graphs"}
     names = [n for n in {**old, **new} if n not in ignored and old.get(n) != new.get(n)]
     return ", ".join(f"{n}: {old.get(n)} there, {new.get(n)} now" for n in names)
