@@ -178,7 +178,7 @@ class IMA:
             return self._unattacked(clean_loss, x, searched, resting, background, below)
 
         eps = self.ledger.get(case_ids, x.device)
-        with self._graphs or contextlib.nullcontext():
+        with contextlib.nullcontext() if self._graphs is None else self._graphs:
             found = self._perturb(
                 inner_module(model), x, target, eps, clean_dice, clean.grad, searched, perturbed, generator
             )
