@@ -104,6 +104,8 @@ def full_precision() -> Iterator[None]:
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to ``dtype`` on ``device``; nothing for ``None``."""
+    """Autocast to ``dtype`` on ``device``; for ``None`` none, whatever is in force outside."""
+    if dtype is not None:
+        return torch.autocast(device.type, dtype=dtype)
     # MPS refuses even a disabled autocast, hence the null context.
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else contextlib.nullcontext()

@@ -230,4 +230,4 @@ def load_settings(
 
 
 #: Two thirds of the default's search (``benchmarks/search_settings.py``).
-FAST = IMASettings(steps=2, start="mixed", background_steps=2)
+FAST = IMASettings(steps=2, start="mixed")

@@ -148,6 +148,8 @@ class Target:
             reference = flat[:, : labels.outputs].bool()
             return cls(reference if known is None else reference & known, known, labels)
         none = labels.outputs
+        if not flat.is_floating_point():
+            flat = flat.to(torch.int32)  # narrow types hold neither many classes nor a negative ignore label
         is_class = (flat >= 0) & (flat < none)
         if flat.is_floating_point():
             is_class &= flat == flat.floor()

@@ -1,5 +1,7 @@
 """Compiles every kernel for a GPU that need not be there; run by a test, in a process where Triton does not interpret.
 
+Each once with 64-bit sizes and strides, and once as launches specialise it: 32-bit, arguments of 1 as constants.
+
 python tests/compile_kernels.py [COMPUTE_CAPABILITY]
 """
 
@@ -16,7 +18,7 @@ from ima_seg.ops import elementwise_kernels, logits_kernels
 
 FLOATS = ("partial", "alpha", "eps", "low", "high", "length", "share", "radius", "scalars", "loss", "sums", "voxels",
           "upstream", "checks")  # fmt: skip
-NUMBERS = {"OUTPUTS": 4, "BLOCK": 1024, "PARTS": 16}
+NUMBERS = {"OUTPUTS": 4, "BLOCK": 1024, "PARTS": 16, "CHUNK": 16}
 
 
 def signatures(kernel, image, truth):
@@ -48,6 +50,16 @@ def signatures(kernel, image, truth):
         yield types, constants
 
 
+def specialise(types, constants, image, truth):
+    """Change a signature into that of a launch with a single class, voxel and program, without mask."""
+    for name in types:
+        if name in ("size", "outputs", "parts") or name.endswith(("_row", "_class", "_voxel")):
+            types[name], constants[name] = "constexpr", 1
+        elif name in ("mask", "known"):
+            types[name] = image if name == "mask" else truth
+    constants |= {name: value for name, value in (("OUTPUTS", 2), ("PARTS", 1)) if name in constants}
+
+
 def main() -> None:
     """Compile all, print what was."""
     target = GPUTarget("cuda", int(sys.argv[1]) if len(sys.argv) > 1 else 90, 32)
@@ -56,8 +68,10 @@ def main() -> None:
             if not isinstance(kernel, JITFunction) or name.startswith("_"):
                 continue
             variants = 0
-            for image, truth in (("*fp32", "*u8"), ("*bf16", "*i16")):
+            for image, truth, specialised in (("*fp32", "*u8", False), ("*bf16", "*i16", True)):
                 for types, constants in signatures(kernel, image, truth):
+                    if specialised:
+                        specialise(types, constants, image, truth)
                     source = ASTSource(kernel, types, {(list(types).index(n),): v for n, v in constants.items()})
                     assert triton.compile(source, target=target).asm["ptx"]
                     variants += 1

@@ -21,12 +21,16 @@ class Replayed(GraphedPasses):
     def _obstacle(self, batch):
         return None
 
-    def _record(self, work):
+    def _record(self, work, device):
         outputs = work()
 
         def replay():
             self.replays += 1
+            for other in self._captured.values():  # graphs share their memory
+                for held in () if other is None else other.outputs:
+                    held.fill_(torch.nan)
             for held, new in zip(outputs, work(), strict=True):
+                assert held.dtype == new.dtype == torch.float32
                 held.copy_(new)
 
         return outputs, replay
@@ -70,6 +74,25 @@ def test_replayed_passes_find_what_the_passes_themselves_find(regions):
     assert 3 < len(graphs) < 9 and graphs.replays > 20
 
 
+def test_a_batch_and_a_support_may_change_in_place():
+    network, graphs = TinyUNet(2).eval(), Replayed()
+    x, target = problem()
+    options = {"eps": torch.full((5,), 0.3), "threat": ThreatModel(), "steps": 3, "start": False}
+    for change in (
+        lambda: None,
+        lambda: x.copy_(torch.randn_like(x)),
+        lambda: target.reference.copy_(target.reference.flip(0)),
+    ):
+        change()
+        for support in (None, torch.arange(16) < 5, torch.arange(16) > 9):
+            support = None if support is None else support.expand(1, 1, 16, 16)
+            expected = pgd(network, x, target, support=support, **options)
+            with graphs:
+                found = pgd(network, x, target, support=support, **options)
+            torch.testing.assert_close(found.adversarial, expected.adversarial, atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2
+
+
 def test_weights_may_change_in_place_and_be_exchanged():
     network, graphs = TinyUNet(2).eval(), Replayed()
     x, target = problem()
@@ -93,7 +116,7 @@ def test_what_cannot_be_captured_runs_as_always_and_the_log_says_why(caplog):
     x, target = problem()
 
     class Refuses(Replayed):
-        def _record(self, work):
+        def _record(self, work, device):
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
     expected = next(iter(attacks(network, x, target)))
@@ -106,13 +129,13 @@ def test_what_cannot_be_captured_runs_as_always_and_the_log_says_why(caplog):
 
 
 def test_the_number_of_graphs_is_bounded(monkeypatch, caplog):
-    monkeypatch.setattr("ima_seg.attacks._graphs.MOST_GRAPHS", 2)
+    monkeypatch.setattr("ima_seg.attacks._graphs.MOST_CAPTURES", 2)
     network, graphs = TinyUNet(2).eval(), Replayed()
     for size in (8, 12, 16):
         target = Target.from_raw(torch.ones(2, 1, size, size), Labels(3))
         with graphs:
             pgd(network, torch.randn(2, 1, size, size), target, eps=torch.ones(2), steps=1, threat=ThreatModel())
-    assert len(graphs) == 2 and "2 of them" in caplog.text
+    assert len(graphs) == 2 and "2 have been captured" in caplog.text
 
 
 class Flushes(torch.autograd.Function):
@@ -143,6 +166,18 @@ def test_float16_gradients_that_vanish_or_leave_the_range_come_back(share):
         assert torch.isfinite(gradient).all()
     direction = torch.nn.functional.cosine_similarity(gradient.flatten(1), expected.flatten(1))
     assert (direction > 0.99).all()
+
+
+def test_a_step_skipped_for_its_scale_is_not_taken_for_a_gradient_of_zero():
+    network = TinyUNet(2).eval().requires_grad_(False)
+    x, target = problem()
+    model = lambda image: network(Flushes.apply(image.float(), 2.0**20))  # noqa: E731
+    clean = hard_dice(network(x), target)
+    found = boundary_search(
+        model, x.half(), target, eps=torch.full((5,), 0.2), threshold=clean * 0, clean_dice=clean,
+        settings=SearchSettings(steps=8), threat=ThreatModel(), precision="fp32",
+    )  # fmt: skip
+    assert found.finite.all() and not found.stalled.any() and (found.distance > 0.05).all()
 
 
 def test_a_gradient_that_is_not_finite_at_any_scale_is_not_hidden():

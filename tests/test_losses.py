@@ -60,3 +60,16 @@ def test_a_sample_ignored_throughout_has_finite_loss_and_no_gradient():
     loss = dice_ce_loss(logits, target).sum()
     loss.backward()
     assert torch.isfinite(loss) and logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "dtype, classes, ignored", [(torch.uint8, 300, -1), (torch.int8, 200, 5), (torch.uint8, 3, -1)]
+)
+def test_narrow_label_maps_hold_what_they_say(dtype, classes, ignored):
+    raw = torch.tensor([[[0, 1, 2, 5, 127]]]).to(dtype)
+    if dtype == torch.uint8:
+        raw[0, 0, 3] = 255
+    target = Target.from_raw(raw, Labels(classes, ignore_label=ignored))
+    values = raw[0, 0].tolist()
+    expected = [0 if v == ignored else 1 + v if v < classes else 1 + classes for v in values]
+    assert target.reference[0, 0].tolist() == expected

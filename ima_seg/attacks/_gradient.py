@@ -16,8 +16,10 @@ from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 def check_batch(x: torch.Tensor, eps: torch.Tensor, target: Target) -> None:
     """Refuse batches, budgets and references that no attack can work with; the one time that it reads values."""
-    if x.ndim < 3 or not x.is_floating_point():
-        raise UserError(f"the batch is {x.dtype} of shape {tuple(x.shape)}; expected floating point (B, C, *S)")
+    if x.ndim < 3 or x.numel() == 0 or not x.is_floating_point():
+        raise UserError(
+            f"the batch is {x.dtype} of shape {tuple(x.shape)}; expected floating point (B, C, *S), not empty"
+        )
     if eps.shape != x.shape[:1]:
         raise UserError(f"eps has shape {tuple(eps.shape)} for a batch of {x.shape[0]}; expected one value per sample")
     if eps.device != x.device:
@@ -32,8 +34,8 @@ def check_batch(x: torch.Tensor, eps: torch.Tensor, target: Target) -> None:
     if target.reference.device != x.device:
         place = target.reference.device
         raise UserError(f"the reference is on {place}, the batch on {x.device}; move them to one device")
-    if not bool((eps >= 0).all()):
-        raise UserError(f"eps is {eps.tolist()}; a budget is 0 or positive")
+    if not bool(((eps >= 0) & (eps < torch.inf)).all()):
+        raise UserError(f"eps is {eps.tolist()}; a budget is 0 or positive, and finite")
 
 
 def check_counts(steps: int, restarts: int) -> None:
@@ -196,6 +198,8 @@ class LossScale:
 
     def __init__(self, scale: torch.Tensor, voxels: int, follows: bool) -> None:
         self.scale, self._voxels, self._follows = scale, voxels, follows
+        #: (B,) bool, whose last gradient left the range and was taken as zero.
+        self.skipped = torch.zeros_like(scale, dtype=torch.bool)
 
     def select(self, rows: torch.Tensor) -> LossScale:
         """The same for some of the samples."""
@@ -208,7 +212,8 @@ class LossScale:
         largest = gradient.flatten(1).abs().amax(1)
         left = ~torch.isfinite(largest)
         lowered = (self.scale / self.CHANGE).clamp_min(self.LEAST)
-        gradient = torch.where(per_row(left & (lowered < self.scale), gradient), 0.0, gradient)
+        self.skipped = left & (lowered < self.scale)
+        gradient = torch.where(per_row(self.skipped, gradient), 0.0, gradient)
         raised = (self.scale * self.CHANGE).clamp_max(self.MOST * self._voxels)
         self.scale = torch.where(left, lowered, torch.where(largest < self.SMALL, raised, self.scale))
         return gradient
@@ -270,7 +275,7 @@ class Best:
     def count(self, length: torch.Tensor) -> None:
         """Count a gradient pass whose gradients are of size ``length`` (B,), and those that are exactly zero."""
         self._gradients += 1
-        self._zero = self._zero + (length == 0)
+        self._zero = self._zero + ((length == 0) & ~self.batch.scale.skipped)
 
     def result(self, forwards: int) -> AttackResult:
         """The best point, projected and measured once more; ``forwards`` over all samples were made without gradient.

@@ -26,8 +26,8 @@ _active: ContextVar[GraphedPasses | None] = ContextVar("ima_seg_graphs", default
 
 #: Passes on a side stream before a capture: libraries choose their algorithms and kernels are compiled meanwhile.
 WARM_UP = 3
-#: Graphs of one object at most: a loss that is made anew for every attack would otherwise fill the memory.
-MOST_GRAPHS = 64
+#: Captures of one object at most.
+MOST_CAPTURES = 64
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -49,20 +49,21 @@ class _Captured:
     replay: Callable[[], None]
     outputs: Outputs
     addresses: list[int]
-    filled_from: tuple[Any, Any]
 
 
 class GraphedPasses:
     """Attacks inside ``with GraphedPasses():`` capture their passes and replay them.
 
-    A graph is made for each network, shape of batch, kind of target, precision and loss, and lives as long as this
-    object: keep one for a whole training. Weights may change in between, by an optimiser that works in place. Where a
-    pass cannot be captured it runs as always, and the log says once why.
+    A graph is made for each network, shape of batch, kind of target, precision and loss (the same function, not one
+    made anew), and lives as long as this object, as does the network: keep one for a whole training. Weights may change
+    in between, by an optimiser that works in place; what the network's own settings are (deep supervision, hooks) may
+    not. Where a pass cannot be captured it runs as always, and the log says once why. For one thread.
     """
 
     def __init__(self) -> None:
         self._captured: dict[Any, _Captured | None] = {}
-        self._pool: Any = None
+        self._captures = 0
+        self._pools: dict[torch.device, Any] = {}
         self._tokens: list[Token[GraphedPasses | None]] = []
         self._said: set[str] = set()
 
@@ -72,6 +73,9 @@ class GraphedPasses:
 
     def __exit__(self, *_: object) -> None:
         _active.reset(self._tokens.pop())
+
+    def __bool__(self) -> bool:
+        return True
 
     def __len__(self) -> int:
         """How many graphs there are."""
@@ -90,21 +94,22 @@ class GraphedPasses:
         key = _key(batch, delta, target)
         addresses = [parameter.data_ptr() for parameter in _tensors(batch.model)]
         found = self._captured.get(key)
-        if key not in self._captured and len(self._captured) >= MOST_GRAPHS:
-            self._say(f"there are {MOST_GRAPHS} of them already")
-            return None
         if key not in self._captured or (found is not None and found.addresses != addresses):
+            # A loss made anew for each attack, or weights that come and go, would capture without end.
+            if self._captures == MOST_CAPTURES:
+                self._say(f"{MOST_CAPTURES} have been captured, and there seems to be no end to them")
+                return None
+            self._captures += 1
             found = self._captured[key] = self._capture(batch, delta, target, scale, addresses)
         if found is None:
             return None
-        if found.filled_from[0] is not batch.x or found.filled_from[1] is not target:
-            found.batch.x.copy_(batch.x)
-            found.target.reference.copy_(target.reference)
-            if found.target.known is not None and target.known is not None:
-                found.target.known.copy_(target.known)
-            if found.batch.support is not None and batch.support is not None:
-                found.batch.support.copy_(batch.support)
-            found.filled_from = (batch.x, target)
+        # All of it, each time: whoever works with graphs changes tensors in place, which their identity does not tell.
+        found.batch.x.copy_(batch.x)
+        found.target.reference.copy_(target.reference)
+        if found.target.known is not None and target.known is not None:
+            found.target.known.copy_(target.known)
+        if found.batch.support is not None and batch.support is not None:
+            found.batch.support.copy_(batch.support)
         found.delta.copy_(delta)
         found.scale.copy_(scale)
         found.progress.fill_(progress)
@@ -127,8 +132,7 @@ class GraphedPasses:
         support = None if batch.support is None else batch.support.clone()
         held = Perturbed(batch.model, batch.x.clone(), batch.threat, batch.precision, batch.loss, support)
         point, reference, factor = delta.clone(), target.map(torch.clone), scale.clone()
-        # 0-dim and float64, it takes part in expressions as the Python number does that it stands for.
-        progress = torch.zeros((), device=delta.device, dtype=torch.float64)
+        progress = torch.zeros((), device=delta.device)
 
         def work() -> Outputs:
             # A target of its own each time, for a target remembers what was derived from its tensors.
@@ -136,28 +140,43 @@ class GraphedPasses:
             return (here.logits, *here.loss_and_gradient())
 
         try:
-            outputs, replay = self._record(work)
+            outputs, replay = self._record(work, batch.x.device)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             self._say(f"a pass could not be captured: {str(error).strip().splitlines()[0]}")
             return None
         _log.info("captured a CUDA graph for a batch of %s", tuple(batch.x.shape))
-        return _Captured(held, point, reference, factor, progress, replay, outputs, addresses, (None, None))
+        return _Captured(held, point, reference, factor, progress, replay, outputs, addresses)
 
-    def _record(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+    def _record(self, work: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Callable[[], None]]:
         """Outputs of ``work`` in tensors that stay, and what computes them anew from the inputs as they are then."""
-        if self._pool is None:
-            # Replays follow one another, so all graphs can share their memory.
-            self._pool = torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = work()
-        return outputs, graph.replay
+        with torch.cuda.device(device):
+            before = torch.cuda.current_stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(before)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    work()
+            before.wait_stream(side)
+            # Replays follow one another, so all graphs of a device can share their memory.
+            pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads pin the memory of the next batches meanwhile.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    outputs = work()
+            except BaseException:
+                # Not all releases leave the stream of a capture that failed.
+                torch.cuda.set_stream(before)
+                del self._pools[device]
+                raise
+
+        def replay() -> None:
+            with torch.cuda.device(device):
+                graph.replay()
+
+        return outputs, replay
 
     def _say(self, why: str) -> None:
         if why not in self._said:
@@ -176,5 +195,6 @@ def _key(batch: Perturbed, delta: torch.Tensor, target: Target) -> Any:
     return (
         batch.model, tuple(x.shape), x.stride(), x.dtype, x.device, tuple(delta.shape), delta.dtype, support,
         batch.dtype, batch.loss, batch.threat, tuple(reference.shape), reference.dtype, target.known is None,
-        target.labels, resolve_backend(x.device, x.dtype),
+        target.labels, resolve_backend(x.device, x.dtype), torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic,
     )  # fmt: skip

@@ -22,7 +22,7 @@ class HostCount:
             self._count = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
             self._count.copy_(count, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(mask.device))
         else:
             self._count = count
 

@@ -8,7 +8,7 @@ root finder. Method: Ma & Liang, arXiv 2005.09147.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -56,6 +56,20 @@ class SearchSettings:
     refine_steps: int = 10
     refine_tolerance: float = 0.01
     multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.refine_steps < 0 or self.multiple_of < 1:
+            raise UserError(
+                f"steps is {self.steps}, refine_steps {self.refine_steps}, multiple_of {self.multiple_of}; at least "
+                "1, 0 and 1 are needed"
+            )
+        if self.refine not in get_args(Refine):
+            raise UserError(f"refine is {self.refine!r}; there are: {', '.join(get_args(Refine))}")
+        if self.step_factor <= 0 or self.start_slack < 0 or self.refine_tolerance < 0:
+            raise UserError(
+                f"step_factor is {self.step_factor}, start_slack {self.start_slack}, refine_tolerance "
+                f"{self.refine_tolerance}; the first must be positive, the others not negative"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,16 +140,25 @@ def boundary_search(
     asked of the device once per step, on CUDA after the step's work has been queued.
     """
     check_batch(x, eps, target)
+    for name, value, boolean in (
+        ("threshold", threshold, False),
+        ("clean_dice", clean_dice, False),
+        ("searched", searched, True),
+    ):
+        if value is not None and (value.shape != eps.shape or boolean != (value.dtype == torch.bool)):
+            kind = "bool" if boolean else "floating point"
+            raise UserError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected {kind} ({len(x)},)")
     batch = Perturbed(model, x, threat, precision, loss, support)
     if start is None:
         delta = batch.random(start_radius(eps, settings.start_slack), generator)
     else:
         wanted = tuple(threat.perturbable(x).shape)
-        if tuple(start.shape) != wanted:
+        if tuple(start.shape) != wanted or not start.is_floating_point():
             raise UserError(
-                f"start has shape {tuple(start.shape)}; expected that of the perturbable channels, {wanted}"
+                f"start is {start.dtype} of shape {tuple(start.shape)}; expected floating point of the shape of the "
+                f"perturbable channels, {wanted}"
             )
-        delta = project(batch.supported(start).clone(), eps, threat.norm)
+        delta = project(batch.zero() + batch.supported(start), eps, threat.norm)
     with frozen(model):
         walk = _Walk(batch, target, delta, eps, threshold, clean_dice, searched, settings)
         while walk.advance():
@@ -199,8 +222,10 @@ class _Walk:
             logits = here.logits
         counts, sane = hard_counts(logits, self._reference)
         dice = mean_dice(counts)
-        over = self._going & sane & (dice < self._threshold)
-        staying = self._going & sane & ~over
+        # Without a finite gradient in the step before, a sample has come to its end.
+        going = sane & self.finite[self._rows]
+        over = self._going & going & (dice < self._threshold)
+        staying = self._going & going & ~over
         self._note(self.crossed, over)
         self._note(self.finite, self._going & ~sane, to=False)
         count = HostCount(staying)
@@ -221,8 +246,7 @@ class _Walk:
             self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self._working.threat.norm
         )
         del gradient
-        self._note(self.stalled, staying & (length == 0))
-        # Without a finite gradient a sample stays where it is until the end, and says nothing.
+        self._note(self.stalled, staying & (length == 0) & ~self._working.scale.skipped)
         self._note(self.finite, staying & ~torch.isfinite(length), to=False)
         self._going, self._before, self._dice_before, self._delta = staying, self._delta, dice, stepped
         self._step += 1

@@ -110,8 +110,11 @@ class Attacker:
     def repeat_difference(self, case: PreparedCase, window: SlidingWindow) -> float:
         """How much the same input gradient differs when it is computed twice, as a share of its largest value."""
         problem = make_problem(case, window, self.threat, "volume")
-        batch = Perturbed(problem.network, problem.x, problem.threat, self.settings.precision)
-        first, second = (batch.at(batch.zero(), problem.target).gradient() for _ in range(2))
+        gradients = []
+        for _ in range(2):  # a batch of its own for each, for the scale of a loss follows what it has seen
+            batch = Perturbed(problem.network, problem.x, problem.threat, self.settings.precision)
+            gradients.append(batch.at(batch.zero(), problem.target).gradient())
+        first, second = gradients
         return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
     def transfer(self, condition: Condition, source: PreparedCase, window: SlidingWindow, case: PreparedCase,

@@ -48,6 +48,7 @@ def step_sums(
 ):  # fmt: skip
     """Partial sums of g g, d g and d d."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     delta += row * delta_row
     gradient += row * gradient_row
     mask += row * mask_row
@@ -74,6 +75,7 @@ def l2_step(
 ):  # fmt: skip
     """The step of known length, shrunk onto the ball: ``shrink * d + gain * g``."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     lanes = tl.arange(0, PARTS)
     sums = partial + (row * parts + lanes) * 3
     gg = tl.sum(tl.load(sums, mask=lanes < parts, other=0.0))
@@ -115,6 +117,7 @@ def linf_step(
 ):  # fmt: skip
     """The step, as if the gradient were finite, and what tells whether it was: largest value, and how many are not."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     radius, step = tl.load(eps + row), tl.load(alpha + row)
     least, most = tl.load(low + row), tl.load(high + row)
     delta += row * delta_row
@@ -148,6 +151,7 @@ def linf_finish(
 ):  # fmt: skip
     """Takes back the step of the rows whose gradient was not finite; for all others nothing but their parts is read."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     lanes = tl.arange(0, PARTS)
     sums = partial + (row * parts + lanes) * 3
     largest = tl.max(tl.load(sums, mask=lanes < parts, other=0.0))
@@ -176,6 +180,7 @@ def interpolate(
 ):
     """Points between, and their partial sums of squares (l2) or largest values (linf)."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     weight = tl.load(share + row)
     inner += row * inner_row
     outer += row * outer_row
@@ -250,6 +255,7 @@ def _kept(value, mask, offsets, size, MASKED: tl.constexpr):
 def noise_sums(mask, seeds, partial, size, mask_row, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Partial sums of squares of Gaussian noise that is not stored: it is cheaper to make again than to read."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     seed = tl.load(seeds + row)
     mask += row * mask_row
     total = tl.zeros([BLOCK], tl.float32)
@@ -271,6 +277,7 @@ def noise(
 ):  # fmt: skip
     """The noise, scaled."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     seed = tl.load(seeds + row)
     scale = tl.load(radius + row)
     if L2:

@@ -109,7 +109,7 @@ def gradient_step(
                 BOXED=boxed, **common)  # fmt: skip
         _launch(elementwise.linf_finish, grid, d.device, d, out, x, partial, e, least, most, length, size,
                 d.stride(0), out.stride(0), x.stride(0), BOXED=boxed, PARTS=all_parts, BLOCK=BLOCK)  # fmt: skip
-    return _like(out, delta), length
+    return out, length
 
 
 def random_start(
@@ -129,7 +129,7 @@ def random_start(
         _launch(elementwise.noise_sums, (rows, parts), out.device, m, seeds, partial, size, m.stride(0), **common)
     _launch(elementwise.noise, (rows, parts), out.device, out, m, seeds, partial, r, size, out.stride(0), m.stride(0),
             L2=norm == "l2", PARTS=triton.next_power_of_2(parts), **common)  # fmt: skip
-    return _like(out, like)
+    return out
 
 
 def interpolate(
@@ -144,7 +144,7 @@ def interpolate(
     _launch(elementwise.interpolate, (rows, parts), a.device, a, b, out, partial, *_values(share), size,
             a.stride(0), b.stride(0), out.stride(0), L2=norm == "l2", BLOCK=BLOCK, num_warps=8)  # fmt: skip
     length = partial.amax(1) if norm == "linf" else (partial.sum(1) / size).sqrt()
-    return _like(out, inner), length
+    return out, length
 
 
 def dice_ce(
@@ -158,8 +158,9 @@ def dice_ce(
     loss, sums, voxels = (
         torch.empty(shape, device=logits.device) for shape in ((walk.rows,), (walk.rows, walk.outputs, 3), (walk.rows,))
     )
+    constants = {name: walk.constants[name] for name in ("OUTPUTS", "REGIONS")}
     _launch(over_logits.dice_ce_finish, (walk.rows,), logits.device, partial, scalars, loss, sums, voxels, walk.parts,
-            walk.outputs, SMOOTH, OUTPUTS=walk.constants["OUTPUTS"], REGIONS=walk.constants["REGIONS"])  # fmt: skip
+            walk.outputs, SMOOTH, CHUNK=16, **constants)  # fmt: skip
     return loss, sums, voxels
 
 
@@ -177,7 +178,7 @@ def dice_ce_backward(
     walk.launch(
         over_logits.dice_ce_gradient, [out, *_values(upstream, sums, voxels)], [SMOOTH], strides_after=out.stride()
     )
-    return _like(out.view(logits.shape), logits)
+    return out.view(logits.shape)
 
 
 def hard_counts(
@@ -214,9 +215,3 @@ class _Walk:
         strides = [*self.logits.stride(), *self.truth.stride(), *self.known.stride(), *strides_after]
         _launch(kernel, (self.rows, self.parts), self.logits.device, self.logits, self.truth, self.known, *tensors,
                 self.size, self.outputs, *numbers, *strides, **self.constants)  # fmt: skip
-
-
-def _like(result: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """``result`` in the memory layout that ``torch.empty_like(wanted)`` has, which torch.compile relies on."""
-    expected = torch.empty_like(wanted, device="meta").stride()
-    return result if result.stride() == expected else torch.empty_like(wanted).copy_(result)

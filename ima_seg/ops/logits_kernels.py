@@ -54,6 +54,7 @@ def dice_ce_sums(
 ):  # fmt: skip
     """Partial sums per class of p t, p and t; cross-entropy and voxels that count."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     logits += row * logits_row
     truth += row * truth_row
     known += row * known_row
@@ -99,7 +100,17 @@ def dice_ce_sums(
 
 @triton.jit
 def dice_ce_finish(
-    partial, scalars, loss, sums, voxels, parts, outputs, smooth, OUTPUTS: tl.constexpr, REGIONS: tl.constexpr
+    partial,
+    scalars,
+    loss,
+    sums,
+    voxels,
+    parts,
+    outputs,
+    smooth,
+    OUTPUTS: tl.constexpr,
+    REGIONS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Adds the parts of a row up and makes its loss of them."""
     row = tl.program_id(0).to(tl.int64)
@@ -110,23 +121,27 @@ def dice_ce_finish(
         tl.zeros([OUTPUTS], tl.float32),
         tl.zeros([OUTPUTS], tl.float32),
     )
-    entropy, counted = 0.0, 0.0
-    for part in range(0, parts):
-        place = partial + ((row * parts + part) * outputs + classes) * 3
-        hit += tl.load(place, mask=within, other=0.0)
-        predicted += tl.load(place + 1, mask=within, other=0.0)
-        real += tl.load(place + 2, mask=within, other=0.0)
-        entropy += tl.load(scalars + (row * parts + part) * 2)
-        counted += tl.load(scalars + (row * parts + part) * 2 + 1)
+    entropy, counted = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    for first_part in range(0, parts, CHUNK):
+        lanes = row * 0 + first_part + tl.arange(0, CHUNK)
+        there = lanes < parts
+        place = partial + ((row * parts + lanes[:, None]) * outputs + classes[None, :]) * 3
+        both = there[:, None] & within[None, :]
+        hit += tl.sum(tl.load(place, mask=both, other=0.0), 0)
+        predicted += tl.sum(tl.load(place + 1, mask=both, other=0.0), 0)
+        real += tl.sum(tl.load(place + 2, mask=both, other=0.0), 0)
+        entropy += tl.load(scalars + (row * parts + lanes) * 2, mask=there, other=0.0)
+        counted += tl.load(scalars + (row * parts + lanes) * 2 + 1, mask=there, other=0.0)
+    total, voxels_counted = tl.sum(entropy), tl.sum(counted)
     place = sums + (row * outputs + classes) * 3
     tl.store(place, hit, mask=within)
     tl.store(place + 1, predicted, mask=within)
     tl.store(place + 2, real, mask=within)
-    tl.store(voxels + row, counted)
+    tl.store(voxels + row, voxels_counted)
     first = 0 if REGIONS else 1
     dice = (2 * hit + smooth) / (predicted + real + smooth)
     mean = tl.sum(tl.where(within & (classes >= first), dice, 0.0)) / (outputs - first)
-    share = entropy / tl.maximum(counted, 1.0)
+    share = total / tl.maximum(voxels_counted, 1.0)
     tl.store(loss + row, (share / outputs if REGIONS else share) - mean)
 
 
@@ -139,6 +154,7 @@ def dice_ce_gradient(
 ):  # fmt: skip
     """The gradient of the loss, in one pass; formulas as in the reference."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     classes = tl.arange(0, OUTPUTS)
     within = classes < outputs
     place = sums + (row * outputs + classes) * 3
@@ -187,6 +203,7 @@ def hard_counts(
 ):  # fmt: skip
     """Partial counts per class of voxels hit, predicted and true, and the sum of all logits, finite if they are."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    size = row * 0 + size  # 64-bit, so that its blocks are
     logits += row * logits_row
     truth += row * truth_row
     known += row * known_row

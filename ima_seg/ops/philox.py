@@ -6,6 +6,8 @@ own seed, so they are the same in every batch it is part of, on every device and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -13,6 +15,9 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 #: The third word of the counter tells streams of one seed apart: the noise, and the share of the radius.
 NOISE, SHARE = 0, 1
+
+#: Counters at a time.
+PIECE = 2**16
 
 _WORD = 0xFFFFFFFF
 
@@ -43,15 +48,18 @@ def uniform(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def uniform_field(seeds: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
     """(B, size) uniform in (0, 1)."""
-    return uniform(_words(seeds, size), dtype).flatten(1)[:, :size]
+    return _field(seeds, size, dtype, lambda u: u)
 
 
 def normal_field(seeds: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
     """(B, size) standard normal, by the transform of Box and Muller from pairs of uniform numbers."""
-    u = uniform(_words(seeds, size), dtype)
-    radius = (-2 * u[..., 0::2].log()).sqrt()
-    angle = 2 * torch.pi * u[..., 1::2]
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :size]
+
+    def transform(u: torch.Tensor) -> torch.Tensor:
+        radius = (-2 * u[..., 0::2].log()).sqrt()
+        angle = 2 * torch.pi * u[..., 1::2]
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+
+    return _field(seeds, size, dtype, transform)
 
 
 def shares(seeds: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -59,5 +67,14 @@ def shares(seeds: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return uniform(philox(seeds, torch.zeros(1, dtype=torch.int64, device=seeds.device), SHARE)[:, 0, 0], dtype)
 
 
-def _words(seeds: torch.Tensor, size: int) -> torch.Tensor:
-    return philox(seeds, torch.arange((size + 3) // 4, device=seeds.device), NOISE)
+def _field(
+    seeds: torch.Tensor, size: int, dtype: torch.dtype, transform: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """(B, size) values, four from each counter, in pieces: the words take many times the memory of the values."""
+    field = torch.empty((len(seeds), size), dtype=dtype, device=seeds.device)
+    for first in range(0, size, 4 * PIECE):
+        place = field[:, first : first + 4 * PIECE]
+        counters = torch.arange(first // 4, (first + place.shape[1] + 3) // 4, device=seeds.device)
+        values = transform(uniform(philox(seeds, counters, NOISE), dtype))
+        place.copy_(values.flatten(1)[:, : place.shape[1]])
+    return field

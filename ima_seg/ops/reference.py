@@ -99,7 +99,7 @@ def random_start(
     if norm == "l2":
         length = perturbation_size(noise, norm)
         scale = torch.where(length > 0, scale / length, 0.0)
-    return torch.empty_like(like).copy_(noise.mul_(per_row(scale, like)))
+    return noise.mul_(per_row(scale, like)).to(like.dtype)
 
 
 def interpolate(
@@ -194,7 +194,7 @@ def dice_ce_backward(
         gradient.addcmul_(probabilities.sub_(truth), _classed(flat, reference) * weight)
     if counted is not None:
         gradient = torch.where(counted, gradient, 0.0)
-    return torch.empty_like(logits).copy_(gradient.view(logits.shape))
+    return gradient.view(logits.shape).to(logits.dtype)
 
 
 def hard_counts(
@@ -219,7 +219,7 @@ def hard_counts(
 
 
 def _argmax(flat: torch.Tensor) -> torch.Tensor:
-    """Class with the largest logit, the first of equals, of ``flat`` (B, K, N): ``flat.argmax(1)``, (B, N) int64.
+    """Class with the largest logit, the first of equals, of finite ``flat`` (B, K, N): ``flat.argmax(1)``, (B, N).
 
     A pass of vectorised comparisons per class; torch's reduction over a strided dimension is ten times slower on CPUs.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ima_seg.ops import reference as plain
-from ima_seg.ops.backend import resolve_backend
+from ima_seg.ops.backend import requested_backend, resolve_backend, use_backend
 
 Tensor = torch.Tensor
 
@@ -21,6 +21,13 @@ def _implementation(image: Tensor) -> Any:
 
         return kernels
     return plain
+
+
+def _laid_out(result: Tensor, like: Tensor) -> Tensor:
+    """``result`` in the dtype and layout of ``torch.empty_like(like)``, which torch.compile was promised."""
+    expected = torch.empty_like(like, device="meta")
+    fits = result.dtype == expected.dtype and result.stride() == expected.stride()
+    return result if fits else torch.empty_like(like).copy_(result)
 
 
 def _per_sample(image: Tensor) -> Tensor:
@@ -40,10 +47,8 @@ def gradient_step(
     high: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ima_seg.ops.gradient_step`."""
-    result: tuple[Tensor, Tensor] = _implementation(delta).gradient_step(
-        delta, gradient, alpha, eps, norm, mask, image, low, high
-    )
-    return result
+    stepped, size = _implementation(delta).gradient_step(delta, gradient, alpha, eps, norm, mask, image, low, high)
+    return _laid_out(stepped, delta), size
 
 
 @gradient_step.register_fake
@@ -54,8 +59,7 @@ def _(delta: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("ima_seg::random_start", mutates_args=())
 def random_start(like: Tensor, radius: Tensor, norm: str, seeds: Tensor, mask: Tensor | None) -> Tensor:
     """See :func:`ima_seg.ops.random_start`."""
-    noise: Tensor = _implementation(like).random_start(like, radius, norm, seeds, mask)
-    return noise
+    return _laid_out(_implementation(like).random_start(like, radius, norm, seeds, mask), like)
 
 
 @random_start.register_fake
@@ -66,8 +70,8 @@ def _(like: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op("ima_seg::interpolate", mutates_args=())
 def interpolate(inner: Tensor, outer: Tensor, share: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """See :func:`ima_seg.ops.interpolate`."""
-    result: tuple[Tensor, Tensor] = _implementation(inner).interpolate(inner, outer, share, norm)
-    return result
+    point, size = _implementation(inner).interpolate(inner, outer, share, norm)
+    return _laid_out(point, inner), size
 
 
 @interpolate.register_fake
@@ -108,8 +112,8 @@ def dice_ce_backward(
     upstream: Tensor, logits: Tensor, reference: Tensor, known: Tensor | None, sums: Tensor, voxels: Tensor
 ) -> Tensor:
     """Gradient of the loss with respect to the logits."""
-    gradient: Tensor = _implementation(logits).dice_ce_backward(upstream, logits, reference, known, sums, voxels)
-    return gradient
+    gradient = _implementation(logits).dice_ce_backward(upstream, logits, reference, known, sums, voxels)
+    return _laid_out(gradient, logits)
 
 
 @dice_ce_backward.register_fake
@@ -121,10 +125,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     logits, reference, known = inputs
     _, sums, voxels = output
     ctx.save_for_backward(logits, reference, known, sums, voxels)
+    # On CUDA the backward pass runs in a thread of autograd's, which does not know what was asked for here.
+    ctx.backend = requested_backend()
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-    return dice_ce_backward(upstream, *ctx.saved_tensors), None, None
+    with use_backend(ctx.backend):
+        return dice_ce_backward(upstream, *ctx.saved_tensors), None, None
 
 
 dice_ce.register_autograd(_differentiate, setup_context=_save)
