@@ -7,6 +7,7 @@ climbs the same loss, per-sample Dice plus cross-entropy. The libraries are made
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import math
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from ima_seg import Labels, Target, ThreatModel
-from ima_seg.attacks import pgd
+from ima_seg.attacks import GraphedPasses, pgd
 from ima_seg.losses import dice_ce_loss
 from ima_seg.model import frozen
 from ima_seg.types import Norm
@@ -140,17 +141,20 @@ def plain_loop(problem: Problem) -> Attack:
 
 
 def ours(precision: str) -> Callable[[Problem], Attack]:
-    """``ima_seg.attacks.pgd`` in ``precision``, as training calls it."""
+    """``ima_seg.attacks.pgd`` in ``precision``, as training calls it; with its own precision, on CUDA, in graphs."""
 
     def make(problem: Problem) -> Attack:
         eps = torch.full((len(problem.x),), problem.eps, device=problem.x.device)
         threat = ThreatModel(problem.norm)
+        captured = precision == "auto" and problem.x.is_cuda
+        graphs = GraphedPasses() if captured else contextlib.nullcontext()
 
         def run() -> torch.Tensor:
-            return pgd(
-                problem.network, problem.x, problem.target, eps=eps, threat=threat, steps=problem.steps,
-                step_factor=STEP_FACTOR, start=False, keep="last", precision=precision,
-            ).adversarial  # fmt: skip
+            with graphs:
+                return pgd(
+                    problem.network, problem.x, problem.target, eps=eps, threat=threat, steps=problem.steps,
+                    step_factor=STEP_FACTOR, start=False, keep="last", precision=precision,
+                ).adversarial  # fmt: skip
 
         return run
 
