@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from common import bar_table, table
+
 #: Float32 may cost this much more than the bare passes; what separates equal work in a run is noise of this size too.
 FP32_BAR = 1.03
 #: Image-sized buffers that an attack may need beyond the bare passes.
@@ -36,12 +38,6 @@ def bars(rows: list[dict[str, Any]], device: str, bf16: bool) -> list[dict[str, 
     return found
 
 
-def table(head: list[str], body: list[list[Any]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def tables(result: dict[str, Any]) -> str:
     """Contenders, measurements and bars as Markdown."""
     machine = f"{result['device']} ({result['cpu']})"
@@ -71,8 +67,7 @@ def tables(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     if result["bars"]:
         keys = ("case", "network", "norm", "contender", "what", "measured", "bar")
-        body = [[*(bar[key] for key in keys), "pass" if bar["pass"] else "**fail**"] for bar in result["bars"]]
-        parts += ["## Bars", table([*keys, ""], body)]
+        parts += ["## Bars", bar_table(keys, result["bars"])]
     return "\n\n".join(parts) + "\n"
 
 

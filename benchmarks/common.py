@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timings, peak memory, what machine it was, where results go."""
+"""What the benchmarks share: alternating timings, peak memory, what machine it was, tables, where results go."""
 
 from __future__ import annotations
 
@@ -132,3 +132,14 @@ def provenance(script: str, device: torch.device) -> dict[str, Any]:
 def store(name: str, device: torch.device, result: dict[str, Any]) -> None:
     """Write ``benchmarks/results/NAME_DEVICE.json``."""
     write_text(RESULTS / f"{name}_{device.type}.json", json.dumps(result, indent=2) + "\n")
+
+
+def table(head: list[str], body: list[list[Any]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def bar_table(keys: tuple[str, ...], bars: list[dict[str, Any]]) -> str:
+    """Markdown: of every bar what is under ``keys``, and whether it was passed."""
+    return table([*keys, ""], [[*(bar[key] for key in keys), "pass" if bar["pass"] else "**fail**"] for bar in bars])

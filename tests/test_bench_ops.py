@@ -26,38 +26,42 @@ def benchmark(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys.modules["common"], "RESULTS", tmp_path)
     yield module
-    for name in {"common", "attack_tables"} - before:
+    for name in {"common", "op_cases", "op_tables"} - before:
         sys.modules.pop(name, None)
 
 
-def op(benchmark, name):
-    return next(each for each in [*benchmark.IMAGE_OPS, *benchmark.LOGITS_OPS] if each.name == name)
+@pytest.fixture
+def cases(benchmark):
+    """The module of the ops that the script has imported."""
+    return sys.modules["op_cases"]
 
 
-def problem(benchmark, name, shape):
-    return benchmark.Problem(op(benchmark, name), "a case", shape, CPU)
+def problem(cases, name, shape):
+    op = next(each for each in [*cases.IMAGE_OPS, *cases.LOGITS_OPS] if each.name == name)
+    return cases.Problem(op, "a case", shape, CPU)
 
 
-def test_quick_times_every_op_on_the_reference_and_writes_nothing(benchmark, tmp_path, capsys):
+def test_quick_times_every_op_on_the_reference_and_writes_nothing(benchmark, cases, tmp_path, capsys):
     benchmark.main(["--quick", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    for each in [*benchmark.IMAGE_OPS, *benchmark.LOGITS_OPS]:
-        cases = 2 if each in benchmark.IMAGE_OPS else 3
+    for each in [*cases.IMAGE_OPS, *cases.LOGITS_OPS]:
+        count = 2 if each in cases.IMAGE_OPS else 3
         rows = [line.split("|") for line in lines if line.startswith(f"| {each.name} |")]
-        assert [row[3].strip() for row in rows] == ["reference", "plain"] * cases, "never Triton's interpreter"
+        assert [row[3].strip() for row in rows] == ["reference", "plain"] * count, "never Triton's interpreter"
         assert all(float(row[4]) > 0 and float(row[9]) > 0 for row in rows)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_run_stores_table_and_numbers(benchmark, monkeypatch, tmp_path, capsys):
-    for name, value in {"LEAST_SECONDS": 1e-4, "ALL_SETS": 2**14, "LARGE": "small"}.items():
-        monkeypatch.setattr(benchmark, name, value)
-    monkeypatch.setattr(benchmark, "IMAGES", {"small": (3, 1, 6, 5)})
+def test_a_full_run_stores_table_and_numbers(benchmark, cases, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "LEAST_SECONDS", 1e-4)
+    monkeypatch.setattr(benchmark, "ALL_SETS", 2**14)
+    monkeypatch.setattr(cases, "LARGE", "small")
+    monkeypatch.setattr(cases, "IMAGES", {"small": (3, 1, 6, 5)})
     benchmark.main(["--device", "cpu", "--rounds", "1"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ops_cpu.json", "ops_cpu.md"]
     stored = json.loads((tmp_path / "ops_cpu.json").read_text())
     assert stored["torch"] == torch.__version__ and stored["backends"] == ["reference"] and stored["bars"] == []
-    assert len(stored["rows"]) == 2 * (len(benchmark.IMAGE_OPS) + 2 * len(benchmark.LOGITS_OPS))
+    assert len(stored["rows"]) == 2 * (len(cases.IMAGE_OPS) + 2 * len(cases.LOGITS_OPS))
     assert all(row["sets"] > 1 for row in stored["rows"] if row["op"].startswith("gradient_step"))
     assert capsys.readouterr().out.strip() == (tmp_path / "ops_cpu.md").read_text().strip()
 
@@ -81,23 +85,23 @@ def test_nothing_is_timed_or_written_when_an_op_is_wrong(benchmark, name, monkey
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
-def test_a_wrong_gradient_or_composition_is_noticed(benchmark, monkeypatch):
-    posed = problem(benchmark, "dice_ce forward + backward", (2, 3, 4, 5))
+def test_a_wrong_gradient_or_composition_is_noticed(benchmark, cases, monkeypatch):
+    posed = problem(cases, "dice_ce forward + backward", (2, 3, 4, 5))
     benchmark.check(posed)
     with monkeypatch.context() as patched:
         right = ops.registered.dice_ce_backward
         patched.setattr(ops.registered, "dice_ce_backward", lambda *a: right(*a) * 1.001)
         with pytest.raises(SystemExit, match=r"forward \+ backward, a case, reference: wrong"):
             benchmark.check(posed)
-    monkeypatch.setattr(benchmark, "rms", lambda image: torch.ones(len(image), *(1,) * (image.ndim - 1)))
+    monkeypatch.setattr(cases, "rms", lambda image: torch.full((len(image), *(1,) * (image.ndim - 1)), 1e-6))
     with pytest.raises(SystemExit, match="gradient_step l2, a case, plain: wrong"):
-        benchmark.check(problem(benchmark, "gradient_step l2", (2, 1, 4, 5)))
+        benchmark.check(problem(cases, "gradient_step l2", (2, 1, 4, 5)))
     with pytest.raises(SystemExit, match="random_start l2, a case, plain: wrong, beyond its radius"):
-        benchmark.check(problem(benchmark, "random_start l2", (2, 1, 4, 5)))
+        benchmark.check(problem(cases, "random_start l2", (2, 1, 4, 5)))
 
 
-def test_samples_beyond_the_first_part_are_compared_too(benchmark, monkeypatch):
-    posed = problem(benchmark, "gradient_step linf", (5, 1, 4, 5))
+def test_samples_beyond_the_first_part_are_compared_too(benchmark, cases, monkeypatch):
+    posed = problem(cases, "gradient_step linf", (5, 1, 4, 5))
     monkeypatch.setattr(benchmark, "COMPARED", 40)  # two samples at a time
     benchmark.check(posed)
     right = ops.gradient_step
@@ -128,14 +132,14 @@ def test_samples_beyond_the_first_part_are_compared_too(benchmark, monkeypatch):
         ("hard_counts", (2, 3, 6, 5), 720 + 60, 720 + 60),
     ],
 )
-def test_bytes_are_those_counted_by_hand(benchmark, name, shape, moved, footprint):
-    posed = problem(benchmark, name, shape)
+def test_bytes_are_those_counted_by_hand(cases, name, shape, moved, footprint):
+    posed = problem(cases, name, shape)
     assert posed.op.moved(posed.inputs()) == moved
     assert posed.op.footprint(posed.inputs()) == footprint
 
 
-def test_a_share_is_of_the_bandwidth_of_the_copy(benchmark, monkeypatch):
-    posed = problem(benchmark, "gradient_step l2", (2, 1, 6, 5))
+def test_a_share_is_of_the_bandwidth_of_the_copy(benchmark, cases, monkeypatch):
+    posed = problem(cases, "gradient_step l2", (2, 1, 6, 5))
 
     def timed(jobs, rounds, least, device):
         return {"reference": [1.0, 2.0, 2.0], "plain": [4.0] * 3, "copy_": [0.3, 0.6, 0.6]}
@@ -147,9 +151,9 @@ def test_a_share_is_of_the_bandwidth_of_the_copy(benchmark, monkeypatch):
     assert plain["share"] == 0.25 and plain["to_reference"] == 2 and ours["call_us"] == 2e6
 
 
-def test_bars_are_on_steps_of_kernels_and_fail_without_them(benchmark):
+def test_bars_are_on_steps_of_kernels_and_fail_without_them(benchmark, cases):
     rows = [
-        {"op": name, "case": benchmark.LARGE, "implementation": "triton", "share": share}
+        {"op": name, "case": cases.LARGE, "implementation": "triton", "share": share}
         for name, share in (("gradient_step l2", 0.81), ("gradient_step linf", 0.79), ("interpolate l2", 0.1))
     ]
     assert [bar["pass"] for bar in benchmark.bars(rows)] == [True, False]
