@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,10 +32,12 @@ def _few_threads() -> None:
     torch.set_num_threads(2)
 
 
-@pytest.fixture(autouse=True)
-def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _float32_by_default() -> Iterator[None]:
     """Automatic precision depends on the processor; tests that want bfloat16 ask for it."""
-    monkeypatch.setattr("ima_seg.model._cpu_has_bf16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ima_seg.model._cpu_has_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,8 @@ def comparable(out):
 def command(model, data, out, *more):
     """A small evaluation on the command line, without ``ima-seg`` in front."""
     images, labels = data
-    short = ["--attack", "pgd", "gaussian", "--eps", "0.1", "0.5", "--steps", "2", "--disable_tta", "-device", "cpu"]
+    short = ["--attack", "pgd", "gaussian", "--eps", "0.1", "0.5", "--steps", "2", "--disable_tta", "-device", "cpu",
+             "--precision", "fp32"]  # fmt: skip
     return [str(a) for a in ("evaluate", "-m", model, "-i", images, "-gt", labels, "-o", out, *short, *more)]
 
 

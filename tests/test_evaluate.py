@@ -93,7 +93,9 @@ def test_every_attack_from_the_files_to_the_report(whole, phantoms, name):
             full = size.linf if record.norm == "linf" else size.rms
         assert full <= budget * 1.001
         if record.attack in ("pgd", "gaussian") and record.norm == "l2":
-            assert full == pytest.approx(budget, rel=0.01)
+            # Of all slices at once, the worst points of some are their random starts, which lie within.
+            inside = record.attack == "pgd" and record.budget == "slice"
+            assert full == pytest.approx(budget, rel=0.05 if inside else 0.01)
         if record.attack == "pgd" and record.eps == max(chosen.eps):
             assert record.gradients > 0 and record.trace
             assert record.dice < clean.dice or not passable
@@ -104,7 +106,8 @@ def test_every_attack_from_the_files_to_the_report(whole, phantoms, name):
         assert 50 < pgd.size.native_linf[0] <= 60.06
     if name == "coarse":
         pgd = next(r for r in found.values() if r.attack == "pgd")
-        assert max(pgd.size.percent_rms) <= 5.005
+        # The RMS is over both channels together; the percentages count that of which a unit is worth most.
+        assert (sum(share**2 for share in pgd.size.percent_rms) / 2) ** 0.5 <= 5.005
     # files and records say the same
     assert {p.name for p in (out / "panels").iterdir()} <= {r.panel.split("/")[1] for r in found.values() if r.panel}
 

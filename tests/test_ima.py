@@ -148,16 +148,21 @@ def test_compiled_network_is_trained_and_attacked():
     torch.testing.assert_close(reports[0].loss, reports[1].loss, rtol=1e-3, atol=1e-4)
 
 
-def test_shrinking_batches_of_a_compiled_network_stay_compiled(monkeypatch):
+def test_shrinking_batches_of_a_compiled_network_stay_compiled():
     import torch._dynamo.config as config
-    from torch._dynamo.utils import counters
 
     from ima_seg.nnunet.compat import RECOMPILE_LIMIT, allow_recompiles
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    monkeypatch.setattr(config, name, getattr(config, name))
-    allow_recompiles()
-    assert getattr(config, name) >= RECOMPILE_LIMIT
+    with config.patch({name: getattr(config, name)}):  # pytest's own patches leave the setting undefined
+        allow_recompiles()
+        assert getattr(config, name) >= RECOMPILE_LIMIT
+        _compiles_each_size_once()
+
+
+def _compiles_each_size_once():
+    from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     network, x, target = trained_unet(2)
     y = target.onehot[:, 1].view(6, 1, 16, 16).long()
