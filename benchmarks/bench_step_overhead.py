@@ -65,7 +65,7 @@ def search(network: Any, x: torch.Tensor, target: Target, norm: Any) -> None:
     eps = torch.full((len(x),), 0.1, device=x.device)
     found = boundary_search(
         network, x, target, eps=eps, threshold=-torch.ones_like(eps), clean_dice=torch.ones_like(eps),
-        settings=SearchSettings(steps=STEPS), threat=ThreatModel(norm),
+        settings=SearchSettings(steps=STEPS), threat=ThreatModel(norm), precision="fp32",
     )  # fmt: skip
     assert found.passes.gradients == STEPS * len(x), "the comparison needs all passes"
     assert not found.crossed.any()

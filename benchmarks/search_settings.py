@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
                         "background_steps": 2},
     "mixed-K2-lean": {"steps": 2, "start": "mixed", "refine_steps": 2, "refine_tolerance": 0.1,
                       "background_steps": 1},
+    "mixed-K2-refine1": {"steps": 2, "start": "mixed", "refine_steps": 1, "refine_tolerance": 0.1,
+                         "background_steps": 1},
     "gradient-K5": {"steps": 5, "start": "gradient", "refine_steps": 4, "refine_tolerance": 0.05},
     "gradient-K3": {"steps": 3, "start": "gradient", "refine_steps": 10, "refine_tolerance": 0.01},
     "gradient-K2": {"steps": 2, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},

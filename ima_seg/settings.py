@@ -229,5 +229,5 @@ def load_settings(
     return settings
 
 
-#: Two thirds of the default's search (``benchmarks/search_settings.py``).
-FAST = IMASettings(steps=2, start="mixed")
+#: About half of the default's search (``benchmarks/search_settings.py``).
+FAST = IMASettings(steps=2, start="mixed", refine_steps=1)

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ima_seg.attacks import SearchSettings, boundary_search, pgd
 from ima_seg.attacks._gradient import Perturbed
 from ima_seg.errors import UserError
-from ima_seg.model import frozen
+from ima_seg.model import autocast, frozen
 from ima_seg.ops import hard_dice, perturbation_size
 from ima_seg.types import Labels, Target, ThreatModel
 from tests.models import Hyperplane, TinyUNet
@@ -290,6 +291,42 @@ def test_network_is_left_as_it_was_found():
     with pytest.raises(RuntimeError, match="boom"), frozen(network):
         raise RuntimeError("boom")
     assert [m.training for m in network.modules()] == modes
+
+
+def graph_names(output: torch.Tensor) -> set[str]:
+    found, front = set(), [output.grad_fn]
+    while front:
+        node = front.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            front += [parent for parent, _ in node.next_functions]
+    return {node.name() for node in found}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_no_activation_writes_into_a_norms_view_in_reduced_precision(dtype):
+    torch.manual_seed(0)
+    norm, free = nn.LeakyReLU(inplace=True), nn.LeakyReLU(inplace=True)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, affine=True), norm, nn.Conv2d(4, 2, 3), nn.Dropout(), free
+    )
+    x = torch.randn(2, 1, 12, 12, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        with autocast(dtype, x.device):
+            output = network(x)
+        assert any("CopySlices" in name for name in graph_names(output)) == norm.inplace
+        return torch.autograd.grad(output.float().sin().sum(), x)[0]
+
+    network.eval()
+    expected = gradient()
+    network.train()
+    with pytest.raises(RuntimeError, match="boom"), frozen(network, dtype):
+        assert norm.inplace == (dtype is None)
+        assert free.inplace
+        assert torch.equal(gradient(), expected)
+        raise RuntimeError("boom")
+    assert norm.inplace and free.inplace and network.training
 
 
 def test_only_the_full_resolution_head_is_attacked():

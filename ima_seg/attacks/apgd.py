@@ -92,7 +92,7 @@ def apgd(
     best = Best(batch, target, goal, eps, steps)
     stages = stage_lengths(steps, red_eps)
     forwards = 0
-    with frozen(model):
+    with frozen(model, batch.dtype):
         if start or red_eps:  # else the clean batch is the first point of the walk, within the budget
             forwards += best.visit_clean()
         for _ in range(restarts if start else 1):

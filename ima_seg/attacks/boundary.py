@@ -159,7 +159,7 @@ def boundary_search(
                 f"perturbable channels, {wanted}"
             )
         delta = project(batch.zero() + batch.supported(start), eps, threat.norm)
-    with frozen(model):
+    with frozen(model, batch.dtype):
         walk = _Walk(batch, target, delta, eps, threshold, clean_dice, searched, settings)
         while walk.advance():
             pass

@@ -90,7 +90,7 @@ def minimal_norm(
     searched = foreground & ~fallen
     crossing = torch.where(fallen, 0.0, torch.full_like(eps, torch.inf))
     failed, stalls = torch.zeros_like(eps), torch.zeros_like(eps)
-    with frozen(model):
+    with frozen(model, batch.dtype):
         forwards = best.visit_clean()
         nearest, damage = best.delta, best.damage
         passes = PassCount()

@@ -151,7 +151,7 @@ def _descend(
         return _last(batch, target, eps, alpha, steps, batch.random(eps, generator) if start else batch.zero())
     best = Best(batch, target, goal, eps, steps)
     forwards = 0
-    with frozen(model):
+    with frozen(model, batch.dtype):
         if start:
             forwards += best.visit_clean()
         for _ in range(restarts):
@@ -176,7 +176,7 @@ def _last(
 ) -> AttackResult:
     """``steps`` steps from ``delta`` and nothing else: the gradient passes are all that training pays for."""
     zero = torch.zeros(eps.shape, device=eps.device)
-    with frozen(batch.model):
+    with frozen(batch.model, batch.dtype):
         for step in range(steps):
             gradient = batch.at(delta, target, step / steps).gradient()
             delta, length = gradient_step(delta, gradient, alpha=alpha, eps=eps, norm=batch.threat.norm)

@@ -86,7 +86,7 @@ def vafa(
     q_max = per_row(quantised.uniform_step(eps, headroom or _HEADROOM[threat.norm]), quantised.coefficients)
     q_min = q_max / _Q_RANGE
     alpha = step_factor * (q_max - q_min) / steps
-    with frozen(model):
+    with frozen(model, batch.dtype):
         forwards = best.visit_clean()
         for restart in range(restarts):
             best.begin_restart()
