@@ -1,4 +1,4 @@
-"""Settings of IMA training: validated, serialisable, read from a TOML or YAML file or a plans section."""
+"""Settings of trainings: validated, serialisable, read from a TOML or YAML file or a plans section."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -36,13 +36,91 @@ Auto = Literal["auto"]
 Start = Literal["random", "gradient", "mixed"]
 
 
-class IMASettings(BaseModel):
-    """Settings of IMA training. Every size is in the unit named by ``unit``.
+S = TypeVar("S", bound="TrainingSettings")
+
+
+class TrainingSettings(BaseModel):
+    """What the settings of all adversarial trainings share. Every size is in the unit named by ``unit``.
 
     Attributes:
         norm: ``"l2"`` or ``"linf"``.
-        unit: of ``eps_max`` and ``delta``. ``"voxel"``: per voxel in network units, RMS for l2 and largest absolute
-            value for linf. ``"l2"``: L2 norm of the perturbation of a whole training patch.
+        unit: of sizes. ``"voxel"``: per voxel in network units, RMS for l2 and largest absolute value for linf.
+            ``"l2"``: L2 norm of the perturbation of a whole training patch.
+        precision: arithmetic of the attack; ``"auto"`` is bfloat16 where the device computes in it natively.
+        epochs, iterations_per_epoch, val_iterations_per_epoch, save_every: replace nnU-Net's own where given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    #: The section of the plans and of settings files.
+    section: ClassVar[str]
+    #: The settings that are sizes.
+    sizes: ClassVar[tuple[str, ...]]
+
+    norm: Norm = "l2"
+    unit: Literal["voxel", "l2"] = "voxel"
+    precision: Precision = "auto"
+    epochs: int | None = Field(None, ge=1)
+    iterations_per_epoch: int | None = Field(None, ge=1)
+    val_iterations_per_epoch: int | None = Field(None, ge=1)
+    save_every: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, values: Any) -> Any:
+        # pydantic reads true as 1, which is no number of epochs that anybody meant.
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} is {str(value).lower()}; no setting is a boolean, give a number or a name")
+        return values
+
+    @model_validator(mode="after")
+    def _sizes_make_sense(self: S) -> S:
+        for name in self.sizes:
+            value = getattr(self, name)
+            if value != "auto" and value <= 0:
+                remedy = " (or 'auto')" if type(self).model_fields[name].default == "auto" else ""
+                raise ValueError(f"{name} is {value:g}; it must be positive{remedy}")
+        if self.unit == "l2" and self.norm != "l2":
+            raise ValueError("unit 'l2' goes with norm 'l2'; give linf sizes per voxel (unit = 'voxel')")
+        return self
+
+    @classmethod
+    def parse(cls: type[S], values: Mapping[str, Any], *, source: str, base: S | None = None) -> S:
+        """Validate ``values`` on top of ``base`` (default: the defaults).
+
+        Raises:
+            UserError: an unknown key or a value out of range, naming ``source``, key, value and what is allowed.
+        """
+        inherited = base.model_dump(exclude_unset=True) if base else {}
+        if base is not None and values.get("unit", base.unit) != base.unit:
+            # Sizes given in the other unit would be misread; they are chosen anew unless restated.
+            inherited = {key: value for key, value in inherited.items() if key not in cls.sizes}
+        merged = {**inherited, **values}
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise UserError("\n".join(_explain(item, source, cls) for item in error.errors())) from None
+
+    def per_voxel(self, patch_voxels: int) -> float:
+        """The factor that turns a size in ``unit`` into one per voxel, for patches of so many values."""
+        return 1 / math.sqrt(patch_voxels) if self.unit == "l2" else 1.0
+
+    def replaced(self) -> dict[str, int]:
+        """The attributes of nnU-Net's trainer that these settings replace."""
+        attributes = {
+            "num_epochs": self.epochs,
+            "num_iterations_per_epoch": self.iterations_per_epoch,
+            "num_val_iterations_per_epoch": self.val_iterations_per_epoch,
+            "save_every": self.save_every,
+        }
+        return {name: value for name, value in attributes.items() if value is not None}
+
+
+class IMASettings(TrainingSettings):
+    """Settings of IMA training.
+
+    Attributes:
         eps_max: cap on margins; ``"auto"``: 0.3 standard deviations per voxel. Only a cap: a case stops expanding at
             its own boundary.
         delta: expansion step and first margin; ``"auto"``: the cap in as many steps as a third of the epochs, but 10
@@ -67,17 +145,14 @@ class IMASettings(BaseModel):
             others its patches are perturbed to its margin like background, by at least one step, and say nothing about
             the margin (see ``MarginLedger``). 1 searches all cases in all epochs.
         rule: how visits move margins (see ``MarginLedger``).
-        precision: arithmetic of the search; ``"auto"`` is bfloat16 where the device computes in it natively.
         cuda_graphs: ``"on"`` captures the network passes of the search as CUDA graphs, one for each size of the batch
             (:class:`ima_seg.attacks.GraphedPasses`): faster where launches take longer than kernels, for the memory of
             a pass.
-        epochs, iterations_per_epoch, val_iterations_per_epoch, save_every: replace nnU-Net's own where given.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    section: ClassVar[str] = "ima"
+    sizes: ClassVar[tuple[str, ...]] = ("eps_max", "delta")
 
-    norm: Norm = "l2"
-    unit: Literal["voxel", "l2"] = "voxel"
     eps_max: Auto | float = "auto"
     delta: Auto | float = "auto"
     tau: float = Field(0.6, gt=0, lt=1)
@@ -91,51 +166,14 @@ class IMASettings(BaseModel):
     background_steps: int = Field(1, ge=0, le=1000)
     steady_interval: int = Field(1, ge=1, le=1000)
     rule: Rule = "mean"
-    precision: Precision = "auto"
     cuda_graphs: Literal["off", "on"] = "off"
-    epochs: int | None = Field(None, ge=1)
-    iterations_per_epoch: int | None = Field(None, ge=1)
-    val_iterations_per_epoch: int | None = Field(None, ge=1)
-    save_every: int | None = Field(None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_booleans(cls, values: Any) -> Any:
-        # pydantic reads true as 1, which is no number of epochs that anybody meant.
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool):
-                raise ValueError(f"{key} is {str(value).lower()}; no setting is a boolean, give a number or a name")
-        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> IMASettings:
-        for name in ("eps_max", "delta"):
-            value = getattr(self, name)
-            if value != "auto" and value <= 0:
-                raise ValueError(f"{name} is {value:g}; it must be positive (or 'auto')")
-        if self.unit == "l2" and self.norm != "l2":
-            raise ValueError("unit 'l2' goes with norm 'l2'; give linf sizes per voxel (unit = 'voxel')")
         cap = DEFAULT_EPS_MAX if self.eps_max == "auto" and self.unit == "voxel" else self.eps_max
         if cap != "auto" and self.delta != "auto" and self.delta > cap:
             raise ValueError(f"delta {self.delta:g} is more than eps_max {cap:g}; use a smaller step or a larger cap")
         return self
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any], *, source: str, base: IMASettings | None = None) -> IMASettings:
-        """Validate ``values`` on top of ``base`` (default: the defaults).
-
-        Raises:
-            UserError: an unknown key or a value out of range, naming ``source``, key, value and what is allowed.
-        """
-        inherited = base.model_dump(exclude_unset=True) if base else {}
-        if base is not None and values.get("unit", base.unit) != base.unit:
-            # Sizes given in the other unit would be misread; they are chosen anew unless restated.
-            inherited = {key: value for key, value in inherited.items() if key not in ("eps_max", "delta")}
-        merged = {**inherited, **values}
-        try:
-            return cls.model_validate(merged)
-        except ValidationError as error:
-            raise UserError("\n".join(_explain(item, source, cls) for item in error.errors())) from None
 
     def resolve_sizes(self, *, patch_voxels: int, epochs: int) -> tuple[float, float]:
         """``(delta, eps_max)`` per voxel in network units.
@@ -144,22 +182,12 @@ class IMASettings(BaseModel):
             patch_voxels: image channels x voxels of a training patch.
             epochs: length of the training.
         """
-        per_voxel = 1 / math.sqrt(patch_voxels) if self.unit == "l2" else 1.0
+        per_voxel = self.per_voxel(patch_voxels)
         eps_max = DEFAULT_EPS_MAX if self.eps_max == "auto" else self.eps_max * per_voxel
         delta = eps_max / min(max(epochs / 3, 10), 50) if self.delta == "auto" else self.delta * per_voxel
         if delta > eps_max:
             raise UserError(f"delta {delta:g} is more than eps_max {eps_max:g} (per voxel); use a smaller step")
         return delta, eps_max
-
-    def replaced(self) -> dict[str, int]:
-        """The attributes of nnU-Net's trainer that these settings replace."""
-        attributes = {
-            "num_epochs": self.epochs,
-            "num_iterations_per_epoch": self.iterations_per_epoch,
-            "num_val_iterations_per_epoch": self.val_iterations_per_epoch,
-            "save_every": self.save_every,
-        }
-        return {name: value for name, value in attributes.items() if value is not None}
 
     def search(self, *, delta: float, multiple_of: int) -> SearchSettings:
         """The settings of the boundary search; ``delta`` per voxel."""
@@ -184,8 +212,8 @@ def _explain(item: Any, source: str, model: type[BaseModel]) -> str:
     return f"{source}: {key} = {item['input']!r}: {message}" if key else f"{source}: {message}"
 
 
-def read_settings_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The raw settings of a ``.toml``, ``.yaml`` or ``.yml`` file, at its top level or in a section ``ima``.
+def read_settings_file(path: str | os.PathLike[str], section: str = IMASettings.section) -> dict[str, Any]:
+    """The raw settings of a ``.toml``, ``.yaml`` or ``.yml`` file, at its top level or in a section ``section``.
 
     Raises:
         UserError: no such file, another suffix, or not parseable.
@@ -202,30 +230,28 @@ def read_settings_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise UserError(f"settings file {file} ends in {file.suffix!r}; use .toml, .yaml or .yml")
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"settings file {file} cannot be read: {error}") from None
-    if isinstance(values, dict) and set(values) == {"ima"}:
-        values = values["ima"]
+    if isinstance(values, dict) and set(values) == {section}:
+        values = values[section]
     if not isinstance(values, dict):
         raise UserError(f"settings file {file} holds a {type(values).__name__}; expected key = value pairs")
     return values
 
 
-def load_settings(
-    *, base: IMASettings | None = None, plans: Mapping[str, Any] | None = None, file: str | None = None
-) -> IMASettings:
-    """Settings in order of precedence: ``file`` (default: ``$IMA_CONFIG``), the plans' ``ima`` section, ``base``.
+def load_settings(base: S, *, plans: Mapping[str, Any] | None = None, file: str | None = None) -> S:
+    """Settings in order of precedence: ``file`` (default: ``$IMA_CONFIG``), the section of the plans, ``base``.
 
     Raises:
-        UserError: see :meth:`IMASettings.parse` and :func:`read_settings_file`.
+        UserError: see :meth:`TrainingSettings.parse` and :func:`read_settings_file`.
     """
-    settings = base or IMASettings()
-    section = (plans or {}).get("ima")
+    settings, name = base, base.section
+    section = (plans or {}).get(name)
     if section is not None:
         if not isinstance(section, Mapping):
-            raise UserError(f"plans: the section 'ima' is a {type(section).__name__}; expected key: value pairs")
-        settings = IMASettings.parse(section, source="plans, section 'ima'", base=settings)
+            raise UserError(f"plans: the section {name!r} is a {type(section).__name__}; expected key: value pairs")
+        settings = type(base).parse(section, source=f"plans, section {name!r}", base=settings)
     file = file or os.environ.get(ENVIRONMENT_VARIABLE)
     if file:
-        settings = IMASettings.parse(read_settings_file(file), source=file, base=settings)
+        settings = type(base).parse(read_settings_file(file, name), source=file, base=settings)
     return settings
 
 

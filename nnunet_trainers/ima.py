@@ -40,7 +40,7 @@ class nnUNetTrainerIMA(nnUNetTrainer):
         show_plainly()
         compat.check_nnunet_version()
         # Before nnU-Net makes a folder or a log: a mistake in the settings costs nothing.
-        self.ima_settings = load_settings(base=self.preset, plans=plans)
+        self.ima_settings = load_settings(self.preset, plans=plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         for attribute, value in self.ima_settings.replaced().items():
             setattr(self, attribute, value)

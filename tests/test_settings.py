@@ -59,7 +59,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        load_settings(file=str(tmp_path / name))
+        load_settings(IMASettings(), file=str(tmp_path / name))
     assert name in str(caught.value)
 
 
@@ -70,9 +70,9 @@ def test_precedence_is_file_then_plans_then_preset(tmp_path, monkeypatch):
     settings = load_settings(base=preset, plans={"ima": {"tau": 0.55, "steps": 7}})
     assert (settings.tau, settings.steps, settings.epochs) == (0.7, 7, 50)
     with pytest.raises(UserError, match="plans, section 'ima': unknown setting 'foo'"):
-        load_settings(plans={"ima": {"foo": 1}})
+        load_settings(IMASettings(), plans={"ima": {"foo": 1}})
     with pytest.raises(UserError, match="section 'ima' is a list"):
-        load_settings(plans={"ima": [1]})
+        load_settings(IMASettings(), plans={"ima": [1]})
 
 
 def test_automatic_sizes_and_units():

@@ -305,14 +305,14 @@ def _folders() -> Iterator[Finding]:
 
 
 def _settings() -> Iterator[Finding]:
-    from ima_seg.settings import ENVIRONMENT_VARIABLE, load_settings
+    from ima_seg.settings import ENVIRONMENT_VARIABLE, IMASettings, load_settings
 
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     if not value:
         yield Finding(ENVIRONMENT_VARIABLE, "not set; the trainers' own settings are used")
         return
     try:
-        load_settings()
+        load_settings(IMASettings())
     except UserError as error:
         remedy = f"correct the file, or unset {ENVIRONMENT_VARIABLE}"
         yield Finding(ENVIRONMENT_VARIABLE, str(error), "wrong", remedy)
