@@ -64,7 +64,7 @@ def search(network: Any, x: torch.Tensor, target: Target, norm: Any) -> None:
     """The boundary search, all steps."""
     eps = torch.full((len(x),), 0.1, device=x.device)
     found = boundary_search(
-        network, x, target, eps=eps, threshold=-torch.ones_like(eps), clean_dice=torch.ones_like(eps),
+        network, x, target, eps=eps, threshold=-torch.ones_like(eps), clean_quality=torch.ones_like(eps),
         settings=SearchSettings(steps=STEPS), threat=ThreatModel(norm), precision="fp32",
     )  # fmt: skip
     assert found.passes.gradients == STEPS * len(x), "the comparison needs all passes"

@@ -36,7 +36,7 @@ class EpochTally:
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
-        self._host = {"patches": 0, "forwards": 0, "gradients": 0, "dropped": 0}
+        self._host = {"patches": 0, "forwards": 0, "gradients": 0, "training": 0, "dropped": 0}
 
     def add(self, report: StepReport) -> None:
         """Add one step."""
@@ -47,6 +47,7 @@ class EpochTally:
         row = torch.where(usable | (torch.arange(len(row), device=row.device) > 1), row, 0.0)
         self._sums = row if self._sums is None else self._sums + row
         self._host["patches"] += len(report.crossed)
+        self._host["training"] += len(report.crossed) * (1 if report.adversarial is None else 2)
         self._host["forwards"] += report.passes.forwards
         self._host["gradients"] += report.passes.gradients
 
@@ -86,6 +87,7 @@ def history_row(summary: EpochSummary, totals: Mapping[str, float], seconds: flo
         "passes_per_sample": (totals["forwards"] + totals["gradients"]) / patches,
         "forwards_per_sample": totals["forwards"] / patches,
         "gradients_per_sample": totals["gradients"] / patches,
+        "training_passes_per_sample": totals["training"] / patches,
         "searched_share": totals["searched"] / patches,
         "resting_share": totals["resting"] / patches,
         "background_share": totals["background"] / patches,
@@ -124,11 +126,13 @@ def margin_rows(ledger: MarginLedger, *, norm: Norm, voxels: int, native: Mappin
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``rows`` (all with the keys of the first) in one rename; floats with 6 significant digits."""
+    """Write ``rows`` in one rename, empty where a row lacks a key; floats with 6 significant digits."""
     if not rows:
         return
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    # The first epochs of a resumed training may be of a version that wrote fewer columns.
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(buffer, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, boundary_search, pgd
 from ima_seg.attacks._rows import assign, chosen
-from ima_seg.attacks.boundary import start_radius
+from ima_seg.attacks.boundary import dice_quality, loss_quality, start_radius
 from ima_seg.errors import UserError
 from ima_seg.ledger import EpochSummary, MarginLedger
 from ima_seg.model import full_resolution, inner_module
@@ -42,13 +42,13 @@ class StepReport:
         loss: (1 - beta) * clean + beta * adversarial, 0-dim.
         clean_loss, adversarial_loss: 0-dim; equal where nothing was attacked.
         adversarial: the perturbed batch (B, C, *S), or None where nothing was attacked.
-        searched: (B,) bool, patches whose boundary was searched: with foreground, a clean Dice of at least tau, and a
-            case that does not rest.
+        searched: (B,) bool, patches whose boundary was searched: with foreground, not below the criterion's threshold
+            without perturbation, and of a case that does not rest.
         resting: (B,) bool, patches left out of the search because the margin of their case is steady.
         crossed: (B,) bool.
         distance: (B,) size of the perturbation, per voxel in network units.
         background: (B,) bool, patches without foreground.
-        below: (B,) bool, patches whose clean Dice is below tau.
+        below: (B,) bool, patches that have crossed without perturbation.
         nonfinite: (B,) bool, patches left out of the margins for a NaN or infinite gradient.
         stalled: (B,) bool, patches whose gradient was exactly zero at some step.
         passes: network passes that the perturbations took, without the two training passes.
@@ -163,15 +163,17 @@ class IMA:
             output = forward(model, clean)
             clean_loss = loss(output)
             target = Target.from_raw(y, self.labels)
-            clean_dice = hard_dice(full_resolution(output).detach(), target)
+            clean_logits = full_resolution(output).detach()
+            clean_dice = hard_dice(clean_logits, target)
             background = clean_dice.isnan()
-            below = clean_dice < self.settings.tau
+            quality, threshold = self._criterion(clean_logits, target, clean_dice)
+            below = quality < threshold
             resting = ~background & ~below & self.ledger.resting(case_ids, x.device)
             searched = ~background & ~below & ~resting
             perturbed = resting | background if self.settings.background_steps else resting
             attacked = searched | perturbed
             attack_any = beta > 0 and (distributed or bool(attacked.any()))
-            del output
+            del output, clean_logits
             backward(clean_loss * (1 - beta) if attack_any else clean_loss)
         clean_loss = clean_loss.detach()
         if not attack_any:
@@ -180,7 +182,7 @@ class IMA:
         eps = self.ledger.get(case_ids, x.device)
         with contextlib.nullcontext() if self._graphs is None else self._graphs:
             found = self._perturb(
-                inner_module(model), x, target, eps, clean_dice, clean.grad, searched, perturbed, generator
+                inner_module(model), x, target, eps, quality, threshold, clean.grad, searched, perturbed, generator
             )
         self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
 
@@ -207,13 +209,31 @@ class IMA:
         """Move the margins; a collective call when ``torch.distributed`` is initialised."""
         return self.ledger.step()
 
+    def _criterion(
+        self, logits: torch.Tensor, target: Target, dice: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quality of the clean samples and the threshold that they must not fall below, (B,) both.
+
+        Args:
+            logits: full-resolution logits (B, K, *S) of the clean batch.
+            target: its reference.
+            dice: its hard foreground Dice (B,).
+        """
+        criterion, tau = self.settings.criterion, self.settings.tau
+        if criterion == "loss":
+            return loss_quality(logits, target)[0], torch.full_like(dice, -tau)
+        absolute = torch.full_like(dice, tau)
+        # From a Dice of 0 nothing can be lost; such a patch counts as crossed.
+        return dice, torch.where(dice > 0, dice * tau, absolute) if criterion == "relative" else absolute
+
     def _perturb(
         self,
         network: Network,
         x: torch.Tensor,
         target: Target,
         eps: torch.Tensor,
-        clean_dice: torch.Tensor,
+        quality: torch.Tensor,
+        threshold: torch.Tensor,
         clean_gradient: torch.Tensor | None,
         searched: torch.Tensor,
         perturbed: torch.Tensor,
@@ -236,8 +256,9 @@ class IMA:
                 x,
                 target,
                 eps=eps,
-                threshold=torch.full_like(eps, settings.tau),
-                clean_dice=clean_dice,
+                threshold=threshold,
+                clean_quality=quality,
+                quality=loss_quality if settings.criterion == "loss" else dice_quality,
                 settings=settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
                 threat=self.threat,
                 searched=searched,

@@ -20,8 +20,8 @@ import torch
 from ima_seg.errors import UserError
 from ima_seg.ranks import gather
 
-Rule = Literal["paper", "majority", "mean"]
-RULES: tuple[Rule, ...] = ("paper", "majority", "mean")
+Rule = Literal["paper", "majority", "mean", "grow"]
+RULES: tuple[Rule, ...] = ("paper", "majority", "mean", "grow")
 
 #: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
@@ -89,9 +89,10 @@ class MarginLedger:
             - ``"paper"``: E + delta if any visit held, else (E + mean distance) / 2;
             - ``"majority"``: E + delta if at least half of the visits held, else (E + mean distance) / 2, of those that
               crossed;
-            - ``"mean"``: the mean over visits of E + delta (held) and (E + distance) / 2 (crossed).
+            - ``"mean"``: the mean over visits of E + delta (held) and (E + distance) / 2 (crossed);
+            - ``"grow"``: E + delta if any visit held, else E.
 
-            With one visit per epoch the three agree. With n visits that cross with probability p each, ``"paper"``
+            With one visit per epoch the first three agree. With n visits that cross with probability p each, ``"paper"``
             contracts only with probability p^n.
         patience: equilibrium is reported when the median margin, averaged over this many epochs, is less than 5 % above
             its average over as many epochs before. Epochs count from the one in which half of the cases have had a
@@ -217,6 +218,8 @@ class MarginLedger:
             moved = expanded if held else contracted
         elif self.rule == "majority":
             moved = expanded if 2 * held >= visits else contracted
+        elif self.rule == "grow":
+            moved = expanded if held else record.margin
         else:
             moved = (held * expanded + len(distances) * contracted) / visits
         moved = min(max(moved, 0.0), self.eps_max)

@@ -30,10 +30,11 @@ ENVIRONMENT_VARIABLE = "IMA_CONFIG"
 DEFAULT_EPS_MAX = 0.3
 
 #: What trainings did before a setting existed.
-BEFORE: Mapping[str, Any] = {"start": "random", "steady_interval": 1}
+BEFORE: Mapping[str, Any] = {"start": "random", "steady_interval": 1, "criterion": "dice"}
 
 Auto = Literal["auto"]
 Start = Literal["random", "gradient", "mixed"]
+Criterion = Literal["dice", "relative", "loss"]
 
 
 S = TypeVar("S", bound="TrainingSettings")
@@ -126,7 +127,11 @@ class IMASettings(TrainingSettings):
         delta: expansion step and first margin; ``"auto"``: the cap in as many steps as a third of the epochs, but 10
             to 50. Boundaries in 3D are nearer per voxel than in 2D, and a first margin beyond them trains on noise
             that is too large.
-        tau: a patch has crossed when its hard foreground Dice is below.
+        criterion: what tells whether a patch has crossed: ``"dice"``, its hard foreground Dice is below ``tau``;
+            ``"relative"``, it is below ``tau`` times that of the clean patch; ``"loss"``, its Dice + CE (which is -1
+            where all is right) is above ``tau``. Patches that have crossed without perturbation are not searched; with
+            ``"relative"`` those are the patches whose clean Dice is 0.
+        tau: the threshold; above 0 and below 1 for a Dice.
         beta: weight of the adversarial loss; 0 is standard training.
         steps: gradient steps K of the search, at most.
         step_factor: alpha; a step is ``step_factor * margin / steps`` long.
@@ -155,7 +160,8 @@ class IMASettings(TrainingSettings):
 
     eps_max: Auto | float = "auto"
     delta: Auto | float = "auto"
-    tau: float = Field(0.6, gt=0, lt=1)
+    criterion: Criterion = "dice"
+    tau: float = 0.6
     beta: float = Field(0.5, ge=0, le=1)
     steps: int = Field(5, ge=1, le=1000)
     step_factor: float = Field(4.0, gt=0)
@@ -170,6 +176,10 @@ class IMASettings(TrainingSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> IMASettings:
+        if self.criterion != "loss" and not 0 < self.tau < 1:
+            raise ValueError(f"tau is {self.tau:g}; as the threshold of a Dice it must be above 0 and below 1")
+        if self.criterion == "loss" and self.tau <= -1:
+            raise ValueError(f"tau is {self.tau:g}; the loss of a patch is -1 at the least, the threshold must be above")
         cap = DEFAULT_EPS_MAX if self.eps_max == "auto" and self.unit == "voxel" else self.eps_max
         if cap != "auto" and self.delta != "auto" and self.delta > cap:
             raise ValueError(f"delta {self.delta:g} is more than eps_max {cap:g}; use a smaller step or a larger cap")
@@ -257,3 +267,5 @@ def load_settings(base: S, *, plans: Mapping[str, Any] | None = None, file: str 
 
 #: About half of the default's search (``benchmarks/search_settings.py``).
 FAST = IMASettings(steps=2, start="mixed", refine_steps=1)
+#: AMAT: the margin is defined by a loss, and never moved back.
+AMAT = IMASettings(criterion="loss", tau=-0.5, rule="grow")

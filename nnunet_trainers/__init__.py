@@ -1,7 +1,12 @@
 """Trainers for ``nnUNetv2_train -tr NAME``; nnU-Net finds every name in ``__all__`` once the package is installed."""
 
-from nnunet_trainers.fast import nnUNetTrainerIMA_fast
-from nnunet_trainers.ima import nnUNetTrainerIMA
+from nnunet_trainers.amat import nnUNetTrainerAMAT
+from nnunet_trainers.fast import (
+    nnUNetTrainerIMA_fast,
+)
+from nnunet_trainers.ima import (
+    nnUNetTrainerIMA,
+)
 from nnunet_trainers.lengths import (
     nnUNetTrainerIMA_1epoch,
     nnUNetTrainerIMA_5epochs,
@@ -11,6 +16,25 @@ from nnunet_trainers.lengths import (
     nnUNetTrainerIMA_100epochs,
     nnUNetTrainerIMA_250epochs,
 )
+from nnunet_trainers.methods import (
+    nnUNetTrainerFGSMAT,
+    nnUNetTrainerFreeAT,
+    nnUNetTrainerNoise,
+    nnUNetTrainerPGDAT,
+    nnUNetTrainerPGDAT_paperHeart5,
+    nnUNetTrainerPGDAT_paperHeart15,
+    nnUNetTrainerPGDAT_paperHeart25,
+    nnUNetTrainerPGDAT_paperHippocampus1,
+    nnUNetTrainerPGDAT_paperHippocampus5,
+    nnUNetTrainerPGDAT_paperHippocampus10,
+    nnUNetTrainerPGDAT_paperHippocampus15,
+    nnUNetTrainerPGDAT_paperProstate10,
+    nnUNetTrainerPGDAT_paperProstate20,
+    nnUNetTrainerPGDAT_paperProstate40,
+    nnUNetTrainerSegPGDAT,
+    nnUNetTrainerTE,
+    nnUNetTrainerTRADES,
+)
 from nnunet_trainers.paper import (
     nnUNetTrainerIMA_paperHeart,
     nnUNetTrainerIMA_paperHippocampus,
@@ -18,6 +42,9 @@ from nnunet_trainers.paper import (
 )
 
 __all__ = [
+    "nnUNetTrainerAMAT",
+    "nnUNetTrainerFGSMAT",
+    "nnUNetTrainerFreeAT",
     "nnUNetTrainerIMA",
     "nnUNetTrainerIMA_1epoch",
     "nnUNetTrainerIMA_5epochs",
@@ -30,4 +57,19 @@ __all__ = [
     "nnUNetTrainerIMA_paperHeart",
     "nnUNetTrainerIMA_paperHippocampus",
     "nnUNetTrainerIMA_paperProstate",
+    "nnUNetTrainerNoise",
+    "nnUNetTrainerPGDAT",
+    "nnUNetTrainerPGDAT_paperHeart5",
+    "nnUNetTrainerPGDAT_paperHeart15",
+    "nnUNetTrainerPGDAT_paperHeart25",
+    "nnUNetTrainerPGDAT_paperHippocampus1",
+    "nnUNetTrainerPGDAT_paperHippocampus5",
+    "nnUNetTrainerPGDAT_paperHippocampus10",
+    "nnUNetTrainerPGDAT_paperHippocampus15",
+    "nnUNetTrainerPGDAT_paperProstate10",
+    "nnUNetTrainerPGDAT_paperProstate20",
+    "nnUNetTrainerPGDAT_paperProstate40",
+    "nnUNetTrainerSegPGDAT",
+    "nnUNetTrainerTE",
+    "nnUNetTrainerTRADES",
 ]

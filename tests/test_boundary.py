@@ -49,7 +49,7 @@ def search(network, x, target, eps, norm="l2", image_channels=None, tau=TAU, **s
         target,
         eps=eps,
         threshold=torch.full_like(eps, tau),
-        clean_dice=clean,
+        clean_quality=clean,
         settings=SearchSettings(**settings),
         threat=ThreatModel(norm, image_channels),
     )
@@ -186,13 +186,13 @@ def test_only_the_searched_samples_are_searched(no_random_start, multiple_of):
     clean = hard_dice(network(x).detach(), target)
     common = {"threat": ThreatModel(), "settings": SearchSettings(steps=10, multiple_of=multiple_of)}
     everything = boundary_search(
-        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=clean, **common
+        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=clean, **common
     )
     searched = torch.tensor([False, True, False, True, False, True])
     sizes = []
     network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     some = boundary_search(
-        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=clean, searched=searched, **common
+        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=clean, searched=searched, **common
     )
     torch.testing.assert_close(some.distance, everything.distance * searched, rtol=1e-3, atol=1e-6)
     assert torch.equal(some.crossed, everything.crossed & searched)
@@ -279,7 +279,7 @@ def test_network_is_left_as_it_was_found():
         target,
         eps=eps,
         threshold=-eps,
-        clean_dice=eps,
+        clean_quality=eps,
         settings=SearchSettings(steps=2),
         threat=ThreatModel(),
     )
@@ -425,7 +425,7 @@ def test_one_host_read_per_step():
     clean = hard_dice(network(x).detach(), target)
     settings = SearchSettings(steps=7, refine_steps=4)
     with HostReads() as reads:
-        boundary_search(network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=clean,
+        boundary_search(network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=clean,
                         settings=settings, threat=ThreatModel())  # fmt: skip
     # And one before the first, of the budgets.
     assert 1 + 7 <= reads.count <= 1 + 7 + 4
@@ -446,7 +446,7 @@ def test_cuda_finds_the_hyperplane_and_waits_once_per_step(norm, no_random_start
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = boundary_search(
-                network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=torch.ones_like(eps),
+                network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=torch.ones_like(eps),
                 settings=SearchSettings(steps=20, multiple_of=2), threat=ThreatModel(norm),
             )  # fmt: skip
     finally:
@@ -465,7 +465,7 @@ def test_a_given_start_is_projected_and_searched_from(norm):
     start[0] = 0  # no crossing from here in one step of a hundredth
     eps = torch.full((len(x),), 0.35)
     settings = SearchSettings(steps=1, step_factor=0.01)
-    options = dict(eps=eps, threshold=torch.full_like(eps, TAU), clean_dice=torch.ones_like(eps), settings=settings)
+    options = dict(eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=torch.ones_like(eps), settings=settings)
     found = boundary_search(network, x, target, threat=ThreatModel(norm), start=start, **options)
     distance = network.distance(x, norm)
     assert found.crossed.tolist() == [False, *(distance[1:] < 0.35).tolist()]

@@ -122,7 +122,7 @@ def test_plans_settings_reach_the_trainer(nnunet, tmp_path, monkeypatch):
     (folder / "with_ima.json").write_text(json.dumps(varied))
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     trainer = make_trainer(plans="with_ima")
-    assert trainer.ima_settings.tau == 0.77 and trainer.num_epochs == 3
+    assert trainer.adversarial_settings.tau == 0.77 and trainer.num_epochs == 3
     assert "nnUNetTrainerIMA__with_ima__3d_fullres" in trainer.output_folder
 
 

@@ -54,7 +54,7 @@ def attacks(network, x, target):
     yield pgd(network, x, target, eps=eps, steps=4, goal=GOALS["segpgd"], generator=seeded(), **common)
     clean = hard_dice(network(x).detach(), target)
     yield boundary_search(
-        network, x, target, eps=eps, threshold=clean * 0.8, clean_dice=clean, settings=SearchSettings(steps=6),
+        network, x, target, eps=eps, threshold=clean * 0.8, clean_quality=clean, settings=SearchSettings(steps=6),
         generator=seeded(), **common,
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ def test_a_step_skipped_for_its_scale_is_not_taken_for_a_gradient_of_zero():
     model = lambda image: network(Flushes.apply(image.float(), 2.0**20))  # noqa: E731
     clean = hard_dice(network(x), target)
     found = boundary_search(
-        model, x.half(), target, eps=torch.full((5,), 0.2), threshold=clean * 0, clean_dice=clean,
+        model, x.half(), target, eps=torch.full((5,), 0.2), threshold=clean * 0, clean_quality=clean,
         settings=SearchSettings(steps=8), threat=ThreatModel(), precision="fp32",
     )  # fmt: skip
     assert found.finite.all() and not found.stalled.any() and (found.distance > 0.05).all()

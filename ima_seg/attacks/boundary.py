@@ -1,26 +1,27 @@
 """The boundary search of IMA training: the point of least Dice loss on the way out, found per sample.
 
-A sample *crosses* when its hard foreground Dice falls below a threshold. The search walks outwards by PGD within each
+A sample *crosses* when its quality, as a rule its hard foreground Dice, falls below a threshold. The search walks outwards by PGD within each
 sample's own budget, keeps the last point that had not crossed and the first that had, and closes that bracket by a
 root finder. Method: Ma & Liang, arXiv 2005.09147.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from ima_seg.attacks._gradient import Perturbed, check_batch
+from ima_seg.attacks._gradient import Perturbed, all_finite, check_batch
 from ima_seg.attacks._rows import HostCount, assign, positions
 from ima_seg.attacks.base import UNTARGETED, Loss
 from ima_seg.errors import UserError
+from ima_seg.losses import dice_ce_loss
 from ima_seg.model import Precision, frozen
 from ima_seg.ops import (
     gradient_step,
     hard_counts,
-    hard_dice,
     interpolate,
     mean_dice,
     per_row,
@@ -30,6 +31,19 @@ from ima_seg.ops import (
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 Refine = Literal["root", "bisection"]
+#: (logits (B, K, *S), target) -> the quality (B,) float32, and whether all logits of a sample are finite, (B,) bool.
+Quality = Callable[[torch.Tensor, Target], tuple[torch.Tensor, torch.Tensor]]
+
+
+def dice_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hard foreground Dice; NaN without foreground."""
+    counts, sane = hard_counts(logits, target)
+    return mean_dice(counts), sane
+
+
+def loss_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minus the sample's Dice + CE (:func:`ima_seg.losses.dice_ce_loss`)."""
+    return -dice_ce_loss(logits, target), all_finite(logits)
 
 
 @dataclass(frozen=True)
@@ -107,10 +121,11 @@ def boundary_search(
     *,
     eps: torch.Tensor,
     threshold: torch.Tensor,
-    clean_dice: torch.Tensor,
+    clean_quality: torch.Tensor,
     settings: SearchSettings,
     threat: ThreatModel,
     searched: torch.Tensor | None = None,
+    quality: Quality = dice_quality,
     loss: Loss = UNTARGETED.loss,
     support: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
@@ -124,11 +139,12 @@ def boundary_search(
         x: batch (B, C, *S) in network units.
         target: reference of the batch; every searched sample has foreground.
         eps: budget E of each sample, (B,), per voxel in network units.
-        threshold: (B,), a sample has crossed when its hard foreground Dice is below.
-        clean_dice: (B,) hard foreground Dice of the clean batch, at or above ``threshold``.
+        threshold: (B,), a sample has crossed when its quality is below.
+        clean_quality: (B,) of the clean batch, at or above ``threshold``.
         settings: how to search.
         threat: norm and perturbable channels.
         searched: (B,) bool, the samples to search; the others are returned as they are. Default: all.
+        quality: what falls below the threshold.
         loss: what the walk climbs.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
         start: perturbation to start from, (B, image channels, *S); it is projected onto the ball of ``eps``. Default:
@@ -142,7 +158,7 @@ def boundary_search(
     check_batch(x, eps, target)
     for name, value, boolean in (
         ("threshold", threshold, False),
-        ("clean_dice", clean_dice, False),
+        ("clean_quality", clean_quality, False),
         ("searched", searched, True),
     ):
         if value is not None and (value.shape != eps.shape or boolean != (value.dtype == torch.bool)):
@@ -160,7 +176,7 @@ def boundary_search(
             )
         delta = project(batch.zero() + batch.supported(start), eps, threat.norm)
     with frozen(model, batch.dtype):
-        walk = _Walk(batch, target, delta, eps, threshold, clean_dice, searched, settings)
+        walk = _Walk(batch, target, delta, eps, threshold, clean_quality, searched, quality, settings)
         while walk.advance():
             pass
         outside, distance = _refine(walk, threshold)
@@ -178,7 +194,7 @@ class _Walk:
     """The way outwards.
 
     What was found is kept for the full batch: ``point``, the last point or the first that had crossed; ``inner``, the
-    one before it; ``dice`` and ``inner_dice`` of both. The working batch, ``rows`` of the full one, has tensors of its
+    one before it; ``quality`` and ``inner_quality`` of both. The working batch, ``rows`` of the full one, has tensors of its
     own, which are only copied when it shrinks.
     """
 
@@ -189,13 +205,14 @@ class _Walk:
         delta: torch.Tensor,
         eps: torch.Tensor,
         threshold: torch.Tensor,
-        clean_dice: torch.Tensor,
+        clean_quality: torch.Tensor,
         searched: torch.Tensor | None,
+        quality_of: Quality,
         settings: SearchSettings,
     ) -> None:
-        self.batch, self.target, self.settings = batch, target, settings
+        self.batch, self.target, self.quality_of, self.settings = batch, target, quality_of, settings
         self.point, self.inner = torch.zeros_like(delta), torch.zeros_like(delta)
-        self.dice, self.inner_dice = clean_dice.float().clone(), clean_dice.float().clone()
+        self.quality, self.inner_quality = clean_quality.float().clone(), clean_quality.float().clone()
         self.finite = torch.ones_like(eps, dtype=torch.bool)
         self.crossed, self.stalled = ~self.finite, ~self.finite
         self.passes, self._step = PassCount(), 0
@@ -205,7 +222,7 @@ class _Walk:
         self._going = torch.ones_like(self.finite) if searched is None else searched
         self._working, self._reference = batch, target
         self._alpha, self._eps, self._threshold = settings.step_factor * eps / settings.steps, eps, threshold
-        self._delta, self._before, self._dice_before = delta, self.inner, self.inner_dice
+        self._delta, self._before, self._quality_before = delta, self.inner, self.inner_quality
         if searched is not None:
             self._shrink(int(searched.sum()))
 
@@ -220,11 +237,10 @@ class _Walk:
         else:
             here = self._working.at(self._delta, self._reference, self._step / steps)
             logits = here.logits
-        counts, sane = hard_counts(logits, self._reference)
-        dice = mean_dice(counts)
+        quality, sane = self.quality_of(logits, self._reference)
         # Without a finite gradient in the step before, a sample has come to its end.
         going = sane & self.finite[self._rows]
-        over = self._going & going & (dice < self._threshold)
+        over = self._going & going & (quality < self._threshold)
         staying = self._going & going & ~over
         self._note(self.crossed, over)
         self._note(self.finite, self._going & ~sane, to=False)
@@ -234,7 +250,7 @@ class _Walk:
         if final or not counted or count.read() < self._active:
             # A point without finite logits says nothing; the one before it is the last.
             last = torch.where(per_row(sane, self._delta), self._delta, self._before)
-            self._leave(self._going if final else self._going & ~staying, last, dice)
+            self._leave(self._going if final else self._going & ~staying, last, quality)
         if final or (counted and count.read() == 0):
             self.passes += PassCount(forwards=size)
             return False
@@ -248,7 +264,7 @@ class _Walk:
         del gradient
         self._note(self.stalled, staying & (length == 0) & ~self._working.scale.skipped)
         self._note(self.finite, staying & ~torch.isfinite(length), to=False)
-        self._going, self._before, self._dice_before, self._delta = staying, self._delta, dice, stepped
+        self._going, self._before, self._quality_before, self._delta = staying, self._delta, quality, stepped
         self._step += 1
         return self._shrink(count.read())
 
@@ -260,17 +276,17 @@ class _Walk:
             self._rows, self._going = self._rows[keep], self._going[keep]
             self._working, self._reference = self._working.select(keep), self._reference[keep]
             self._alpha, self._eps, self._threshold = self._alpha[keep], self._eps[keep], self._threshold[keep]
-            self._delta, self._before, self._dice_before = (
-                self._delta[keep], self._before[keep], self._dice_before[keep],
+            self._delta, self._before, self._quality_before = (
+                self._delta[keep], self._before[keep], self._quality_before[keep],
             )  # fmt: skip
         return count > 0
 
-    def _leave(self, leaving: torch.Tensor, point: torch.Tensor, dice: torch.Tensor) -> None:
+    def _leave(self, leaving: torch.Tensor, point: torch.Tensor, quality: torch.Tensor) -> None:
         """Note where the samples ``leaving`` the working batch have come to."""
         assign(self.point, self._rows, leaving, point)
         assign(self.inner, self._rows, leaving, self._before)
-        assign(self.dice, self._rows, leaving, dice)
-        assign(self.inner_dice, self._rows, leaving, self._dice_before)
+        assign(self.quality, self._rows, leaving, quality)
+        assign(self.inner_quality, self._rows, leaving, self._quality_before)
 
     def _note(self, flags: torch.Tensor, where: torch.Tensor, to: bool = True) -> None:
         flags[self._rows] = (flags[self._rows] | where) if to else (flags[self._rows] & ~where)
@@ -279,14 +295,14 @@ class _Walk:
 def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Close the bracket [inner, point] of the crossed samples; returns its outer ends (B, ...) and their sizes (B,).
 
-    The hard Dice along a line is a step function of one variable. ``"root"`` is regula falsi with the Illinois weights
+    The quality along a line is a function of one variable, the hard Dice one with steps. ``"root"`` is regula falsi with the Illinois weights
     (an end that stays twice has its value halved), kept half a tolerance away from both ends: once an end is close to
     the crossing, the next point lands just beyond it and the bracket closes from the other side.
     """
     settings, norm = walk.settings, walk.batch.threat.norm
     inner, outer, crossed = walk.inner, walk.point, walk.crossed
     low, high = torch.zeros_like(threshold), torch.ones_like(threshold)
-    low_value, high_value = walk.inner_dice - threshold, walk.dice - threshold
+    low_value, high_value = walk.inner_quality - threshold, walk.quality - threshold
     # How wide the bracket may be in units of its first width; the distance is that of its outer end.
     reach = settings.refine_tolerance / perturbation_size(outer - inner, norm).clamp_min(1e-30)
     wanted = reach * perturbation_size(outer, norm)
@@ -309,7 +325,7 @@ def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.T
             nudge = torch.minimum(tolerance / 2, (b - a) / 2)
             share = torch.minimum(torch.maximum((a * fb - b * fa) / (fb - fa), a + nudge), b - nudge)
         delta, size = interpolate(inner, outer, share, norm)
-        value = hard_dice(batch.logits(delta), target) - threshold[rows]
+        value = walk.quality_of(batch.logits(delta), target)[0] - threshold[rows]
         walk.passes += PassCount(forwards=len(rows))
         inside = value >= 0
         assign(low, rows, going & inside, share)

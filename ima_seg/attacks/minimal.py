@@ -100,7 +100,7 @@ def minimal_norm(
             nearer = torch.minimum((crossing + failed) / 2, (1 - gamma) * crossing)
             budget = torch.where(torch.isinf(crossing), eps, nearer)
             found = boundary_search(
-                model, x, target, eps=budget, threshold=threshold, clean_dice=clean_dice, settings=settings,
+                model, x, target, eps=budget, threshold=threshold, clean_quality=clean_dice, settings=settings,
                 threat=threat, searched=searched, loss=goal.loss, support=support, precision=precision,
                 generator=generator,
             )  # fmt: skip

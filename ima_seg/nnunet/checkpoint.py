@@ -12,7 +12,7 @@ import torch
 from ima_seg.errors import UserError
 from ima_seg.files import replacing
 
-#: Key of our state in a checkpoint. Stock nnU-Net ignores keys that it does not know.
+#: Key of the state of an IMA training in a checkpoint. Stock nnU-Net ignores keys that it does not know.
 KEY = "ima"
 
 

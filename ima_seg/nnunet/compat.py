@@ -6,14 +6,15 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ima_seg.errors import UserError
-from ima_seg.nnunet.training import IMATraining
+from ima_seg.nnunet.training import Training
+from ima_seg.settings import TrainingSettings
 from ima_seg.types import Labels
 
 #: The nnU-Net versions supported: from the first (inclusive) to the second (exclusive).
@@ -44,11 +45,14 @@ def _release(version: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def make_training(trainer: Any) -> IMATraining:
-    """The :class:`IMATraining` that fits a freshly constructed nnU-Net trainer with ``ima_settings``."""
+T = TypeVar("T", bound=Training[Any])
+
+
+def make_training(kind: type[T], trainer: Any, settings: TrainingSettings) -> T:
+    """The training of a ``kind`` that fits a freshly constructed nnU-Net trainer."""
     configuration, labels = trainer.configuration_manager, trainer.label_manager
-    return IMATraining(
-        trainer.ima_settings,
+    return kind(
+        settings,
         labels=Labels(
             outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label
         ),

@@ -1,0 +1,111 @@
+"""What the robustness table compares, how long each trains, and how it is evaluated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The method that the others are compared with, and the one that has learnt nothing about attacks.
+OURS, STANDARD = "ima", "standard"
+#: Budgets per voxel (RMS) of the paper's noise levels for the hippocampus, L2 1, 5, 10 and 15 on a slice of 56x40.
+LEVELS = {level: level / math.sqrt(56 * 40) for level in (1, 5, 10, 15)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: a trainer and what it sets beyond its defaults.
+
+    Attributes:
+        trainer: its name.
+        settings: by profile-independent name.
+        steps: whether it takes the number of gradient steps of the profile.
+    """
+
+    trainer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: bool = False
+
+
+METHODS: dict[str, Method] = {
+    # Without adversarial loss the step is nnUNetTrainer's own; this way its length can be set.
+    STANDARD: Method("nnUNetTrainerIMA", {"beta": 0.0}),
+    "noise": Method("nnUNetTrainerNoise", {"eps": round(2 * LEVELS[15], 4)}),
+    **{
+        f"pgdat-{level}": Method("nnUNetTrainerPGDAT", {"eps": round(size, 4)}, steps=True)
+        for level, size in LEVELS.items()
+    },
+    "fgsmat": Method("nnUNetTrainerFGSMAT", {"eps": round(LEVELS[5], 4)}),
+    "freeat": Method("nnUNetTrainerFreeAT", {"eps": round(LEVELS[5], 4)}),
+    "segpgdat": Method("nnUNetTrainerSegPGDAT", {"eps": round(LEVELS[5], 4)}, steps=True),
+    "trades": Method("nnUNetTrainerTRADES", {"eps": round(LEVELS[5], 4)}, steps=True),
+    "te": Method("nnUNetTrainerTE", {"eps": round(LEVELS[5], 4)}, steps=True),
+    "amat": Method("nnUNetTrainerAMAT"),
+    OURS: Method("nnUNetTrainerIMA"),
+    "ima-fast": Method("nnUNetTrainerIMA_fast"),
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of everything.
+
+    Attributes:
+        plans: name of the plans, and how they differ from nnUNetPlans (arguments of ``write_plans``).
+        training: settings that all trainings share.
+        steps: gradient steps of the trainings with PGD; None leaves each its own.
+        protocols: name -> arguments of ``ima-seg evaluate``.
+    """
+
+    plans: tuple[str, dict[str, Any]]
+    training: dict[str, Any]
+    steps: int | None
+    protocols: dict[str, list[str]]
+
+
+def _paper(steps: int, limit: list[str]) -> list[str]:
+    levels = [str(level) for level in LEVELS]
+    return ["--attacks", "pgd", "--budget", "slice", "--unit", "l2", "--eps", *levels, "--steps", str(steps),
+            "--disable_tta", *limit]  # fmt: skip
+
+
+def _worst(norm: str, eps: list[float], steps: int, limit: list[str]) -> list[str]:
+    return ["--attacks", "pgd", "apgd-dice", "apgd-ce", "segpgd", "square", "--norm", norm, "--eps", *map(str, eps),
+            "--steps", str(steps), "--disable_tta", *limit]  # fmt: skip
+
+
+#: The paper's protocol is one of 2D; ``worst-*`` are ours.
+PROFILES: dict[str, Profile] = {
+    "cpu": Profile(
+        plans=("nnUNetPlans_table_cpu", {"features": 16, "max_features": 128, "batch_size": 32}),
+        training={"epochs": 12, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1, "save_every": 1},
+        steps=5,
+        protocols={
+            "paper": _paper(20, ["--limit", "20"]),
+            "worst-l2": _worst("l2", [0.05, 0.1, 0.2], 10, ["--limit", "12"]),
+            "worst-linf": _worst("linf", [0.05, 0.1], 10, ["--limit", "12"]),
+        },
+    ),
+    "gpu": Profile(
+        plans=("nnUNetPlans", {}),
+        training={"epochs": 250},
+        steps=None,
+        protocols={
+            "paper": _paper(20, []),
+            "worst-l2": _worst("l2", [0.02, 0.05, 0.1, 0.2, 0.3], 50, []),
+            "worst-linf": _worst("linf", [0.02, 0.05, 0.1, 0.2], 50, []),
+        },
+    ),
+}
+
+
+def settings_of(name: str, profile: Profile) -> dict[str, Any]:
+    """The settings file of a training."""
+    method = METHODS[name]
+    steps = {"steps": profile.steps} if method.steps and profile.steps is not None else {}
+    return {**profile.training, **steps, **method.settings}
+
+
+def protocols_of(configuration: str, profile: Profile) -> dict[str, list[str]]:
+    """The protocols that a configuration can be evaluated by."""
+    return {name: arguments for name, arguments in profile.protocols.items() if configuration == "2d" or name != "paper"}

@@ -1,0 +1,301 @@
+"""IMA beside every other way to train, from a data set to the table and the figure.
+
+    python benchmarks/robustness_table.py 4 -c 2d --profile cpu -w WORK [--methods ima pgdat-5 ...] [--folds 0]
+
+Trains every method on the same folds, for the same number of batches, from the same weights (``--pretrained``) or from
+scratch, and evaluates each on the validation cases of its fold with ``ima-seg evaluate``, by the paper's protocol (2D:
+budget per slice, PGD, mean Dice per slice with foreground and pooled Dice) and by ours (whole volumes, the worst case of
+PGD, APGD, SegPGD and Square, L2 and L-infinity). ``robustness_methods.py`` says what is trained and how long.
+
+Every stage goes on where it stopped: trainings and evaluations live in WORK, and what they gave is stored in
+``benchmarks/results/robustness/DATASET_CONFIGURATION_PROFILE/METHOD_foldN.json``, from which table and figure are made
+(``--table`` makes only them). A stored result is taken as it is if settings, plans, versions and sources are the same as
+now; otherwise the script says what differs and stops; ``--rerun METHOD`` makes it anew. Calls with different
+``--methods`` may run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, provenance
+from robustness_methods import METHODS, PROFILES, Profile, protocols_of, settings_of
+from robustness_report import report
+
+import ima_seg
+from ima_seg.evaluate.records import Record, read_lines
+from ima_seg.files import write_text
+from ima_seg.nnunet.checkpoint import read_checkpoint
+from ima_seg.nnunet.plans import preprocessed_folder, write_plans
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What decides how a training turns out, of our own sources.
+SOURCES = ("ima_seg/attacks", "ima_seg/methods", "ima_seg/ops", "ima_seg/ima.py", "ima_seg/ledger.py",
+           "ima_seg/losses.py", "ima_seg/model.py", "ima_seg/settings.py", "nnunet_trainers")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method on one fold."""
+
+    dataset: str
+    configuration: str
+    profile: str
+    method: str
+    fold: str
+    work: Path
+    device: str
+    pretrained: Path | None
+
+    @property
+    def folder(self) -> Path:
+        """Of everything that the training and its evaluations leave."""
+        return self.work / f"{self.dataset}_{self.configuration}_{self.profile}" / f"{self.method}_fold{self.fold}"
+
+    @property
+    def stored(self) -> Path:
+        """The result."""
+        return store_folder(self.dataset, self.configuration, self.profile) / f"{self.method}_fold{self.fold}.json"
+
+    @property
+    def plans(self) -> str:
+        """Name of the plans."""
+        return PROFILES[self.profile].plans[0]
+
+    @property
+    def model(self) -> Path:
+        """The model folder of the training."""
+        trainer = METHODS[self.method].trainer
+        return self.folder / "results" / self.dataset / f"{trainer}__{self.plans}__{self.configuration}"
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that must be the same for two results to stand in one table."""
+        profile = PROFILES[self.profile]
+        plans = preprocessed_folder(self.dataset) / f"{self.plans}.json"
+        splits = json.loads((preprocessed_folder(self.dataset) / "splits_final.json").read_text())
+        return {
+            "trainer": METHODS[self.method].trainer,
+            "settings": settings_of(self.method, profile),
+            "protocols": protocols_of(self.configuration, profile),
+            "plans": digest(json.loads(plans.read_text())["configurations"][self.configuration]),
+            "split": digest(splits[int(self.fold)]),
+            "pretrained": None if self.pretrained is None else file_digest(self.pretrained),
+            "versions": {name: importlib.metadata.version(name) for name in ("ima-seg", "nnunetv2", "torch")},
+            "sources": sources(),
+        }
+
+
+def digest(value: Any) -> str:
+    """Short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_digest(path: Path) -> str:
+    """Short hash of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def sources() -> str:
+    """Short hash of what decides how a training turns out."""
+    files = sorted(f for each in SOURCES for f in ([ROOT / each] if each.endswith(".py") else (ROOT / each).rglob("*.py")))
+    return digest([(str(file.relative_to(ROOT)), file.read_text()) for file in files])
+
+
+def store_folder(dataset: str, configuration: str, profile: str) -> Path:
+    """Where the results of a table lie."""
+    return RESULTS / "robustness" / f"{dataset}_{configuration}_{profile}"
+
+
+def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not the same, named."""
+    return [f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in now if stored.get(key) != now[key]]
+
+
+def train(job: Job, identity: dict[str, Any]) -> None:
+    """Train, or go on; a finished training is left alone.
+
+    Raises:
+        SystemExit: the folder holds a training of other settings.
+    """
+    fold = job.model / f"fold_{job.fold}"
+    note = job.folder / "identity.json"
+    if note.is_file() and (changed := differences(json.loads(note.read_text()), identity)):
+        sys.exit(
+            f"{job.folder} holds a training of another kind ({'; '.join(changed)}); run with --rerun {job.method}, "
+            "or give another folder with -w"
+        )
+    if (fold / "checkpoint_final.pth").is_file():
+        return
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_text(note, json.dumps(identity, indent=2) + "\n")
+    settings = job.folder / "settings.toml"
+    write_text(settings, "".join(f"{key} = {json.dumps(value)}\n" for key, value in identity["settings"].items()))
+    environment = {**os.environ, "nnUNet_results": str(job.folder / "results"), "IMA_CONFIG": str(settings)}
+    began = time.monotonic()
+    with (job.folder / "train.log").open("a") as log:
+        command = [sys.executable, __file__, *sys.argv[1:], "--train", job.configuration, job.method, job.fold]
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    print(f"  trained in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def train_here(job: Job) -> None:
+    """Train in this process, whose environment names settings and folders."""
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    fold = job.model / f"fold_{job.fold}"
+    go_on = (fold / "checkpoint_latest.pth").is_file()
+    trainer = get_trainer_from_args(
+        job.dataset, job.configuration, int(job.fold), METHODS[job.method].trainer, job.plans,
+        continue_training=go_on, device=torch.device(job.device),
+    )  # fmt: skip
+    maybe_load_checkpoint(trainer, go_on, False, None)
+    if job.pretrained is not None and not go_on:
+        if not trainer.was_initialized:
+            trainer.initialize()
+        weights = torch.load(job.pretrained, map_location=trainer.device, weights_only=False)["network_weights"]
+        trainer.network.load_state_dict(weights)
+    trainer.run_training()
+
+
+def validation_folder(job: Job) -> Path:
+    """Links to images and labels of the fold's validation cases."""
+    splits = json.loads((preprocessed_folder(job.dataset) / "splits_final.json").read_text())
+    raw, folder = Path(os.environ["nnUNet_raw"]) / job.dataset, job.folder / "validation"
+    for kind, pattern in (("imagesTr", "{}_*"), ("labelsTr", "{}.*")):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for case in splits[int(job.fold)]["val"]:
+            for file in (raw / kind).glob(pattern.format(case)):
+                link = folder / kind / file.name
+                if not link.exists():
+                    link.symlink_to(file.resolve())
+    return folder
+
+
+def evaluate(job: Job) -> dict[str, list[dict[str, Any]]]:
+    """The records of each protocol, evaluated as far as they are missing."""
+    cases = validation_folder(job)
+    result = {}
+    for protocol, arguments in protocols_of(job.configuration, PROFILES[job.profile]).items():
+        out, began = job.folder / protocol, time.monotonic()
+        command = ["ima-seg", "evaluate", "-m", str(job.model), "-f", job.fold, "-i", str(cases / "imagesTr"),
+                   "-gt", str(cases / "labelsTr"), "-o", str(out), "-device", job.device, "--resume", *arguments]  # fmt: skip
+        program = shutil.which("ima-seg", path=str(Path(sys.executable).parent)) or "ima-seg"
+        with (job.folder / f"{protocol}.log").open("a") as log:
+            subprocess.run([program, *command[1:]], check=True, stdout=log, stderr=subprocess.STDOUT)
+        print(f"  {protocol} in {time.monotonic() - began:.0f} s", flush=True)
+        result[protocol] = [slim(record) for record in read_lines(sorted(out.glob("records*.jsonl")), Record)]
+    return result
+
+
+def slim(record: Record) -> dict[str, Any]:
+    """What the table needs of a record."""
+    return {
+        "case": record.case, "attack": record.attack, "norm": record.norm, "unit": record.unit, "eps": record.eps,
+        "dice": record.dice, "nsd": record.nsd, "hd95_mm": record.hd95_mm,
+        "slice_dice": None if record.slice_dice is None else [record.slice_dice.mean, record.slice_dice.slices],
+        "voxels": {name: [each.tp, each.fp, each.fn] for name, each in record.classes.items()},
+    }  # fmt: skip
+
+
+def cost(job: Job) -> dict[str, Any]:
+    """Network passes and seconds of the whole training, from the history that its checkpoint holds."""
+    checkpoint = read_checkpoint(job.model / f"fold_{job.fold}" / "checkpoint_final.pth")
+    state = checkpoint.get("ima") or checkpoint["ima_method"]
+    history = state["history"]
+    mean = {key: sum(row[key] for row in history) / len(history) for key in
+            ("forwards_per_sample", "gradients_per_sample", "training_passes_per_sample")}  # fmt: skip
+    # Of a training pass, whose backward pass has the gradients of input and parameters, the forward is a third.
+    equivalent = mean["training_passes_per_sample"] + mean["gradients_per_sample"] * 2 / 3 + mean["forwards_per_sample"] / 3
+    return {**mean, "standard_passes_per_sample": equivalent, "epochs": len(history),
+            "seconds": sum(row["seconds"] for row in history), "last_epoch": history[-1]}  # fmt: skip
+
+
+def run(job: Job, rerun: bool) -> None:
+    """Train, evaluate and store, as far as that is not done.
+
+    Raises:
+        SystemExit: the stored result is of another kind.
+    """
+    identity = job.identity()
+    if rerun:
+        job.stored.unlink(missing_ok=True)
+        if job.folder.is_dir():
+            shutil.rmtree(job.folder)
+    if job.stored.is_file():
+        changed = differences(json.loads(job.stored.read_text())["identity"], identity)
+        if changed:
+            sys.exit(f"{job.stored} is a result of another kind ({'; '.join(changed)}); run with --rerun {job.method}")
+        return
+    print(f"{job.configuration} {job.method} fold {job.fold}", flush=True)
+    train(job, identity)
+    protocols = evaluate(job)
+    result = {
+        "method": job.method, "fold": job.fold, "identity": identity, "cost": cost(job), "protocols": protocols,
+        **provenance(__file__, torch.device(job.device)), "ima_seg": ima_seg.__version__,
+    }  # fmt: skip
+    job.stored.parent.mkdir(parents=True, exist_ok=True)
+    write_text(job.stored, json.dumps(result) + "\n")
+
+
+def jobs(options: argparse.Namespace, dataset: str) -> Iterator[Job]:
+    """All of them."""
+    for configuration in options.configurations:
+        for fold in options.folds:
+            for method in options.methods:
+                yield Job(dataset, configuration, options.profile, method, fold, options.work.resolve(),
+                          options.device, options.pretrained)  # fmt: skip
+
+
+def ensure_plans(dataset: str, profile: Profile) -> None:
+    """Write the profile's plans."""
+    name, changes = profile.plans
+    if changes:
+        write_plans(dataset, "nnUNetPlans", name, **changes)
+
+
+def main() -> None:
+    """Train, evaluate, store, and make the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("-c", "--configurations", nargs="+", default=["2d"])
+    parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
+    parser.add_argument("-f", "--folds", nargs="+", default=["0"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("-w", "--work", type=Path, default=Path("robustness_work"))
+    parser.add_argument("--pretrained", type=Path, help="checkpoint of a standard model that all trainings start from")
+    parser.add_argument("--rerun", nargs="+", choices=list(METHODS), default=[], help="make these anew")
+    parser.add_argument("--table", action="store_true", help="only make table and figure from what is stored")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--train", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.pretrained is not None and not options.pretrained.is_file():
+        sys.exit(f"checkpoint {options.pretrained} does not exist")
+    dataset = preprocessed_folder(options.dataset).name
+    if options.train:
+        configuration, method, fold = options.train
+        train_here(Job(dataset, configuration, options.profile, method, fold, options.work.resolve(),
+                       options.device, options.pretrained))  # fmt: skip
+        return
+    if not options.table:
+        ensure_plans(dataset, PROFILES[options.profile])
+        for job in jobs(options, dataset):
+            run(job, job.method in options.rerun)
+    for configuration in options.configurations:
+        report(store_folder(dataset, configuration, options.profile))
+
+
+if __name__ == "__main__":
+    main()

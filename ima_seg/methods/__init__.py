@@ -1,0 +1,38 @@
+"""Other ways to train for robustness, for any torch module: what IMA is compared with.
+
+All share this package's attacks, and the step of :class:`~ima_seg.methods.base.Method`.
+"""
+
+from ima_seg.methods.base import Method, MethodReport
+from ima_seg.methods.ensembling import TemporalEnsembling
+from ima_seg.methods.fixed import FGSMAT, PGDAT, NoiseAugmentation, SegPGDAT
+from ima_seg.methods.free import FreeAT
+from ima_seg.methods.settings import (
+    FGSMATSettings,
+    FreeATSettings,
+    NoiseSettings,
+    PGDATSettings,
+    SegPGDATSettings,
+    TemporalEnsemblingSettings,
+    TRADESSettings,
+)
+from ima_seg.methods.trades import TRADES
+
+__all__ = [
+    "FGSMAT",
+    "PGDAT",
+    "TRADES",
+    "FGSMATSettings",
+    "FreeAT",
+    "FreeATSettings",
+    "Method",
+    "MethodReport",
+    "NoiseAugmentation",
+    "NoiseSettings",
+    "PGDATSettings",
+    "SegPGDAT",
+    "SegPGDATSettings",
+    "TRADESSettings",
+    "TemporalEnsembling",
+    "TemporalEnsemblingSettings",
+]

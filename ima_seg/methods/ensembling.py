@@ -1,0 +1,91 @@
+"""Adversarial training with temporal ensembling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing_extensions import override
+
+from ima_seg.attacks._gradient import forward
+from ima_seg.methods.base import Calls, Method, MethodReport
+from ima_seg.methods.fixed import attacked
+from ima_seg.methods.settings import TemporalEnsemblingSettings
+from ima_seg.model import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.types import Labels, PassCount, Target
+
+
+def probabilities(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+    """(B, K, N) float32: softmax over classes, sigmoid of regions."""
+    flat = logits.flatten(2).float()
+    return flat.sigmoid() if labels.regions else flat.softmax(1)
+
+
+class TemporalEnsembling(Method[TemporalEnsemblingSettings]):
+    """PGD training whose predictions are held to the mean of earlier ones: L(x + d) + w |p(x + d) - m(x)|^2.
+
+    Dong et al., "Exploring memorization in adversarial training", ICLR 2022, arXiv 2106.01606, after Laine & Aila,
+    "Temporal ensembling for semi-supervised learning", ICLR 2017, arXiv 1610.02242. The squared distance is summed over
+    classes and averaged over voxels; w rises as ``weight * exp(-5 (1 - t)^2)``, t from 0 to 1 over the first ``ramp``
+    of the training.
+
+    There m(x) is the mean of the sample's predictions in all epochs so far. Patches of nnU-Net are random augmented
+    crops, of which none is met twice: m(x) is the prediction of the mean of the networks so far instead (Tarvainen &
+    Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv 1703.01780), which is one forward more.
+    """
+
+    def __init__(self, settings: TemporalEnsemblingSettings, *, labels: Labels, **options: Any) -> None:
+        super().__init__(settings, labels=labels, **options)
+        self._mean: AveragedModel | None = None
+        self._state: Mapping[str, Any] | None = None
+
+    @property
+    def weight(self) -> float:
+        """W at the present progress."""
+        settings = self.settings
+        t = min(self.progress / settings.ramp, 1.0) if settings.ramp > 0 else 1.0
+        return settings.weight * math.exp(-5 * (1 - t) ** 2)
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
+        settings, network = self.settings, inner_module(calls.model)
+        mean = self._follow(network)
+        dtype = resolve_precision(settings.precision, x.device)
+        with frozen(mean), torch.no_grad():
+            expected = probabilities(forward(mean.module, x, dtype), self.labels)
+        perturbed, passes = attacked(self, calls, x, target, settings.steps, settings.step_factor)
+        clean = calls.accumulate([(x, 1 - settings.beta)]) if settings.beta < 1 else 0.0
+        output = calls.forward(calls.model, perturbed)
+        distance = (probabilities(full_resolution(output), self.labels) - expected).square().sum(1)
+        if target.valid is None:
+            held = distance.mean()
+        else:
+            counted = target.valid[:, 0]
+            held = distance.masked_fill(~counted, 0.0).sum() / counted.sum().clamp_min(1)
+        value = settings.beta * calls.loss(output) + self.weight * held
+        calls.backward(value)
+        passes = passes + PassCount(forwards=len(x))
+        return MethodReport(clean + value.detach(), passes, len(x) * (2 if settings.beta < 1 else 1))
+
+    def _follow(self, network: Any) -> AveragedModel:
+        """The mean network, moved towards ``network`` as it is now."""
+        network = getattr(network, "_orig_mod", network)  # of a compiled one
+        if self._mean is None:
+            average = get_ema_multi_avg_fn(self.settings.momentum)
+            self._mean = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+            if self._state is not None:
+                self._mean.load_state_dict(dict(self._state))
+        self._mean.update_parameters(network)
+        return self._mean
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._mean is not None:
+            return {"mean": self._mean.state_dict()}
+        return {} if self._state is None else {"mean": dict(self._state)}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._mean, self._state = None, state.get("mean")

@@ -1,0 +1,70 @@
+"""Training on the trade-off between accuracy and robustness."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ima_seg.attacks._gradient import forward
+from ima_seg.attacks.base import Goal
+from ima_seg.methods.base import Calls, Method, MethodReport
+from ima_seg.methods.fixed import attacked
+from ima_seg.methods.settings import TRADESSettings
+from ima_seg.model import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.types import PassCount, Target
+
+
+def divergence(logits: torch.Tensor, target: Target, progress: float = 0.0, *, clean: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of the predictions p of ``clean`` and q of ``logits``, mean over voxels (B,), in nats.
+
+    Regions: of their yes and no, mean over voxels and regions. Ignored voxels do not count.
+
+    Args:
+        logits: (B, K, *S).
+        target: tells regions from classes, and which voxels are ignored.
+        progress: not used.
+        clean: (B, K, *S).
+    """
+    flat, reference = logits.flatten(2).float(), clean.flatten(2).float()
+    if target.labels.regions:
+        p = reference.sigmoid()
+        each = p * (F.logsigmoid(reference) - F.logsigmoid(flat))
+        each = each + (1 - p) * (F.logsigmoid(-reference) - F.logsigmoid(-flat))
+    else:
+        log_p = reference.log_softmax(1)
+        each = (log_p.exp() * (log_p - flat.log_softmax(1))).sum(1, keepdim=True)
+    if target.valid is None:
+        return each.mean((1, 2))
+    counted = target.valid.expand_as(each)
+    return each.masked_fill(~counted, 0.0).sum((1, 2)) / counted.sum((1, 2)).clamp_min(1)
+
+
+def _rows(output: Any, rows: slice) -> Any:
+    return [head[rows] for head in output] if isinstance(output, (list, tuple)) else output[rows]
+
+
+class TRADES(Method[TRADESSettings]):
+    """L(x) + weight KL(p(x) || p(x + d)): the clean loss, and how far a perturbation moves the prediction.
+
+    Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019, arXiv 1901.08573.
+    d is the last of K steps of PGD on the divergence, from a random point of the ball (theirs: a tiny Gaussian; at the
+    clean image the divergence has no gradient). Predictions are those at full resolution. Clean and perturbed patches
+    go through the network in one batch, whose graph both terms need: the memory is that of two batches.
+    """
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
+        settings, network, count = self.settings, inner_module(calls.model), len(x)
+        dtype = resolve_precision(settings.precision, x.device)
+        with frozen(network, dtype), torch.no_grad():
+            clean = forward(network, x, dtype)
+        goal = Goal("divergence", partial(divergence, clean=clean))
+        perturbed, passes = attacked(self, calls, x, target, settings.steps, settings.step_factor, goal)
+        output = calls.forward(calls.model, torch.cat([x, perturbed]))
+        heads = full_resolution(output)
+        moved = divergence(heads[count:], target, clean=heads[:count]).mean()
+        value = calls.loss(_rows(output, slice(count))) + settings.weight * moved
+        calls.backward(value)
+        return MethodReport(value.detach(), passes + PassCount(forwards=count), 2 * count)
