@@ -108,4 +108,6 @@ def settings_of(name: str, profile: Profile) -> dict[str, Any]:
 
 def protocols_of(configuration: str, profile: Profile) -> dict[str, list[str]]:
     """The protocols that a configuration can be evaluated by."""
-    return {name: arguments for name, arguments in profile.protocols.items() if configuration == "2d" or name != "paper"}
+    return {
+        name: arguments for name, arguments in profile.protocols.items() if configuration == "2d" or name != "paper"
+    }

@@ -167,7 +167,15 @@ def costs(results: dict[str, list[dict[str, Any]]]) -> str:
         rows.append([method, f"{mean['training_passes_per_sample']:.2f}", f"{mean['gradients_per_sample']:.2f}",
                      f"{mean['forwards_per_sample']:.2f}", f"{mean['standard_passes_per_sample']:.1f}",
                      f"{mean['seconds']:.0f}", relative])  # fmt: skip
-    head = ["", "training passes per patch", "input gradients", "forwards", "in standard passes", "seconds", "time / standard"]
+    head = [
+        "",
+        "training passes per patch",
+        "input gradients",
+        "forwards",
+        "in standard passes",
+        "seconds",
+        "time / standard",
+    ]
     return "### Cost\n\n" + table(head, rows)
 
 

@@ -110,7 +110,9 @@ def file_digest(path: Path) -> str:
 
 def sources() -> str:
     """Short hash of what decides how a training turns out."""
-    files = sorted(f for each in SOURCES for f in ([ROOT / each] if each.endswith(".py") else (ROOT / each).rglob("*.py")))
+    files = sorted(
+        f for each in SOURCES for f in ([ROOT / each] if each.endswith(".py") else (ROOT / each).rglob("*.py"))
+    )
     return digest([(str(file.relative_to(ROOT)), file.read_text()) for file in files])
 
 
@@ -218,7 +220,9 @@ def cost(job: Job) -> dict[str, Any]:
     mean = {key: sum(row[key] for row in history) / len(history) for key in
             ("forwards_per_sample", "gradients_per_sample", "training_passes_per_sample")}  # fmt: skip
     # Of a training pass, whose backward pass has the gradients of input and parameters, the forward is a third.
-    equivalent = mean["training_passes_per_sample"] + mean["gradients_per_sample"] * 2 / 3 + mean["forwards_per_sample"] / 3
+    equivalent = (
+        mean["training_passes_per_sample"] + mean["gradients_per_sample"] * 2 / 3 + mean["forwards_per_sample"] / 3
+    )
     return {**mean, "standard_passes_per_sample": equivalent, "epochs": len(history),
             "seconds": sum(row["seconds"] for row in history), "last_epoch": history[-1]}  # fmt: skip
 

@@ -167,7 +167,7 @@ class IMA:
             clean_dice = hard_dice(clean_logits, target)
             background = clean_dice.isnan()
             quality, threshold = self._criterion(clean_logits, target, clean_dice)
-            below = quality < threshold
+            below = ~background & (quality < threshold)
             resting = ~background & ~below & self.ledger.resting(case_ids, x.device)
             searched = ~background & ~below & ~resting
             perturbed = resting | background if self.settings.background_steps else resting
@@ -209,9 +209,7 @@ class IMA:
         """Move the margins; a collective call when ``torch.distributed`` is initialised."""
         return self.ledger.step()
 
-    def _criterion(
-        self, logits: torch.Tensor, target: Target, dice: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _criterion(self, logits: torch.Tensor, target: Target, dice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quality of the clean samples and the threshold that they must not fall below, (B,) both.
 
         Args:

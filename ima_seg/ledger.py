@@ -92,8 +92,8 @@ class MarginLedger:
             - ``"mean"``: the mean over visits of E + delta (held) and (E + distance) / 2 (crossed);
             - ``"grow"``: E + delta if any visit held, else E.
 
-            With one visit per epoch the first three agree. With n visits that cross with probability p each, ``"paper"``
-            contracts only with probability p^n.
+            With one visit per epoch the first three agree. With n visits that cross with probability p each,
+            ``"paper"`` contracts only with probability p^n.
         patience: equilibrium is reported when the median margin, averaged over this many epochs, is less than 5 % above
             its average over as many epochs before. Epochs count from the one in which half of the cases have had a
             visit that counted: before, margins stand still because the network is not good enough to be attacked.

@@ -82,6 +82,8 @@ class TrainingSettings(BaseModel):
             if value != "auto" and value <= 0:
                 remedy = " (or 'auto')" if type(self).model_fields[name].default == "auto" else ""
                 raise ValueError(f"{name} is {value:g}; it must be positive{remedy}")
+            if self.unit == "l2" and value != "auto" and name not in self.model_fields_set:
+                raise ValueError(f"unit is 'l2', so give {name} in that unit; its default of {value:g} is per voxel")
         if self.unit == "l2" and self.norm != "l2":
             raise ValueError("unit 'l2' goes with norm 'l2'; give linf sizes per voxel (unit = 'voxel')")
         return self
@@ -128,10 +130,10 @@ class IMASettings(TrainingSettings):
             to 50. Boundaries in 3D are nearer per voxel than in 2D, and a first margin beyond them trains on noise
             that is too large.
         criterion: what tells whether a patch has crossed: ``"dice"``, its hard foreground Dice is below ``tau``;
-            ``"relative"``, it is below ``tau`` times that of the clean patch; ``"loss"``, its Dice + CE (which is -1
-            where all is right) is above ``tau``. Patches that have crossed without perturbation are not searched; with
-            ``"relative"`` those are the patches whose clean Dice is 0.
-        tau: the threshold; above 0 and below 1 for a Dice.
+            ``"relative"``, it is below ``tau`` times that of the clean patch; ``"loss"``, its Dice + CE is above
+            ``tau``, counted from its least, which is 0 where all is right. Patches that have crossed without
+            perturbation are not searched; with ``"relative"`` those are the patches whose clean Dice is 0.
+        tau: the threshold; above 0, and below 1 for a Dice.
         beta: weight of the adversarial loss; 0 is standard training.
         steps: gradient steps K of the search, at most.
         step_factor: alpha; a step is ``step_factor * margin / steps`` long.
@@ -178,8 +180,8 @@ class IMASettings(TrainingSettings):
     def _consistent(self) -> IMASettings:
         if self.criterion != "loss" and not 0 < self.tau < 1:
             raise ValueError(f"tau is {self.tau:g}; as the threshold of a Dice it must be above 0 and below 1")
-        if self.criterion == "loss" and self.tau <= -1:
-            raise ValueError(f"tau is {self.tau:g}; the loss of a patch is -1 at the least, the threshold must be above")
+        if self.tau <= 0:
+            raise ValueError(f"tau is {self.tau:g}; as the threshold of a loss it must be above 0")
         cap = DEFAULT_EPS_MAX if self.eps_max == "auto" and self.unit == "voxel" else self.eps_max
         if cap != "auto" and self.delta != "auto" and self.delta > cap:
             raise ValueError(f"delta {self.delta:g} is more than eps_max {cap:g}; use a smaller step or a larger cap")
@@ -240,7 +242,9 @@ def read_settings_file(path: str | os.PathLike[str], section: str = IMASettings.
             raise UserError(f"settings file {file} ends in {file.suffix!r}; use .toml, .yaml or .yml")
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"settings file {file} cannot be read: {error}") from None
-    if isinstance(values, dict) and set(values) == {section}:
+    if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):
+        if section not in values:
+            raise UserError(f"settings file {file} has no section {section!r}; there are: {', '.join(values)}")
         values = values[section]
     if not isinstance(values, dict):
         raise UserError(f"settings file {file} holds a {type(values).__name__}; expected key = value pairs")
@@ -268,4 +272,4 @@ def load_settings(base: S, *, plans: Mapping[str, Any] | None = None, file: str 
 #: About half of the default's search (``benchmarks/search_settings.py``).
 FAST = IMASettings(steps=2, start="mixed", refine_steps=1)
 #: AMAT: the margin is defined by a loss, and never moved back.
-AMAT = IMASettings(criterion="loss", tau=-0.5, rule="grow")
+AMAT = IMASettings(criterion="loss", tau=0.5, rule="grow")

@@ -45,6 +45,8 @@ class AdversarialTrainer(nnUNetTrainer):
         for attribute, value in self.adversarial_settings.replaced().items():
             setattr(self, attribute, value)
         self.training = compat.make_training(self.kind, self, self.adversarial_settings)
+        if self.adversarial_settings.iterations_per_epoch is None:
+            self.num_iterations_per_epoch = max(self.num_iterations_per_epoch // self.training.updates_per_batch, 1)
         if self._do_i_compile():
             compat.allow_recompiles()
         self._unusable_batches = 0
@@ -69,6 +71,7 @@ class AdversarialTrainer(nnUNetTrainer):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
+        self.training.start_epoch(self.current_epoch)
         self._epoch_began = time()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:

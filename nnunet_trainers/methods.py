@@ -4,7 +4,6 @@ Settings as for the IMA trainer: ``preset``, a section of the plans, the file th
 """
 
 import math
-from typing import Any
 
 from ima_seg import methods
 from ima_seg.nnunet.methods import MethodTraining
@@ -68,12 +67,6 @@ class nnUNetTrainerFreeAT(AdversarialTrainer):
 
     preset = methods.FreeATSettings()
     kind = _FreeAT
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        if self.adversarial_settings.iterations_per_epoch is None:
-            replays = self.training.settings.replays
-            self.num_iterations_per_epoch = max(self.num_iterations_per_epoch // replays, 1)
 
 
 class nnUNetTrainerTRADES(AdversarialTrainer):

@@ -192,7 +192,14 @@ def test_only_the_searched_samples_are_searched(no_random_start, multiple_of):
     sizes = []
     network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     some = boundary_search(
-        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=clean, searched=searched, **common
+        network,
+        x,
+        target,
+        eps=eps,
+        threshold=torch.full_like(eps, TAU),
+        clean_quality=clean,
+        searched=searched,
+        **common,
     )
     torch.testing.assert_close(some.distance, everything.distance * searched, rtol=1e-3, atol=1e-6)
     assert torch.equal(some.crossed, everything.crossed & searched)
@@ -365,8 +372,8 @@ def test_bad_batches_are_refused_by_name():
     with pytest.raises(UserError, match="not empty"):
         pgd(network, x[:0], target[:0], eps=torch.ones(0), steps=1, threat=ThreatModel())
     one = torch.ones(5)
-    for name, value in (("threshold", one[:1]), ("clean_dice", one[:, None]), ("searched", one), ("start", one)):
-        given = {"threshold": one * 0.6, "clean_dice": one, name: value}
+    for name, value in (("threshold", one[:1]), ("clean_quality", one[:, None]), ("searched", one), ("start", one)):
+        given = {"threshold": one * 0.6, "clean_quality": one, name: value}
         with pytest.raises(UserError, match=name):
             boundary_search(network, x, target, eps=one, settings=SearchSettings(), threat=ThreatModel(), **given)
     for setting in (

@@ -19,22 +19,22 @@ PRECISE = {"refine_steps": 30, "refine_tolerance": 1e-4}
 def test_search_finds_where_the_loss_reaches_the_threshold():
     network, x, target = hyperplane_problem((9, 7))
     straight = network.weight.detach() / network.weight.detach().square().mean().sqrt()
-    threshold = -0.2
+    threshold = 0.8  # of the loss, counted from -1, where all is right
     low, high = torch.zeros(len(x)), torch.full((len(x),), 3.0)
     for _ in range(40):  # the loss rises along the way to the boundary, the shortest one
         middle = (low + high) / 2
-        over = dice_ce_loss(network(x - middle.view(-1, 1, 1, 1) * straight), target).detach() > threshold
+        over = 1 + dice_ce_loss(network(x - middle.view(-1, 1, 1, 1) * straight), target).detach() > threshold
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    clean = -dice_ce_loss(network(x), target).detach()
+    clean = -1 - dice_ce_loss(network(x), target).detach()
     searched = clean > -threshold
-    assert 0 < searched.sum() and not torch.allclose(high, network.distance(x, "l2").detach(), rtol=0.1)
+    assert searched.sum() > 0 and not torch.allclose(high, network.distance(x, "l2").detach(), rtol=0.1)
     found = boundary_search(
         network, x, target, eps=torch.full((len(x),), 3.0), threshold=torch.full((len(x),), -threshold),
         clean_quality=clean, searched=searched, settings=SearchSettings(steps=40, **PRECISE), threat=ThreatModel(),
-        quality=loss_quality, precision="fp32",
+        quality=loss_quality, start=torch.zeros_like(x), precision="fp32",
     )  # fmt: skip
     assert torch.equal(found.crossed, searched)
-    loss = dice_ce_loss(network(found.adversarial), target).detach()
+    loss = 1 + dice_ce_loss(network(found.adversarial), target).detach()
     torch.testing.assert_close(loss[searched], torch.full_like(loss[searched], threshold), rtol=0, atol=2e-3)
     torch.testing.assert_close(found.distance[searched], high[searched], rtol=0.02, atol=0)
 
@@ -42,11 +42,19 @@ def test_search_finds_where_the_loss_reaches_the_threshold():
 def test_loss_that_is_not_finite_is_no_quality():
     logits = torch.zeros(2, 2, 4, 4)
     logits[1, 0, 0, 0] = torch.nan
-    _, sane = loss_quality(logits, Target.from_raw(torch.zeros(2, 1, 4, 4), Labels(2)))
-    assert sane.tolist() == [True, False]
+    quality, sane = loss_quality(logits, Target.from_raw(torch.zeros(2, 1, 4, 4), Labels(2)))
+    assert sane.tolist() == [True, False] and torch.isfinite(quality).all() and quality[1] < -100
 
 
-@pytest.mark.parametrize(("criterion", "tau"), [("relative", 0.9), ("loss", -0.3)])
+def test_a_perfect_patch_has_a_loss_of_0_whichever_classes_it_has():
+    labels = torch.zeros(3, 1, 6, 6, dtype=torch.long)
+    labels[0, 0, :3], labels[1, 0, :2], labels[1, 0, 4:] = 1, 1, 2
+    logits = 8 * torch.nn.functional.one_hot(labels[:, 0], 3).permute(0, 3, 1, 2).float()
+    quality, _ = loss_quality(logits, Target.from_raw(labels, Labels(3)))
+    torch.testing.assert_close(quality, torch.zeros(3), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(("criterion", "tau"), [("relative", 0.9), ("loss", 0.7)])
 def test_a_step_leaves_patches_where_the_criterion_says(criterion, tau):
     network, x, y = batch_of_all_kinds()
     settings = SETTINGS.model_copy(update={"criterion": criterion, "tau": tau, "steps": 20, **PRECISE})
@@ -60,8 +68,8 @@ def test_a_step_leaves_patches_where_the_criterion_says(criterion, tau):
     after = network(report.adversarial).detach()
     assert report.searched[:2].all() and report.background[2] and report.crossed[:2].all()
     if criterion == "loss":
-        assert report.below[3] and dice_ce_loss(clean, target)[3] > tau
-        torch.testing.assert_close(dice_ce_loss(after, target)[:2], torch.full((2,), tau), rtol=0, atol=0.01)
+        assert report.below.tolist() == [False, False, False, True] and dice_ce_loss(clean, target)[3] > tau - 1
+        torch.testing.assert_close(1 + dice_ce_loss(after, target)[:2], torch.full((2,), tau), rtol=0, atol=0.01)
     else:
         dice, limit = hard_dice(after, target)[:2], tau * hard_dice(clean, target)[:2]
         assert (dice < limit).all() and (dice > limit - 0.1).all()
@@ -70,7 +78,6 @@ def test_a_step_leaves_patches_where_the_criterion_says(criterion, tau):
 def test_relative_to_nothing_is_below():
     network, x, y = batch_of_all_kinds()
     ima = make_ima(SETTINGS.model_copy(update={"criterion": "relative", "tau": 0.5}))
-    assert hard_dice(network(x).detach(), Target.from_raw(y, Labels(2)))[3] > 0, "no patch of this batch is hopeless"
     reference = torch.zeros_like(y)
     reference[:, :, :1, :1] = 1  # a corner where the network predicts nothing
     report = ima.step(network, x, reference, list("abcd"), loss=cross_entropy(reference))
@@ -96,7 +103,7 @@ def test_amat_never_moves_back():
     [
         ({"tau": 1.2}, "above 0 and below 1"),
         ({"criterion": "relative", "tau": 0}, "above 0 and below 1"),
-        ({"criterion": "loss", "tau": -1}, "must be above"),
+        ({"criterion": "loss", "tau": -1}, "must be above 0"),
         ({"criterion": "iou"}, "criterion = 'iou'"),
     ],
 )

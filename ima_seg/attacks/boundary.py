@@ -1,7 +1,7 @@
 """The boundary search of IMA training: the point of least Dice loss on the way out, found per sample.
 
-A sample *crosses* when its quality, as a rule its hard foreground Dice, falls below a threshold. The search walks outwards by PGD within each
-sample's own budget, keeps the last point that had not crossed and the first that had, and closes that bracket by a
+A sample *crosses* when its quality, as a rule its hard foreground Dice, falls below a threshold. The search walks
+outwards by PGD within each sample's own budget, keeps the last point that had not crossed and the first that had, and closes that bracket by a
 root finder. Method: Ma & Liang, arXiv 2005.09147.
 """
 
@@ -34,6 +34,9 @@ Refine = Literal["root", "bisection"]
 #: (logits (B, K, *S), target) -> the quality (B,) float32, and whether all logits of a sample are finite, (B,) bool.
 Quality = Callable[[torch.Tensor, Target], tuple[torch.Tensor, torch.Tensor]]
 
+#: Stands for a loss that is not finite.
+HOPELESS = 1e4
+
 
 def dice_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """Hard foreground Dice; NaN without foreground."""
@@ -42,8 +45,13 @@ def dice_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, to
 
 
 def loss_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minus the sample's Dice + CE (:func:`ima_seg.losses.dice_ce_loss`)."""
-    return -dice_ce_loss(logits, target), all_finite(logits)
+    """Minus the sample's Dice + CE in excess of its least, which is 0 where all is right; (B,) float32, finite.
+
+    The Dice of :func:`ima_seg.losses.dice_ce_loss` is the mean over all foreground classes, of which those that the
+    reference lacks have none to gain.
+    """
+    gained = target.foreground.any(2).float().mean(1)
+    return -(dice_ce_loss(logits, target) + gained).nan_to_num(HOPELESS, HOPELESS, HOPELESS), all_finite(logits)
 
 
 @dataclass(frozen=True)
@@ -194,8 +202,8 @@ class _Walk:
     """The way outwards.
 
     What was found is kept for the full batch: ``point``, the last point or the first that had crossed; ``inner``, the
-    one before it; ``quality`` and ``inner_quality`` of both. The working batch, ``rows`` of the full one, has tensors of its
-    own, which are only copied when it shrinks.
+    one before it; ``quality`` and ``inner_quality`` of both. The working batch, ``rows`` of the full one, has tensors
+    of its own, which are only copied when it shrinks.
     """
 
     def __init__(
@@ -295,7 +303,8 @@ class _Walk:
 def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Close the bracket [inner, point] of the crossed samples; returns its outer ends (B, ...) and their sizes (B,).
 
-    The quality along a line is a function of one variable, the hard Dice one with steps. ``"root"`` is regula falsi with the Illinois weights
+    The quality along a line is a function of one variable, the hard Dice one with steps. ``"root"`` is regula falsi
+    with the Illinois weights
     (an end that stays twice has its value halved), kept half a tolerance away from both ends: once an end is close to
     the crossing, the next point lands just beyond it and the bracket closes from the other side.
     """

@@ -9,6 +9,7 @@ from ima_seg.methods.fixed import FGSMAT, PGDAT, NoiseAugmentation, SegPGDAT
 from ima_seg.methods.free import FreeAT
 from ima_seg.methods.settings import (
     FGSMATSettings,
+    FixedBudgetSettings,
     FreeATSettings,
     NoiseSettings,
     PGDATSettings,
@@ -18,9 +19,16 @@ from ima_seg.methods.settings import (
 )
 from ima_seg.methods.trades import TRADES
 
+#: The settings of all methods.
+SETTINGS: tuple[type[FixedBudgetSettings], ...] = (
+    PGDATSettings, FGSMATSettings, SegPGDATSettings, FreeATSettings, TRADESSettings, TemporalEnsemblingSettings,
+    NoiseSettings,
+)  # fmt: skip
+
 __all__ = [
     "FGSMAT",
     "PGDAT",
+    "SETTINGS",
     "TRADES",
     "FGSMATSettings",
     "FreeAT",

@@ -127,6 +127,11 @@ class Method(Generic[S]):
     def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
         raise NotImplementedError
 
+    @property
+    def updates_per_batch(self) -> int:
+        """How often a batch is used."""
+        return 1
+
     def budget(self, x: torch.Tensor) -> torch.Tensor:
         """(B,) float32, the same for all samples."""
         return torch.full((len(x),), self.eps, device=x.device)

@@ -73,7 +73,7 @@ class TemporalEnsembling(Method[TemporalEnsemblingSettings]):
         """The mean network, moved towards ``network`` as it is now."""
         network = getattr(network, "_orig_mod", network)  # of a compiled one
         if self._mean is None:
-            average = get_ema_multi_avg_fn(self.settings.momentum)
+            average = get_ema_multi_avg_fn(self.settings.momentum)  # type: ignore[no-untyped-call]
             self._mean = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
             if self._state is not None:
                 self._mean.load_state_dict(dict(self._state))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -96,7 +96,7 @@ class NoiseAugmentation(Method[NoiseSettings]):
     def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
         perturbed = x.clone()
         image = self.threat.perturbable(perturbed)
-        draws = {"device": x.device, "dtype": x.dtype, "generator": calls.generator}
+        draws: dict[str, Any] = {"device": x.device, "dtype": x.dtype, "generator": calls.generator}
         size = per_row(torch.rand(len(x), **draws) * self.eps, image)
         if self.settings.norm == "l2":
             image += size * torch.randn(image.shape, **draws)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from ima_seg.methods.base import Calls, Method, MethodReport
 from ima_seg.methods.settings import FreeATSettings
@@ -24,6 +25,11 @@ class FreeAT(Method[FreeATSettings]):
     def __init__(self, settings: FreeATSettings, *, labels: Labels, **options: Any) -> None:
         super().__init__(settings, labels=labels, **options)
         self._delta: torch.Tensor | None = None
+
+    @property
+    @override
+    def updates_per_batch(self) -> int:
+        return self.settings.replays
 
     def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
         image = self.threat.perturbable(x)

@@ -14,6 +14,8 @@ from ima_seg.files import replacing
 
 #: Key of the state of an IMA training in a checkpoint. Stock nnU-Net ignores keys that it does not know.
 KEY = "ima"
+#: The same of the methods that IMA is compared with.
+METHOD_KEY = "ima_method"
 
 
 def _allowed_globals() -> list[Any]:

@@ -305,19 +305,24 @@ def _folders() -> Iterator[Finding]:
 
 
 def _settings() -> Iterator[Finding]:
+    from ima_seg import methods
     from ima_seg.settings import ENVIRONMENT_VARIABLE, IMASettings, load_settings
 
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     if not value:
         yield Finding(ENVIRONMENT_VARIABLE, "not set; the trainers' own settings are used")
         return
-    try:
-        load_settings(IMASettings())
-    except UserError as error:
-        remedy = f"correct the file, or unset {ENVIRONMENT_VARIABLE}"
-        yield Finding(ENVIRONMENT_VARIABLE, str(error), "wrong", remedy)
-    else:
-        yield Finding(ENVIRONMENT_VARIABLE, f"{value} (valid)")
+    errors = []
+    for base in (IMASettings(), *(kind() for kind in methods.SETTINGS)):
+        try:
+            load_settings(base)
+        except UserError as error:
+            errors.append(error)
+        else:
+            yield Finding(ENVIRONMENT_VARIABLE, f"{value} (valid for {base.section})")
+            return
+    remedy = f"correct the file, or unset {ENVIRONMENT_VARIABLE}"
+    yield Finding(ENVIRONMENT_VARIABLE, str(errors[0]), "wrong", remedy)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from ima_seg.errors import UserError
 from ima_seg.files import building_folder
-from ima_seg.nnunet.checkpoint import KEY, checkpoint_files, read_checkpoint, write_checkpoint
+from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, checkpoint_files, read_checkpoint, write_checkpoint
 
 STOCK_TRAINER = "nnUNetTrainer"
 #: What nnU-Net's inference reads from a model folder, beside the checkpoints.
@@ -49,7 +49,8 @@ def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = 
             checkpoint = read_checkpoint(file, trust=trust)
             _check_architecture(str(checkpoint["trainer_name"]), file)
             checkpoint["trainer_name"] = STOCK_TRAINER
-            checkpoint.pop(KEY, None)
+            for key in (KEY, METHOD_KEY):
+                checkpoint.pop(key, None)
             write_checkpoint(folder / file.relative_to(source), checkpoint)
     return target
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 from ima_seg.history import write_csv
 from ima_seg.methods.base import Method
 from ima_seg.methods.settings import FixedBudgetSettings
+from ima_seg.nnunet.checkpoint import METHOD_KEY
 from ima_seg.nnunet.training import Training
 from ima_seg.ranks import gather
 
@@ -22,7 +23,7 @@ S = TypeVar("S", bound=FixedBudgetSettings)
 class MethodTraining(Training[S]):
     """One fold's training by ``method``, which a subclass names; arguments as for :class:`Training`."""
 
-    key = "ima_method"
+    key = METHOD_KEY
     method_class: ClassVar[type[Method[Any]]]
 
     def __init__(self, settings: S, **options: Any) -> None:
@@ -30,12 +31,21 @@ class MethodTraining(Training[S]):
         self.method: Method[Any] = self.method_class(
             settings, labels=self.labels, patch_voxels=self.voxels, image_channels=self.image_channels
         )
-        self._start_epoch()
+        self._epoch = 0
+        self._reset()
 
-    def _start_epoch(self) -> None:
-        self.method.progress = len(self.history) / self.epochs
+    def _reset(self) -> None:
         self._losses: list[torch.Tensor] = []
         self._counts = {"patches": 0, "forwards": 0, "gradients": 0, "training": 0, "dropped": 0}
+
+    @override
+    def start_epoch(self, epoch: int) -> None:
+        self._epoch, self.method.progress = epoch, epoch / self.epochs
+
+    @property
+    @override
+    def updates_per_batch(self) -> int:
+        return self.method.updates_per_batch
 
     @override
     def sizes(self) -> dict[str, float]:
@@ -71,7 +81,7 @@ class MethodTraining(Training[S]):
         total = {key: math.fsum(part[key] for part in parts) for key in parts[0]}
         patches = max(total["patches"], 1)
         row = {
-            "epoch": len(self.history),
+            "epoch": self._epoch,
             "loss": total["loss"] / max(total["finite"], 1),
             "seconds": seconds,
             "passes_per_sample": (total["forwards"] + total["gradients"]) / patches,
@@ -86,7 +96,7 @@ class MethodTraining(Training[S]):
         )
         if row["dropped_patches"]:
             self.log(f"{self.name} WARNING: {row['dropped_patches']} patches with NaN or infinite voxels in this epoch")
-        self._start_epoch()
+        self._reset()
 
     def write_files(self, folder: Path) -> None:
         """``NAME_history.csv``."""
@@ -100,4 +110,4 @@ class MethodTraining(Training[S]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.method.load_state_dict(state["method_state"])
         super().load_state_dict(state)
-        self._start_epoch()
+        self._reset()

@@ -103,6 +103,14 @@ class Training(ABC, Generic[S]):
     def enter_cases(self, training_cases: Iterable[str]) -> None:
         """Meet the fold's training cases."""
 
+    def start_epoch(self, epoch: int) -> None:
+        """Begin the epoch of this number, from 0."""
+
+    @property
+    def updates_per_batch(self) -> int:
+        """How often a batch is used."""
+        return 1
+
     # --- settings --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -113,6 +121,10 @@ class Training(ABC, Generic[S]):
     def described(self) -> dict[str, Any]:
         """The settings with everything automatic resolved: what makes two trainings comparable."""
         return {**self.settings.model_dump(), "epochs": self.epochs, **self.sizes(), "unit": "voxel"}
+
+    def _before(self) -> dict[str, Any]:
+        """What a training did whose settings do not tell."""
+        return {name: value for name, value in BEFORE.items() if name in type(self.settings).model_fields}
 
     def log_settings(self, device: torch.device) -> None:
         """Echo the settings, one per line, sizes with their L2 view, and what they come to on ``device``."""
@@ -146,7 +158,7 @@ class Training(ABC, Generic[S]):
                 )
         elif file.is_file() and any(folder.glob("checkpoint_*.pth")):
             stored = json.loads(file.read_text(encoding="utf-8"))
-            changed = _differences({**BEFORE, **stored}, mine)
+            changed = _differences({**self._before(), **stored}, mine)
             if changed:
                 raise UserError(
                     f"{folder} holds a training with other {self.name} settings ({changed}), which this one would "
@@ -164,7 +176,7 @@ class Training(ABC, Generic[S]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; settings are compared by :meth:`guard`, when training goes on."""
         self.history = [dict(row) for row in state["history"]]
-        self.resumed_settings = {**BEFORE, **json.loads(json.dumps(state["settings"]))}
+        self.resumed_settings = {**self._before(), **json.loads(json.dumps(state["settings"]))}
 
 
 class IMATraining(Training[IMASettings]):
@@ -240,13 +252,18 @@ class IMATraining(Training[IMASettings]):
         self._warn(row)
 
     def _warn(self, row: Mapping[str, Any]) -> None:
-        foreground = 1 - row["background_share"]
+        foreground, tau = 1 - row["background_share"], self.settings.tau
+        failing, remedy = {
+            "dice": (f"a Dice below tau = {tau:g}", "lower tau if it stays so"),
+            "relative": ("a Dice of 0", "the network has not learnt enough to be attacked"),
+            "loss": (f"a loss above tau = {tau:g}", "raise tau if it stays so"),
+        }[self.settings.criterion]
         if foreground == 0:
             self.log("IMA WARNING: no patch of this epoch had foreground, so no margin could be searched")
         elif row["epoch"] >= 0.2 * self.epochs and row["below_tau_share"] > 0.5 * foreground:
             self.log(
-                f"IMA WARNING: {row['below_tau_share'] / foreground:.0%} of the patches with foreground have a clean "
-                f"Dice below tau = {self.settings.tau:g} and are trained without perturbation; lower tau if it stays so"
+                f"IMA WARNING: {row['below_tau_share'] / foreground:.0%} of the patches with foreground have {failing} "
+                "without any perturbation and are trained without one; " + remedy
             )
         for name, what in (("nonfinite_gradients", "NaN or infinite gradients"), ("zero_gradients", "zero gradients"),
                            ("dropped_patches", "NaN or infinite voxels (left out of training)")):  # fmt: skip
