@@ -36,7 +36,7 @@ METHODS: dict[str, Method] = {
         for level, size in LEVELS.items()
     },
     "fgsmat": Method("nnUNetTrainerFGSMAT", {"eps": round(LEVELS[5], 4)}),
-    "freeat": Method("nnUNetTrainerFreeAT", {"eps": round(LEVELS[5], 4)}),
+    "freeat": Method("nnUNetTrainerFreeAT", {"eps": round(LEVELS[5], 4), "replays": 4}),
     "segpgdat": Method("nnUNetTrainerSegPGDAT", {"eps": round(LEVELS[5], 4)}, steps=True),
     "trades": Method("nnUNetTrainerTRADES", {"eps": round(LEVELS[5], 4)}, steps=True),
     "te": Method("nnUNetTrainerTE", {"eps": round(LEVELS[5], 4)}, steps=True),
@@ -65,12 +65,12 @@ class Profile:
 
 def _paper(steps: int, limit: list[str]) -> list[str]:
     levels = [str(level) for level in LEVELS]
-    return ["--attacks", "pgd", "--budget", "slice", "--unit", "l2", "--eps", *levels, "--steps", str(steps),
+    return ["--attack", "pgd", "--budget", "slice", "--unit", "l2", "--eps", *levels, "--steps", str(steps),
             "--disable_tta", *limit]  # fmt: skip
 
 
 def _worst(norm: str, eps: list[float], steps: int, limit: list[str]) -> list[str]:
-    return ["--attacks", "pgd", "apgd-dice", "apgd-ce", "segpgd", "square", "--norm", norm, "--eps", *map(str, eps),
+    return ["--attack", "pgd", "apgd-dice", "apgd-ce", "segpgd", "square", "--norm", norm, "--eps", *map(str, eps),
             "--steps", str(steps), "--disable_tta", *limit]  # fmt: skip
 
 
@@ -101,9 +101,11 @@ PROFILES: dict[str, Profile] = {
 
 def settings_of(name: str, profile: Profile) -> dict[str, Any]:
     """The settings file of a training."""
-    method = METHODS[name]
+    method, training = METHODS[name], dict(profile.training)
+    if "replays" in method.settings and "iterations_per_epoch" in training:
+        training["iterations_per_epoch"] //= method.settings["replays"]
     steps = {"steps": profile.steps} if method.steps and profile.steps is not None else {}
-    return {**profile.training, **steps, **method.settings}
+    return {**training, **steps, **method.settings}
 
 
 def protocols_of(configuration: str, profile: Profile) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from ima_seg.files import replacing, write_text
 matplotlib.use("Agg")
 RESAMPLES = 2000
 #: What must be the same in all results of a table.
-SHARED = ("versions", "sources", "plans", "pretrained", "protocols")
+SHARED = ("versions", "sources", "plans", "pretrained", "profile")
 Records = list[dict[str, Any]]
 
 
@@ -35,6 +35,7 @@ def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
     if not files:
         sys.exit(f"no results in {folder}; run without --table first")
     first: dict[str, Any] = {}
+    splits: dict[str, str] = {}
     for file in files:
         result = json.loads(file.read_text())
         first = first or result["identity"]
@@ -45,6 +46,9 @@ def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
                     f"{first[key]!r}); they are never mixed, run with --rerun {result['method']}"
                 )
         results[result["method"]].append(result)
+        split = splits.setdefault(result["fold"], result["identity"]["split"])
+        if split != result["identity"]["split"]:
+            sys.exit(f"{file.name} was made with another split of fold {result['fold']}; --rerun {result['method']}")
     folds = {method: sorted(result["fold"] for result in each) for method, each in results.items()}
     if len({tuple(each) for each in folds.values()}) > 1:
         sys.exit(f"the methods have different folds ({folds}); run the missing ones, or remove what is too much")
@@ -60,9 +64,27 @@ def pick(results: list[dict[str, Any]], protocol: str, worst: bool) -> dict[floa
                 continue
             cases = found[record["eps"] or 0.0]
             case = record["case"]
-            if case not in cases or (record["dice"] or 0.0) < (cases[case]["dice"] or 0.0):
+            # Nothing there and nothing predicted is no success of an attack.
+            if case not in cases or _rank(record) < _rank(cases[case]):
                 cases[case] = record
     return dict(sorted(found.items()))
+
+
+def _rank(record: dict[str, Any]) -> float:
+    return float("inf") if record["dice"] is None else float(record["dice"])
+
+
+def same_cases(chosen: dict[str, dict[float, dict[str, Any]]]) -> None:
+    """Refuse methods that were not evaluated alike.
+
+    Raises:
+        SystemExit: naming the method and what it lacks.
+    """
+    everything = {(level, case) for by_level in chosen.values() for level, cases in by_level.items() for case in cases}
+    for method, by_level in chosen.items():
+        missing = everything - {(level, case) for level, cases in by_level.items() for case in cases}
+        if missing:
+            sys.exit(f"{method} lacks budget and case {sorted(missing)[0]} ({len(missing)} in all); --rerun {method}")
 
 
 def per_slice(records: Records) -> float:
@@ -132,7 +154,9 @@ def duels(chosen: dict[str, dict[float, dict[str, Any]]], statistics: dict[str, 
         for level, cases in by_level.items():
             common = [case for case in cases if case in ours[level]]
             mine, theirs = [ours[level][case] for case in common], [cases[case] for case in common]
-            test = paired([r["dice"] or 0.0 for r in theirs], [r["dice"] or 0.0 for r in mine], resamples=RESAMPLES)
+            pairs = [(a["dice"], b["dice"]) for a, b in zip(theirs, mine, strict=True)]
+            there = [(a, b) for a, b in pairs if a is not None and b is not None]
+            test = paired([a for a, _ in there], [b for _, b in there], resamples=RESAMPLES)
             p_values.append(1.0 if test is None else test.p)
             cells = [shown(difference(statistic, mine, theirs), "+") for statistic in statistics.values()]
             rows.append([method, "clean" if level == 0 else f"{level:g}", *cells])
@@ -158,12 +182,12 @@ def best_fixed(chosen: dict[str, dict[float, dict[str, Any]]], statistic: Callab
 def costs(results: dict[str, list[dict[str, Any]]]) -> str:
     """What each training took."""
     rows = []
-    standard = results.get(STANDARD)
+    standard = np.mean([fold["cost"]["seconds"] for fold in results.get(STANDARD, [])] or [np.nan])
     for method, folds in results.items():
         mean = {key: float(np.mean([fold["cost"][key] for fold in folds])) for key in
                 ("forwards_per_sample", "gradients_per_sample", "training_passes_per_sample",
                  "standard_passes_per_sample", "seconds")}  # fmt: skip
-        relative = "" if standard is None else f"{mean['seconds'] / standard[0]['cost']['seconds']:.1f}"
+        relative = "" if np.isnan(standard) else f"{mean['seconds'] / standard:.1f}"
         rows.append([method, f"{mean['training_passes_per_sample']:.2f}", f"{mean['gradients_per_sample']:.2f}",
                      f"{mean['forwards_per_sample']:.2f}", f"{mean['standard_passes_per_sample']:.1f}",
                      f"{mean['seconds']:.0f}", relative])  # fmt: skip
@@ -226,6 +250,7 @@ def report(folder: Path) -> None:
     for protocol in protocols:
         paper = protocol == "paper"
         chosen = {method: pick(each, protocol, not paper) for method, each in results.items()}
+        same_cases(chosen)
         title = f"{protocol}: " + ("PGD, L2 of each slice" if paper else "worst of the attacks per case, whole volumes")
         parts.append(f"## {title}")
         statistics = (

@@ -2,21 +2,22 @@
 
     python benchmarks/robustness_table.py 4 -c 2d --profile cpu -w WORK [--methods ima pgdat-5 ...] [--folds 0]
 
-Trains every method on the same folds, for the same number of batches, from the same weights (``--pretrained``) or from
+Trains every method on the same folds, for the same number of updates, from the same weights (``--pretrained``) or from
 scratch, and evaluates each on the validation cases of its fold with ``ima-seg evaluate``, by the paper's protocol (2D:
-budget per slice, PGD, mean Dice per slice with foreground and pooled Dice) and by ours (whole volumes, the worst case of
-PGD, APGD, SegPGD and Square, L2 and L-infinity). ``robustness_methods.py`` says what is trained and how long.
+budget per slice, PGD, mean Dice per slice with foreground and pooled Dice) and by ours (whole volumes, the worst case
+of PGD, APGD, SegPGD and Square, L2 and L-infinity). ``robustness_methods.py`` says what is trained and how long.
 
 Every stage goes on where it stopped: trainings and evaluations live in WORK, and what they gave is stored in
-``benchmarks/results/robustness/DATASET_CONFIGURATION_PROFILE/METHOD_foldN.json``, from which table and figure are made
-(``--table`` makes only them). A stored result is taken as it is if settings, plans, versions and sources are the same as
-now; otherwise the script says what differs and stops; ``--rerun METHOD`` makes it anew. Calls with different
-``--methods`` may run side by side.
+``benchmarks/results/robustness/DATASET_CONFIGURATION_PROFILE/METHOD_foldN.json``, of which table and figure are made
+(``--table`` makes only them). A stored result is taken as it is if settings, plans, versions and sources are as they
+are now; otherwise the script says what differs and stops; ``--rerun METHOD`` makes it anew. Calls with different
+``--methods`` may run side by side; their seconds are then those of a shared machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -27,24 +28,27 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, provenance
-from robustness_methods import METHODS, PROFILES, Profile, protocols_of, settings_of
+from robustness_methods import METHODS, PROFILES, protocols_of, settings_of
 from robustness_report import report
 
 import ima_seg
 from ima_seg.evaluate.records import Record, read_lines
 from ima_seg.files import write_text
-from ima_seg.nnunet.checkpoint import read_checkpoint
+from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, read_checkpoint
 from ima_seg.nnunet.plans import preprocessed_folder, write_plans
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What decides how a training turns out, of our own sources.
-SOURCES = ("ima_seg/attacks", "ima_seg/methods", "ima_seg/ops", "ima_seg/ima.py", "ima_seg/ledger.py",
-           "ima_seg/losses.py", "ima_seg/model.py", "ima_seg/settings.py", "nnunet_trainers")  # fmt: skip
+#: What does not decide how a training or an evaluation turns out, of our own sources.
+ASIDE = ("ima_seg/data/*", "ima_seg/demo.py", "ima_seg/plots.py", "ima_seg/nnunet/doctor.py", "ima_seg/*cli.py",
+         "ima_seg/evaluate/report*", "ima_seg/evaluate/views.py", "ima_seg/evaluate/charts.py",
+         "ima_seg/evaluate/words.py", "ima_seg/evaluate/tables.py", "ima_seg/evaluate/panels.py")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,31 @@ class Job:
         """Everything that must be the same for two results to stand in one table."""
         profile = PROFILES[self.profile]
         plans = preprocessed_folder(self.dataset) / f"{self.plans}.json"
-        splits = json.loads((preprocessed_folder(self.dataset) / "splits_final.json").read_text())
         return {
             "trainer": METHODS[self.method].trainer,
             "settings": settings_of(self.method, profile),
             "protocols": protocols_of(self.configuration, profile),
+            "profile": digest([profile.training, profile.steps, profile.protocols]),
             "plans": digest(json.loads(plans.read_text())["configurations"][self.configuration]),
-            "split": digest(splits[int(self.fold)]),
+            "split": digest(split(self.dataset, self.fold)),
             "pretrained": None if self.pretrained is None else file_digest(self.pretrained),
             "versions": {name: importlib.metadata.version(name) for name in ("ima-seg", "nnunetv2", "torch")},
             "sources": sources(),
         }
+
+
+def split(dataset: str, fold: str) -> dict[str, list[str]]:
+    """Training and validation cases of a fold.
+
+    Raises:
+        SystemExit: there is no such fold.
+    """
+    file = preprocessed_folder(dataset) / "splits_final.json"
+    folds = json.loads(file.read_text())
+    if not fold.isdigit() or int(fold) >= len(folds):
+        sys.exit(f"there is no fold {fold!r} in {file}, only 0 to {len(folds) - 1}")
+    chosen: dict[str, list[str]] = folds[int(fold)]
+    return chosen
 
 
 def digest(value: Any) -> str:
@@ -108,12 +126,13 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+@cache
 def sources() -> str:
-    """Short hash of what decides how a training turns out."""
-    files = sorted(
-        f for each in SOURCES for f in ([ROOT / each] if each.endswith(".py") else (ROOT / each).rglob("*.py"))
-    )
-    return digest([(str(file.relative_to(ROOT)), file.read_text()) for file in files])
+    """Short hash of our sources, but those that decide nothing."""
+    files = sorted(file for folder in ("ima_seg", "nnunet_trainers") for file in (ROOT / folder).rglob("*.py"))
+    names = [str(file.relative_to(ROOT)) for file in files]
+    kept = [name for name in names if not any(fnmatch(name, pattern) for pattern in ASIDE)]
+    return digest([(name, (ROOT / name).read_text()) for name in kept])
 
 
 def store_folder(dataset: str, configuration: str, profile: str) -> Path:
@@ -147,39 +166,43 @@ def train(job: Job, identity: dict[str, Any]) -> None:
     write_text(settings, "".join(f"{key} = {json.dumps(value)}\n" for key, value in identity["settings"].items()))
     environment = {**os.environ, "nnUNet_results": str(job.folder / "results"), "IMA_CONFIG": str(settings)}
     began = time.monotonic()
-    with (job.folder / "train.log").open("a") as log:
-        command = [sys.executable, __file__, *sys.argv[1:], "--train", job.configuration, job.method, job.fold]
-        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    print(f"  trained in {time.monotonic() - began:.0f} s", flush=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--train", job.configuration, job.method, job.fold]
+    call(command, job.folder / "train.log", environment)
+    print(f"  {job.method}: trained in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def trainer_of(job: Job, go_on: bool = False) -> Any:
+    """nnU-Net's trainer object."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    return get_trainer_from_args(
+        job.dataset, job.configuration, int(job.fold), METHODS[job.method].trainer, job.plans,
+        continue_training=go_on, device=torch.device(job.device),
+    )  # fmt: skip
 
 
 def train_here(job: Job) -> None:
     """Train in this process, whose environment names settings and folders."""
-    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+    from nnunetv2.run.run_training import maybe_load_checkpoint
 
-    fold = job.model / f"fold_{job.fold}"
-    go_on = (fold / "checkpoint_latest.pth").is_file()
-    trainer = get_trainer_from_args(
-        job.dataset, job.configuration, int(job.fold), METHODS[job.method].trainer, job.plans,
-        continue_training=go_on, device=torch.device(job.device),
-    )  # fmt: skip
+    go_on = (job.model / f"fold_{job.fold}" / "checkpoint_latest.pth").is_file()
+    trainer = trainer_of(job, go_on)
     maybe_load_checkpoint(trainer, go_on, False, None)
     if job.pretrained is not None and not go_on:
         if not trainer.was_initialized:
             trainer.initialize()
         weights = torch.load(job.pretrained, map_location=trainer.device, weights_only=False)["network_weights"]
-        trainer.network.load_state_dict(weights)
+        getattr(trainer.network, "_orig_mod", trainer.network).load_state_dict(weights)
     trainer.run_training()
 
 
 def validation_folder(job: Job) -> Path:
     """Links to images and labels of the fold's validation cases."""
-    splits = json.loads((preprocessed_folder(job.dataset) / "splits_final.json").read_text())
     raw, folder = Path(os.environ["nnUNet_raw"]) / job.dataset, job.folder / "validation"
-    for kind, pattern in (("imagesTr", "{}_*"), ("labelsTr", "{}.*")):
+    for kind, ending in (("imagesTr", "_[0-9][0-9][0-9][0-9].*"), ("labelsTr", ".*")):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        for case in splits[int(job.fold)]["val"]:
-            for file in (raw / kind).glob(pattern.format(case)):
+        for case in split(job.dataset, job.fold)["val"]:
+            for file in (raw / kind).glob(glob.escape(case) + ending):
                 link = folder / kind / file.name
                 if not link.exists():
                     link.symlink_to(file.resolve())
@@ -189,17 +212,28 @@ def validation_folder(job: Job) -> Path:
 def evaluate(job: Job) -> dict[str, list[dict[str, Any]]]:
     """The records of each protocol, evaluated as far as they are missing."""
     cases = validation_folder(job)
+    program = shutil.which("ima-seg", path=str(Path(sys.executable).parent)) or "ima-seg"
     result = {}
     for protocol, arguments in protocols_of(job.configuration, PROFILES[job.profile]).items():
         out, began = job.folder / protocol, time.monotonic()
-        command = ["ima-seg", "evaluate", "-m", str(job.model), "-f", job.fold, "-i", str(cases / "imagesTr"),
-                   "-gt", str(cases / "labelsTr"), "-o", str(out), "-device", job.device, "--resume", *arguments]  # fmt: skip
-        program = shutil.which("ima-seg", path=str(Path(sys.executable).parent)) or "ima-seg"
-        with (job.folder / f"{protocol}.log").open("a") as log:
-            subprocess.run([program, *command[1:]], check=True, stdout=log, stderr=subprocess.STDOUT)
-        print(f"  {protocol} in {time.monotonic() - began:.0f} s", flush=True)
+        command = [program, "evaluate", "-m", str(job.model), "-f", job.fold, "-i", str(cases / "imagesTr"),
+                   "-gt", str(cases / "labelsTr"), "-o", str(out), "-device", job.device, "--resume"]  # fmt: skip
+        call([*command, *arguments], job.folder / f"{protocol}.log")
+        print(f"  {job.method}: {protocol} in {time.monotonic() - began:.0f} s", flush=True)
         result[protocol] = [slim(record) for record in read_lines(sorted(out.glob("records*.jsonl")), Record)]
     return result
+
+
+def call(command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+    """Run a command whose output goes to the end of ``log``.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    with log.open("a") as file:
+        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"this failed, see the end of {log}; the same call goes on from here: {' '.join(command)}")
 
 
 def slim(record: Record) -> dict[str, Any]:
@@ -215,14 +249,13 @@ def slim(record: Record) -> dict[str, Any]:
 def cost(job: Job) -> dict[str, Any]:
     """Network passes and seconds of the whole training, from the history that its checkpoint holds."""
     checkpoint = read_checkpoint(job.model / f"fold_{job.fold}" / "checkpoint_final.pth")
-    state = checkpoint.get("ima") or checkpoint["ima_method"]
+    state = checkpoint.get(KEY) or checkpoint[METHOD_KEY]
     history = state["history"]
     mean = {key: sum(row[key] for row in history) / len(history) for key in
             ("forwards_per_sample", "gradients_per_sample", "training_passes_per_sample")}  # fmt: skip
     # Of a training pass, whose backward pass has the gradients of input and parameters, the forward is a third.
-    equivalent = (
-        mean["training_passes_per_sample"] + mean["gradients_per_sample"] * 2 / 3 + mean["forwards_per_sample"] / 3
-    )
+    gradients, forwards = mean["gradients_per_sample"] * 2 / 3, mean["forwards_per_sample"] / 3
+    equivalent = mean["training_passes_per_sample"] + gradients + forwards
     return {**mean, "standard_passes_per_sample": equivalent, "epochs": len(history),
             "seconds": sum(row["seconds"] for row in history), "last_epoch": history[-1]}  # fmt: skip
 
@@ -263,11 +296,13 @@ def jobs(options: argparse.Namespace, dataset: str) -> Iterator[Job]:
                           options.device, options.pretrained)  # fmt: skip
 
 
-def ensure_plans(dataset: str, profile: Profile) -> None:
-    """Write the profile's plans."""
-    name, changes = profile.plans
+def prepare(job: Job) -> None:
+    """Write the profile's plans, and let nnU-Net split the data set if it has not yet."""
+    name, changes = PROFILES[job.profile].plans
     if changes:
-        write_plans(dataset, "nnUNetPlans", name, **changes)
+        write_plans(job.dataset, "nnUNetPlans", name, **changes)
+    if not (preprocessed_folder(job.dataset) / "splits_final.json").is_file():
+        trainer_of(job).do_split()
 
 
 def main() -> None:
@@ -294,8 +329,8 @@ def main() -> None:
                        options.device, options.pretrained))  # fmt: skip
         return
     if not options.table:
-        ensure_plans(dataset, PROFILES[options.profile])
         for job in jobs(options, dataset):
+            prepare(job)
             run(job, job.method in options.rerun)
     for configuration in options.configurations:
         report(store_folder(dataset, configuration, options.profile))

@@ -1,8 +1,8 @@
 """The boundary search of IMA training: the point of least Dice loss on the way out, found per sample.
 
 A sample *crosses* when its quality, as a rule its hard foreground Dice, falls below a threshold. The search walks
-outwards by PGD within each sample's own budget, keeps the last point that had not crossed and the first that had, and closes that bracket by a
-root finder. Method: Ma & Liang, arXiv 2005.09147.
+outwards by PGD within each sample's own budget, keeps the last point that had not crossed and the first that had, and
+closes that bracket by a root finder. Method: Ma & Liang, arXiv 2005.09147.
 """
 
 from __future__ import annotations
