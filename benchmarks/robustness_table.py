@@ -1,6 +1,6 @@
 """IMA beside every other way to train, from a data set to the table and the figure.
 
-    python benchmarks/robustness_table.py 4 -c 2d --profile cpu -w WORK [--methods ima pgdat-5 ...] [--folds 0]
+    python benchmarks/robustness_table.py 4 -c 2d --profile quick -w WORK [--methods ima pgdat-5 ...] [--folds 0]
 
 Trains every method on the same folds, for the same number of updates, from the same weights (``--pretrained``) or from
 scratch, and evaluates each on the validation cases of its fold with ``ima-seg evaluate``, by the paper's protocol (2D:
