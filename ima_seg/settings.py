@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ima_seg.attacks.boundary import Refine, SearchSettings
 from ima_seg.errors import UserError
@@ -176,12 +176,17 @@ class IMASettings(TrainingSettings):
     rule: Rule = "mean"
     cuda_graphs: Literal["off", "on"] = "off"
 
+    @field_validator("tau")
+    @classmethod
+    def _threshold(cls, tau: float, info: ValidationInfo) -> float:
+        if info.data.get("criterion") != "loss" and not 0 < tau < 1:
+            raise ValueError("as the threshold of a Dice it must be above 0 and below 1")
+        if tau <= 0:
+            raise ValueError("as the threshold of a loss it must be above 0")
+        return tau
+
     @model_validator(mode="after")
     def _consistent(self) -> IMASettings:
-        if self.criterion != "loss" and not 0 < self.tau < 1:
-            raise ValueError(f"tau is {self.tau:g}; as the threshold of a Dice it must be above 0 and below 1")
-        if self.tau <= 0:
-            raise ValueError(f"tau is {self.tau:g}; as the threshold of a loss it must be above 0")
         cap = DEFAULT_EPS_MAX if self.eps_max == "auto" and self.unit == "voxel" else self.eps_max
         if cap != "auto" and self.delta != "auto" and self.delta > cap:
             raise ValueError(f"delta {self.delta:g} is more than eps_max {cap:g}; use a smaller step or a larger cap")

@@ -115,7 +115,7 @@ def test_pgd_training(start, norm, beta):
     loss = training_loss(y)
     value = beta * loss(network(perturbed)) + (1 - beta) * loss(network(x))
     close(got, gradients(network, value))
-    assert float(report.loss) == pytest.approx(float(value), rel=1e-5)
+    assert float(report.loss) == pytest.approx(value.item(), rel=1e-5)
     assert (report.passes.gradients, report.passes.forwards) == (12, 0)
     assert report.training == (4 if beta == 1 else 8)
 
@@ -173,7 +173,7 @@ def test_free_training_updates_both_sides_from_one_backward_pass_and_keeps_the_p
             value.backward()
             delta = moved(delta, leaf.grad, 0.5 * EPS, "l2")
             optimiser.step()
-            values.append(float(value))
+            values.append(value.item())
     close(list(network.parameters()), list(other.parameters()))
     assert float(report.loss) == pytest.approx(sum(values[3:]) / 3, rel=1e-5)
     assert report.training == 12 and report.passes.total == 0
@@ -203,7 +203,7 @@ def test_trades(start):
     output = network(x)
     value = training_loss(y)(output) + 6 * kl(output[0], network(perturbed)[0]).mean()
     close(got, gradients(network, value))
-    assert float(report.loss) == pytest.approx(float(value), rel=1e-4)
+    assert float(report.loss) == pytest.approx(value.item(), rel=1e-4)
     assert (report.passes.gradients, report.passes.forwards, report.training) == (8, 4, 8)
 
 
