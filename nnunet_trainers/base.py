@@ -28,6 +28,7 @@ class AdversarialTrainer(nnUNetTrainer):
 
     preset: TrainingSettings
     kind: type[Training[Any]]
+    num_iterations_per_epoch: int
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class Calls:
     loss: Callable[[Any], torch.Tensor]
     forward: Callable[[nn.Module, torch.Tensor], Any]
     backward: Callable[[torch.Tensor], None]
-    update: Callable[[], None]
+    update: Callable[[], object]
     generator: torch.Generator | None
 
     def accumulate(self, terms: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Method(Generic[S]):
         y: torch.Tensor,
         *,
         loss: Callable[[Any], torch.Tensor],
-        update: Callable[[], None],
+        update: Callable[[], object],
         backward: Callable[[torch.Tensor], None] = _backward,
         forward: Callable[[nn.Module, torch.Tensor], Any] | None = None,
         generator: torch.Generator | None = None,

@@ -55,7 +55,7 @@ class MethodTraining(Training[S]):
     def step(
         self, network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, case_ids: Sequence[str], *,
         loss: Callable[[Any], torch.Tensor], forward: Callable[[torch.nn.Module, torch.Tensor], Any],
-        backward: Callable[[torch.Tensor], None], update: Callable[[], None],
+        backward: Callable[[torch.Tensor], None], update: Callable[[], object],
     ) -> torch.Tensor:  # fmt: skip
         report = self.method.step(network, x, y, loss=loss, forward=forward, backward=backward, update=update)
         self._losses.append(report.loss)

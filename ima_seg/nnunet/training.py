@@ -80,7 +80,7 @@ class Training(ABC, Generic[S]):
         loss: Callable[[Any], torch.Tensor],
         forward: Callable[[torch.nn.Module, torch.Tensor], Any],
         backward: Callable[[torch.Tensor], None],
-        update: Callable[[], None],
+        update: Callable[[], object],
     ) -> torch.Tensor:
         """Accumulate the gradient of one step in ``p.grad``; returns the loss, 0-dim. Arguments as for a method."""
 
@@ -200,7 +200,7 @@ class IMATraining(Training[IMASettings]):
     def step(
         self, network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, case_ids: Sequence[str], *,
         loss: Callable[[Any], torch.Tensor], forward: Callable[[torch.nn.Module, torch.Tensor], Any],
-        backward: Callable[[torch.Tensor], None], update: Callable[[], None],
+        backward: Callable[[torch.Tensor], None], update: Callable[[], object],
     ) -> torch.Tensor:  # fmt: skip
         report = self.ima.step(network, x, y, case_ids, loss=loss, forward=forward, backward=backward)
         self.tally.add(report)
