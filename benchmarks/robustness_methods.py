@@ -112,13 +112,36 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def settings_of(name: str, profile: Profile) -> dict[str, Any]:
-    """The settings file of a training."""
-    method, training = METHODS[name], dict(profile.training)
+#: Ends the names of trainings that take as much computation as ours.
+MATCHED = "-matched"
+#: nnU-Net's.
+ITERATIONS = 250
+
+
+def method_of(name: str) -> Method:
+    """The method of a training, matched or not."""
+    return METHODS[name.removesuffix(MATCHED)]
+
+
+def matched_iterations(ours: dict[str, Any], wanted: float, cost: float) -> int:
+    """Iterations per epoch with which a training takes as much computation as ours.
+
+    Args:
+        ours: settings of our training.
+        wanted: standard passes per patch that it took.
+        cost: standard passes per patch of the other training.
+    """
+    return max(round(ours.get("iterations_per_epoch", ITERATIONS) * wanted / cost), 1)
+
+
+def settings_of(name: str, profile: Profile, iterations: int | None = None) -> dict[str, Any]:
+    """The settings file of a training; ``iterations`` per epoch where they are not the profile's."""
+    method, training = method_of(name), dict(profile.training)
     if "replays" in method.settings and "iterations_per_epoch" in training:
         training["iterations_per_epoch"] //= method.settings["replays"]
     steps = {"steps": profile.steps} if method.steps and profile.steps is not None else {}
-    return {**training, **steps, **method.settings}
+    matched = {} if iterations is None else {"iterations_per_epoch": iterations}
+    return {**training, **steps, **method.settings, **matched}
 
 
 def protocols_of(configuration: str, profile: Profile) -> dict[str, list[str]]:

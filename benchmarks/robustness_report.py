@@ -12,12 +12,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 from common import table
-from robustness_methods import METHODS, OURS, STANDARD
+from robustness_methods import MATCHED, METHODS, OURS, STANDARD
 
 from ima_seg.evaluate.statistics import holm, paired
 from ima_seg.files import replacing, write_text
 
 matplotlib.use("Agg")
+ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 2000
 #: What must be the same in all results of a table.
 SHARED = ("versions", "sources", "plans", "pretrained", "profile")
@@ -52,7 +53,8 @@ def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
     folds = {method: sorted(result["fold"] for result in each) for method, each in results.items()}
     if len({tuple(each) for each in folds.values()}) > 1:
         sys.exit(f"the methods have different folds ({folds}); run the missing ones, or remove what is too much")
-    return {method: results[method] for method in METHODS if method in results}
+    names = [*METHODS, *(method + MATCHED for method in METHODS)]
+    return {method: results[method] for method in names if method in results}
 
 
 def pick(results: list[dict[str, Any]], protocol: str, worst: bool) -> dict[float, dict[str, dict[str, Any]]]:
@@ -164,9 +166,11 @@ def duels(chosen: dict[str, dict[float, dict[str, Any]]], statistics: dict[str, 
     return f"### {OURS} minus the other\n\n" + table(["", "budget", *statistics, "p (Dice per case, Holm)"], rows)
 
 
-def best_fixed(chosen: dict[str, dict[float, dict[str, Any]]], statistic: Callable[[Records], float]) -> str:
-    """At each budget the best training with fixed noise, and ours against it."""
-    fixed = [method for method in chosen if method.startswith("pgdat")]
+def best_fixed(
+    chosen: dict[str, dict[float, dict[str, Any]]], statistic: Callable[[Records], float], matched: bool
+) -> str:
+    """At each budget the best training with fixed noise, of our computation or not, and ours against it."""
+    fixed = [method for method in chosen if method.startswith("pgdat") and method.endswith(MATCHED) == matched]
     if not fixed or OURS not in chosen:
         return ""
     rows = []
@@ -176,7 +180,8 @@ def best_fixed(chosen: dict[str, dict[float, dict[str, Any]]], statistic: Callab
         common = [case for case in theirs if case in mine]
         gap = difference(statistic, [mine[case] for case in common], [theirs[case] for case in common])
         rows.append(["clean" if level == 0 else f"{level:g}", best, shown(gap, "+")])
-    return table(["budget", "best PGD training there", f"{OURS} minus it"], rows)
+    best = "best PGD training there" + (", of the same computation" if matched else "")
+    return table(["budget", best, f"{OURS} minus it"], rows)
 
 
 def costs(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -210,7 +215,8 @@ def figure(path: Path, panels: dict[str, tuple[dict[str, Any], Callable[[Records
     fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained")
     styles = ["-", "--", ":", "-."]
     for axis, (title, (chosen, statistic)) in zip(axes[0], panels.items(), strict=True):
-        for index, (method, by_level) in enumerate(chosen.items()):
+        drawn = {method: by_level for method, by_level in chosen.items() if not method.endswith(MATCHED)}
+        for index, (method, by_level) in enumerate(drawn.items()):
             values = [statistic(list(cases.values())) for cases in by_level.values()]
             axis.plot(
                 list(by_level), values, styles[index // 8 % 4] if method != OURS else "-", marker="o", markersize=3,
@@ -242,11 +248,22 @@ def origin(results: dict[str, list[dict[str, Any]]], protocols: Sequence[str]) -
     return "\n\n".join(lines)
 
 
+def put_into(file: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers of ``name`` in a Markdown file; without markers nothing happens."""
+    begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if begin in before and end in before:
+        head, rest = before.split(begin, 1)
+        write_text(file, f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}")
+        print(f"updated {file}")
+
+
 def report(folder: Path) -> None:
-    """Write ``table.md`` and ``figure.png`` into the folder of results."""
+    """Write ``table.md`` and ``figure.png`` into the folder of results, and their short form into README and docs."""
     results = load(folder)
     protocols = list(next(iter(results.values()))[0]["protocols"])
-    parts, panels = [f"# Robustness: {folder.name}", origin(results, protocols), costs(results)], {}
+    about = origin(results, protocols)
+    parts, short, panels = [f"# Robustness: {folder.name}", about, costs(results)], [about], {}
     for protocol in protocols:
         paper = protocol == "paper"
         chosen = {method: pick(each, protocol, not paper) for method, each in results.items()}
@@ -257,8 +274,12 @@ def report(folder: Path) -> None:
             {"Dice per slice": per_slice, "pooled Dice": pooled} if paper
             else {"Dice": per_case("dice"), "NSD": per_case("nsd")}
         )  # fmt: skip
-        for name, statistic in statistics.items():
-            parts += [section(name, chosen, statistic), best_fixed(chosen, statistic)]
+        for index, (name, statistic) in enumerate(statistics.items()):
+            found = [section(name, chosen, statistic)]
+            found += [best_fixed(chosen, statistic, matched) for matched in (False, True)]
+            parts += found
+            if paper or index == 0:
+                short += [f"**{title}**", *(part.removeprefix("### ") for part in found)]
         if not paper:
             parts.append(section("HD95, mm", chosen, per_case("hd95_mm")))
         if OURS in chosen and len(chosen) > 1:
@@ -267,3 +288,7 @@ def report(folder: Path) -> None:
     write_text(folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     figure(folder / "figure.png", panels)
     print(f"wrote {folder / 'table.md'} and {folder / 'figure.png'}")
+    place = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
+    for file, up in ((ROOT / "README.md", ""), (ROOT / "docs" / "results.md", "../")):
+        links = f"![Dice over budgets]({up}{place}/figure.png)\n\nEverything: [table.md]({up}{place}/table.md)."
+        put_into(file, f"robustness {folder.name}", "\n\n".join([*(part for part in short if part), links]))

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,16 @@ from typing import Any
 
 import torch
 from common import RESULTS, provenance
-from robustness_methods import METHODS, PROFILES, protocols_of, settings_of
+from robustness_methods import (
+    MATCHED,
+    METHODS,
+    OURS,
+    PROFILES,
+    matched_iterations,
+    method_of,
+    protocols_of,
+    settings_of,
+)
 from robustness_report import report
 
 import ima_seg
@@ -63,6 +72,7 @@ class Job:
     work: Path
     device: str
     pretrained: Path | None
+    iterations: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -82,7 +92,7 @@ class Job:
     @property
     def model(self) -> Path:
         """The model folder of the training."""
-        trainer = METHODS[self.method].trainer
+        trainer = method_of(self.method).trainer
         return self.folder / "results" / self.dataset / f"{trainer}__{self.plans}__{self.configuration}"
 
     def identity(self) -> dict[str, Any]:
@@ -90,8 +100,8 @@ class Job:
         profile = PROFILES[self.profile]
         plans = preprocessed_folder(self.dataset) / f"{self.plans}.json"
         return {
-            "trainer": METHODS[self.method].trainer,
-            "settings": settings_of(self.method, profile),
+            "trainer": method_of(self.method).trainer,
+            "settings": settings_of(self.method, profile, self.iterations),
             "protocols": protocols_of(self.configuration, profile),
             "profile": digest([profile.training, profile.steps, profile.protocols]),
             "plans": digest(json.loads(plans.read_text())["configurations"][self.configuration]),
@@ -176,7 +186,7 @@ def trainer_of(job: Job, go_on: bool = False) -> Any:
     from nnunetv2.run.run_training import get_trainer_from_args
 
     return get_trainer_from_args(
-        job.dataset, job.configuration, int(job.fold), METHODS[job.method].trainer, job.plans,
+        job.dataset, job.configuration, int(job.fold), method_of(job.method).trainer, job.plans,
         continue_training=go_on, device=torch.device(job.device),
     )  # fmt: skip
 
@@ -296,6 +306,24 @@ def jobs(options: argparse.Namespace, dataset: str) -> Iterator[Job]:
                           options.device, options.pretrained)  # fmt: skip
 
 
+def matched(job: Job) -> Job:
+    """The job once more, for as much computation as ours took.
+
+    Raises:
+        SystemExit: ours is not stored yet.
+    """
+    ours = replace(job, method=OURS).stored
+    if not ours.is_file():
+        sys.exit(f"{ours} does not exist, so there is no computation to match; run with --methods {OURS} first")
+    wanted, own = (json.loads(file.read_text()) for file in (ours, job.stored))
+    iterations = matched_iterations(
+        wanted["identity"]["settings"],
+        wanted["cost"]["standard_passes_per_sample"],
+        own["cost"]["standard_passes_per_sample"],
+    )
+    return replace(job, method=job.method + MATCHED, iterations=iterations)
+
+
 def prepare(job: Job) -> None:
     """Write the profile's plans, and let nnU-Net split the data set if it has not yet."""
     name, changes = PROFILES[job.profile].plans
@@ -315,6 +343,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("-w", "--work", type=Path, default=Path("robustness_work"))
     parser.add_argument("--pretrained", type=Path, help="checkpoint of a standard model that all trainings start from")
+    parser.add_argument("--matched", action="store_true", help="train each once more for as much computation as IMA")
     parser.add_argument("--rerun", nargs="+", choices=list(METHODS), default=[], help="make these anew")
     parser.add_argument("--table", action="store_true", help="only make table and figure from what is stored")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -332,6 +361,9 @@ def main() -> None:
         for job in jobs(options, dataset):
             prepare(job)
             run(job, job.method in options.rerun)
+        for job in jobs(options, dataset) if options.matched else ():
+            if job.method != OURS:
+                run(matched(job), job.method in options.rerun)
     for configuration in options.configurations:
         report(store_folder(dataset, configuration, options.profile))
 

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import robustness_report as report
-from robustness_methods import METHODS, PROFILES, protocols_of, settings_of
+from robustness_methods import METHODS, PROFILES, matched_iterations, method_of, protocols_of, settings_of
 
 import nnunet_trainers
 
@@ -88,6 +88,29 @@ def test_a_case_that_one_method_lacks_is_named(tmp_path):
     write(tmp_path, result("ima", 0.6), less)
     with pytest.raises(SystemExit, match=r"standard lacks budget and case \(5.0, 'y'\)"):
         report.report(tmp_path)
+
+
+def test_trainings_of_the_same_computation_stand_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESAMPLES", 20)
+    write(tmp_path, result("pgdat-5-matched", 0.5), result("pgdat-1", 0.4), result("ima", 0.6))
+    report.report(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "| budget | best PGD training there | ima minus it |" in text and "| 5 | pgdat-1 |" in text
+    assert "of the same computation" in text and "| 5 | pgdat-5-matched |" in text
+    assert matched_iterations({"iterations_per_epoch": 30}, wanted=4.0, cost=1.0) == 120
+    assert matched_iterations({}, wanted=4.0, cost=8.0) == 125
+    assert settings_of("standard-matched", PROFILES["quick"], 77)["iterations_per_epoch"] == 77
+    assert method_of("standard-matched") is METHODS["standard"]
+
+
+def test_tables_replace_what_stands_between_their_markers(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- a: generated -->\nold\n<!-- a: end -->\nafter\n")
+    report.put_into(file, "b", "other")
+    assert "old" in file.read_text()
+    for _ in range(2):
+        report.put_into(file, "a", "new")
+        assert file.read_text() == "before\n<!-- a: generated -->\n\nnew\n\n<!-- a: end -->\nafter\n"
 
 
 def test_nothing_stored(tmp_path):
