@@ -35,6 +35,11 @@ METHODS: dict[str, Method] = {
         f"pgdat-{level}": Method("nnUNetTrainerPGDAT", {"eps": round(size, 4)}, steps=True)
         for level, size in LEVELS.items()
     },
+    # Large noise alone can keep a network from learning at all, hence the mixtures with the clean loss.
+    **{
+        f"pgdat-{level}-half": Method("nnUNetTrainerPGDAT", {"eps": round(LEVELS[level], 4), "beta": 0.5}, steps=True)
+        for level in (5, 10, 15)
+    },
     "fgsmat": Method("nnUNetTrainerFGSMAT", {"eps": round(LEVELS[5], 4)}),
     "freeat": Method("nnUNetTrainerFreeAT", {"eps": round(LEVELS[5], 4), "replays": 4}),
     "segpgdat": Method("nnUNetTrainerSegPGDAT", {"eps": round(LEVELS[5], 4)}, steps=True),

@@ -223,9 +223,10 @@ def figure(path: Path, panels: dict[str, tuple[dict[str, Any], Callable[[Records
                 color="black" if method == OURS else f"C{index % 8}", linewidth=2.2 if method == OURS else 1.2,
                 label=method,
             )  # fmt: skip
-        axis.set(title=title, xlabel="budget", ylabel="Dice", ylim=(0, 1))
+        axis.set_title(title.replace(": ", "\n", 1), fontsize=10)
+        axis.set(xlabel="budget", ylabel="Dice", ylim=(0, 1))
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=8)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     with replacing(path) as temporary:
         fig.savefig(temporary, format="png", dpi=130)
     plt.close(fig)

@@ -292,6 +292,8 @@ def run(job: Job, rerun: bool) -> None:
     result = {
         "method": job.method, "fold": job.fold, "identity": identity, "cost": cost(job), "protocols": protocols,
         **provenance(__file__, torch.device(job.device)), "ima_seg": ima_seg.__version__,
+        # file names only: a path says nothing to a reader
+        "command": " ".join(["python", "benchmarks/robustness_table.py", *(Path(a).name for a in sys.argv[1:])]),
     }  # fmt: skip
     job.stored.parent.mkdir(parents=True, exist_ok=True)
     write_text(job.stored, json.dumps(result) + "\n")

@@ -38,7 +38,6 @@ from ima_seg.types import Labels, Target, ThreatModel
 
 LEVELS_L2 = (0.0, 1.0, 5.0, 10.0, 15.0)
 RESAMPLES = 2000
-REFERENCE = "paper"
 #: What each variant sets; everything else is the default. ``paper`` is the paper's search with our margin rule.
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"steps": 20, "start": "random", "refine": "bisection", "refine_steps": 10, "refine_tolerance": 0.0,
@@ -55,6 +54,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gradient-K5": {"steps": 5, "start": "gradient", "refine_steps": 4, "refine_tolerance": 0.05},
     "gradient-K3": {"steps": 3, "start": "gradient", "refine_steps": 10, "refine_tolerance": 0.01},
     "gradient-K2": {"steps": 2, "start": "gradient", "refine_steps": 2, "refine_tolerance": 0.1},
+    "default": {},
+    "tau-30": {"tau": 0.3},
+    "beta-75": {"beta": 0.75},
+    "tau-30-beta-75": {"tau": 0.3, "beta": 0.75},
     "rule-paper": {"rule": "paper"},
     "rule-majority": {"rule": "majority"},
 }  # fmt: skip
@@ -94,8 +97,10 @@ def train_here(options: argparse.Namespace) -> None:
     trainer.run_training()
 
 
-def validation_slices(dataset: str, configuration: Any, cases: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Slices with foreground of the first ``cases`` validation cases of fold 0, padded or cropped to the patch.
+def validation_slices(
+    dataset: str, configuration: Any, skip: int, cases: int
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Slices with foreground of ``cases`` validation cases of fold 0 after ``skip``, padded or cropped to the patch.
 
     Returns:
         Images (N, C, H, W), references (N, 1, H, W), and the case of each slice.
@@ -105,7 +110,7 @@ def validation_slices(dataset: str, configuration: Any, cases: int) -> tuple[tor
     from ima_seg.nnunet.plans import preprocessed_folder
 
     folder = preprocessed_folder(dataset)
-    names = json.loads((folder / "splits_final.json").read_text())[0]["val"][:cases]
+    names = json.loads((folder / "splits_final.json").read_text())[0]["val"][skip : skip + cases]
     data = folder / configuration.data_identifier
     images, references, owners = [], [], []
     for name in names:
@@ -149,16 +154,15 @@ def robust_dice(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, labe
     return result
 
 
-def attacked(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
+def attacked(name: str, checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Per-slice Dice and cost of a training; kept beside it."""
-    stored = options.work / f"attacked-{checkpoint.parents[2].parent.name}.json"
+    stored = options.work / f"attacked-{name}-{options.skip}-{options.cases}.json"
     if stored.is_file():
         known: dict[str, Any] = json.loads(stored.read_text())
-        if len(set(known["owners"])) == options.cases:
-            return known
+        return known
     device = torch.device(options.device)
     model = load_model(checkpoint.parents[1], folds=["0"], checkpoint=checkpoint.name, device=device)
-    x, y, owners = validation_slices(options.dataset, model.configuration, options.cases)
+    x, y, owners = validation_slices(options.dataset, model.configuration, options.skip, options.cases)
     row: dict[str, Any] = {"owners": owners}
     row["dice"] = robust_dice(model.networks[0], x.to(device), y.to(device), model.labels)
     if model.ima is not None:
@@ -182,14 +186,14 @@ def over_cases(values: np.ndarray, owners: list[str]) -> dict[str, float]:
     return {"mean": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
-def compared(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def compared(rows: dict[str, dict[str, Any]], reference_variant: str) -> dict[str, dict[str, Any]]:
     """Means with intervals and differences to the reference of the same seed, per training."""
     results: dict[str, dict[str, Any]] = {}
     for name, row in rows.items():
         dice = np.array(row["dice"])
         entry = {key: value for key, value in row.items() if key not in ("dice", "owners")}
         entry["dice"] = [over_cases(level, row["owners"]) for level in dice]
-        reference = rows.get(f"{REFERENCE}-{name.rsplit('-', 1)[-1]}")
+        reference = rows.get(f"{reference_variant}-{name.rsplit('-', 1)[-1]}")
         if reference is not None and reference is not row:
             entry["difference"] = [over_cases(level, row["owners"]) for level in dice - np.array(reference["dice"])]
         results[name] = entry
@@ -228,6 +232,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--delta", type=float, default=0.06, help="expansion step, SD per voxel")
     parser.add_argument("--cases", type=int, default=20, help="validation cases to attack")
+    parser.add_argument("--skip", type=int, default=0, help="validation cases before them, left for a final test")
+    parser.add_argument(
+        "--reference", default="paper", choices=list(VARIANTS), help="what the others are compared with"
+    )
+    parser.add_argument("--others", nargs="+", default=[], metavar="NAME=CHECKPOINT", help="attack these, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search_settings.json")
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
@@ -235,17 +244,21 @@ def main() -> None:
     if options.train_seed is not None:
         train_here(options)
         return
-    rows = {"standard": attacked(options.pretrained, options)}
+    others = dict(each.split("=", 1) for each in options.others)
+    rows = {
+        name: attacked(name, Path(file), options) for name, file in {"standard": options.pretrained, **others}.items()
+    }
     for seed in options.seeds:
         for name in options.variants:
-            rows[f"{name}-{seed}"] = attacked(train(name, seed, options), options)
-            print(table(compared(rows)), flush=True)
-    results = compared(rows)
+            rows[f"{name}-{seed}"] = attacked(f"{name}-{seed}", train(name, seed, options), options)
+            print(table(compared(rows, options.reference)), flush=True)
+    results = compared(rows, options.reference)
     document = {
         "what": "mean Dice per slice with foreground under PGD-20, L2 of the whole slice; 95 % intervals over cases",
         "levels_l2": LEVELS_L2,
         "slices": len(rows["standard"]["owners"]),
         "cases": options.cases,
+        "skipped": options.skip,
         "iterations": options.epochs * options.iterations,
         "default": IMASettings().model_dump(),
         "results": results,
