@@ -44,6 +44,7 @@ METHODS: dict[str, Method] = {
     "freeat": Method("nnUNetTrainerFreeAT", {"eps": round(LEVELS[5], 4), "replays": 4}),
     "segpgdat": Method("nnUNetTrainerSegPGDAT", {"eps": round(LEVELS[5], 4)}, steps=True),
     "trades": Method("nnUNetTrainerTRADES", {"eps": round(LEVELS[5], 4)}, steps=True),
+    "trades-1": Method("nnUNetTrainerTRADES", {"eps": round(LEVELS[5], 4), "weight": 1.0}, steps=True),
     "te": Method("nnUNetTrainerTE", {"eps": round(LEVELS[5], 4)}, steps=True),
     "amat": Method("nnUNetTrainerAMAT"),
     OURS: Method("nnUNetTrainerIMA"),
