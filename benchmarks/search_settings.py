@@ -58,6 +58,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tau-30": {"tau": 0.3},
     "beta-75": {"beta": 0.75},
     "tau-30-beta-75": {"tau": 0.3, "beta": 0.75},
+    "relative-50": {"criterion": "relative", "tau": 0.5},
+    "relative-30": {"criterion": "relative", "tau": 0.3},
+    "relative-50-beta-75": {"criterion": "relative", "tau": 0.5, "beta": 0.75},
     "rule-paper": {"rule": "paper"},
     "rule-majority": {"rule": "majority"},
 }  # fmt: skip
