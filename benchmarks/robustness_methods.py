@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +58,14 @@ class Profile:
     """How much of everything.
 
     Attributes:
-        plans: name of the plans, and how they differ from nnUNetPlans (arguments of ``write_plans``).
+        plans: by configuration, the name of the plans, and how they differ from nnUNetPlans (arguments of
+            ``write_plans``).
         training: settings that all trainings share.
         steps: gradient steps of the trainings with PGD; None leaves each its own.
         protocols: name -> arguments of ``ima-seg evaluate``.
     """
 
-    plans: tuple[str, dict[str, Any]]
+    plans: dict[str, tuple[str, dict[str, Any]]]
     training: dict[str, Any]
     steps: int | None
     protocols: dict[str, list[str]]
@@ -81,10 +83,18 @@ def _worst(norm: str, eps: list[float], steps: int, limit: list[str]) -> list[st
 
 
 #: Plans of networks that two CPU cores can train.
-SMALL = ("nnUNetPlans_small", {"features": 16, "max_features": 128, "batch_size": 32})
+SMALL = {
+    "2d": ("nnUNetPlans_small", {"features": 16, "max_features": 128, "batch_size": 32}),
+    "3d_fullres": (
+        "nnUNetPlans_small3d",
+        {"features": 12, "max_features": 96, "batch_size": 4, "patch_size": [24, 40, 24]},
+    ),
+}
+#: nnU-Net's own.
+FULL = {name: ("nnUNetPlans", {}) for name in ("2d", "3d_fullres")}
 #: The paper's protocol is one of 2D; ``worst-*`` are ours.
 PROFILES: dict[str, Profile] = {
-    # About two hours on two cores for eight methods, from a pretrained model.
+    # A trial: about eight minutes on one core for each method.
     "quick": Profile(
         plans=SMALL,
         training={"epochs": 12, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1, "save_every": 1},
@@ -95,18 +105,19 @@ PROFILES: dict[str, Profile] = {
             "worst-linf": _worst("linf", [0.05], 5, ["--limit", "6"]),
         },
     ),
+    # About half an hour on one core for each method, from a pretrained model.
     "cpu": Profile(
         plans=SMALL,
-        training={"epochs": 50, "iterations_per_epoch": 50, "val_iterations_per_epoch": 5, "save_every": 1},
-        steps=10,
+        training={"epochs": 30, "iterations_per_epoch": 40, "val_iterations_per_epoch": 1, "save_every": 1},
+        steps=5,
         protocols={
-            "paper": _paper(20, ["--limit", "30"]),
-            "worst-l2": _worst("l2", [0.05, 0.1, 0.2], 10, ["--limit", "20"]),
-            "worst-linf": _worst("linf", [0.05, 0.1], 10, ["--limit", "20"]),
+            "paper": _paper(20, ["--limit", "20"]),
+            "worst-l2": _worst("l2", [0.05, 0.15], 5, ["--limit", "10"]),
+            "worst-linf": _worst("linf", [0.05], 5, ["--limit", "10"]),
         },
     ),
     "gpu": Profile(
-        plans=("nnUNetPlans", {}),
+        plans=FULL,
         training={"epochs": 250},
         steps=None,
         protocols={
@@ -116,6 +127,17 @@ PROFILES: dict[str, Profile] = {
         },
     ),
 }
+
+
+def plans_of(profile: Profile, configuration: str) -> tuple[str, dict[str, Any]]:
+    """Name of the plans and what they change.
+
+    Raises:
+        SystemExit: the profile has none for this configuration.
+    """
+    if configuration not in profile.plans:
+        sys.exit(f"there are no plans for {configuration!r}; the configurations are: {', '.join(profile.plans)}")
+    return profile.plans[configuration]
 
 
 #: Ends the names of trainings that take as much computation as ours.

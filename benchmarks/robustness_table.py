@@ -42,6 +42,7 @@ from robustness_methods import (
     PROFILES,
     matched_iterations,
     method_of,
+    plans_of,
     protocols_of,
     settings_of,
 )
@@ -87,7 +88,7 @@ class Job:
     @property
     def plans(self) -> str:
         """Name of the plans."""
-        return PROFILES[self.profile].plans[0]
+        return plans_of(PROFILES[self.profile], self.configuration)[0]
 
     @property
     def model(self) -> Path:
@@ -328,7 +329,7 @@ def matched(job: Job) -> Job:
 
 def prepare(job: Job) -> None:
     """Write the profile's plans, and let nnU-Net split the data set if it has not yet."""
-    name, changes = PROFILES[job.profile].plans
+    name, changes = plans_of(PROFILES[job.profile], job.configuration)
     if changes:
         write_plans(job.dataset, "nnUNetPlans", name, **changes)
     if not (preprocessed_folder(job.dataset) / "splits_final.json").is_file():

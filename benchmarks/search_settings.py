@@ -22,6 +22,7 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tau-30": {"tau": 0.3},
     "beta-75": {"beta": 0.75},
     "tau-30-beta-75": {"tau": 0.3, "beta": 0.75},
+    "tau-45": {"tau": 0.45},
     "relative-50": {"criterion": "relative", "tau": 0.5},
     "relative-30": {"criterion": "relative", "tau": 0.3},
     "relative-50-beta-75": {"criterion": "relative", "tau": 0.5, "beta": 0.75},
@@ -136,11 +138,17 @@ def fit(slice_: torch.Tensor, size: list[int]) -> torch.Tensor:
     return slice_
 
 
-def robust_dice(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, labels: Labels) -> list[list[float]]:
-    """Dice of each slice at each level, levels first."""
+def robust_dice(
+    network: torch.nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    labels: Labels,
+    levels: Sequence[float] = LEVELS_L2,
+) -> list[list[float]]:
+    """Dice of each slice at each level (L2 of a slice), levels first."""
     radius = 1 / math.sqrt(x[0].numel())
     result = []
-    for level in LEVELS_L2:
+    for level in levels:
         torch.manual_seed(0)
         scores: list[float] = []
         for start in range(0, len(x), 64):
