@@ -107,15 +107,15 @@ PROFILES: dict[str, Profile] = {
             "worst-linf": _worst("linf", [0.05], 5, ["--limit", "6"]),
         },
     ),
-    # About half an hour on one core for each method, from a pretrained model.
+    # About a quarter of an hour on one core for each method, from a pretrained model.
     "cpu": Profile(
         plans=SMALL,
-        training={"epochs": 30, "iterations_per_epoch": 40, "val_iterations_per_epoch": 1, "save_every": 1},
+        training={"epochs": 20, "iterations_per_epoch": 40, "val_iterations_per_epoch": 1, "save_every": 1},
         steps=5,
         protocols={
-            "paper": _paper(20, ["--limit", "20"]),
-            "worst-l2": _worst("l2", [0.05, 0.15], 5, ["--limit", "10"]),
-            "worst-linf": _worst("linf", [0.05], 5, ["--limit", "10"]),
+            "paper": _paper(20, ["--limit", "16"]),
+            "worst-l2": _worst("l2", [0.05, 0.15], 5, ["--limit", "8"]),
+            "worst-linf": _worst("linf", [0.05], 5, ["--limit", "8"]),
         },
     ),
     "gpu": Profile(

@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 2000
 #: What must be the same in all results of a table.
 SHARED = ("versions", "sources", "plans", "pretrained", "profile")
+#: Explains the columns of the overview.
+COLUMNS = (
+    "Cost: passes of a standard training per patch. paper: Dice per slice under PGD, L2 of the slice. worst: Dice per "
+    "volume under the worst of PGD, APGD, SegPGD and Square, budget per voxel (RMS, or L∞) in standard deviations."
+)
 Records = list[dict[str, Any]]
 
 
@@ -147,6 +152,28 @@ def section(title: str, chosen: dict[str, dict[float, dict[str, Any]]], statisti
     return f"### {title}\n\n" + table(head, body)
 
 
+def overview(
+    results: dict[str, list[dict[str, Any]]],
+    measured: dict[str, tuple[dict[str, dict[float, dict[str, Any]]], Callable[[Records], float]]],
+) -> str:
+    """One line per method: its cost, and one statistic of each protocol at all budgets, clean images once per protocol.
+
+    Args:
+        results: by method.
+        measured: protocol -> records by method, budget and case, and the statistic.
+    """
+    head, rows = ["", "cost"], {method: [method] for method in results}
+    for method, folds in results.items():
+        passes = np.mean([fold["cost"]["standard_passes_per_sample"] for fold in folds])
+        rows[method].append(f"{passes:.1f}")
+    for protocol, (chosen, statistic) in measured.items():
+        for level in next(iter(chosen.values())):
+            head.append(f"{protocol} " + ("clean" if level == 0 else f"{level:g}"))
+            for method, by_level in chosen.items():
+                rows[method].append(f"{statistic(list(by_level[level].values())):.3f}")
+    return table(head, list(rows.values()))
+
+
 def duels(chosen: dict[str, dict[float, dict[str, Any]]], statistics: dict[str, Callable[[Records], float]]) -> str:
     """Ours against every other method: differences with intervals, and a paired test over cases."""
     ours, rows, p_values = chosen[OURS], [], []
@@ -262,9 +289,10 @@ def put_into(file: Path, name: str, text: str) -> None:
 def report(folder: Path) -> None:
     """Write ``table.md`` and ``figure.png`` into the folder of results, and their short form into README and docs."""
     results = load(folder)
+    measured: dict[str, Any] = {}
     protocols = list(next(iter(results.values()))[0]["protocols"])
     about = origin(results, protocols)
-    parts, short, panels = [f"# Robustness: {folder.name}", about, costs(results)], [about], {}
+    parts, short, panels = [f"# Robustness: {folder.name}", about, costs(results)], [], {}
     for protocol in protocols:
         paper = protocol == "paper"
         chosen = {method: pick(each, protocol, not paper) for method, each in results.items()}
@@ -279,17 +307,19 @@ def report(folder: Path) -> None:
             found = [section(name, chosen, statistic)]
             found += [best_fixed(chosen, statistic, matched) for matched in (False, True)]
             parts += found
-            if paper or index == 0:
-                short += [f"**{title}**", *(part.removeprefix("### ") for part in found)]
+            if OURS in chosen and (paper or index == 0):
+                short += [f"{OURS} against the best training on fixed noise, {name} ({protocol}):", *found[1:]]
         if not paper:
             parts.append(section("HD95, mm", chosen, per_case("hd95_mm")))
         if OURS in chosen and len(chosen) > 1:
             parts.append(duels(chosen, statistics))
         panels[title] = (chosen, next(iter(statistics.values())))
+        measured[protocol] = panels[title]
     write_text(folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
     figure(folder / "figure.png", panels)
     print(f"wrote {folder / 'table.md'} and {folder / 'figure.png'}")
     place = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
     for file, up in ((ROOT / "README.md", ""), (ROOT / "docs" / "results.md", "../")):
         links = f"![Dice over budgets]({up}{place}/figure.png)\n\nEverything: [table.md]({up}{place}/table.md)."
-        put_into(file, f"robustness {folder.name}", "\n\n".join([*(part for part in short if part), links]))
+        text = [overview(results, measured), COLUMNS, links, *short, about]
+        put_into(file, f"robustness {folder.name}", "\n\n".join(part for part in text if part))
