@@ -64,19 +64,31 @@ class Profile:
             ``write_plans``).
         training: settings that all trainings share.
         steps: gradient steps of the trainings with PGD; None leaves each its own.
-        protocols: name -> arguments of ``ima-seg evaluate``.
+        protocols: by configuration, name -> arguments of ``ima-seg evaluate``.
     """
 
     plans: dict[str, tuple[str, dict[str, Any]]]
     training: dict[str, Any]
     steps: int | None
-    protocols: dict[str, list[str]]
+    protocols: dict[str, dict[str, list[str]]]
 
 
 def _paper(steps: int, limit: list[str]) -> list[str]:
     levels = [str(level) for level in LEVELS]
     return ["--attack", "pgd", "--budget", "slice", "--unit", "l2", "--eps", *levels, "--steps", str(steps),
             "--disable_tta", *limit]  # fmt: skip
+
+
+def _protocols(
+    cases: tuple[int | None, int | None], steps: tuple[int, int], l2: list[float], linf: list[float], flat: bool
+) -> dict[str, list[str]]:
+    """The paper's protocol, which is one of 2D, and ours, for so many cases and steps each."""
+    paper, worst = (["--limit", str(count)] if count else [] for count in cases)
+    return {
+        **({"paper": _paper(steps[0], paper)} if flat else {}),
+        "worst-l2": _worst("l2", l2, steps[1], worst),
+        "worst-linf": _worst("linf", linf, steps[1], worst),
+    }
 
 
 def _worst(norm: str, eps: list[float], steps: int, limit: list[str]) -> list[str]:
@@ -89,33 +101,31 @@ SMALL = {
     "2d": ("nnUNetPlans_small", {"features": 16, "max_features": 128, "batch_size": 32}),
     "3d_fullres": (
         "nnUNetPlans_small3d",
-        {"features": 12, "max_features": 96, "batch_size": 4, "patch_size": [24, 40, 24]},
+        {"features": 12, "max_features": 96, "batch_size": 2},
     ),
 }
 #: nnU-Net's own.
 FULL = {name: ("nnUNetPlans", {}) for name in ("2d", "3d_fullres")}
-#: The paper's protocol is one of 2D; ``worst-*`` are ours.
+#: Budgets of 3D are smaller: per voxel, its boundaries are nearer.
 PROFILES: dict[str, Profile] = {
-    # A trial: about eight minutes on one core for each method.
+    # A trial: about eight minutes on one core for each method in 2D, from a pretrained model.
     "quick": Profile(
         plans=SMALL,
         training={"epochs": 12, "iterations_per_epoch": 30, "val_iterations_per_epoch": 1, "save_every": 1},
         steps=5,
         protocols={
-            "paper": _paper(20, ["--limit", "12"]),
-            "worst-l2": _worst("l2", [0.05, 0.15], 5, ["--limit", "6"]),
-            "worst-linf": _worst("linf", [0.05], 5, ["--limit", "6"]),
+            "2d": _protocols((12, 6), (20, 5), [0.05, 0.15], [0.05], flat=True),
+            "3d_fullres": _protocols((None, 5), (20, 5), [0.02, 0.05, 0.1], [0.02], flat=False),
         },
     ),
-    # About a quarter of an hour on one core for each method, from a pretrained model.
+    # About a quarter of an hour on one core for each method in 2D, from a pretrained model.
     "cpu": Profile(
         plans=SMALL,
         training={"epochs": 20, "iterations_per_epoch": 40, "val_iterations_per_epoch": 1, "save_every": 1},
         steps=5,
         protocols={
-            "paper": _paper(20, ["--limit", "16"]),
-            "worst-l2": _worst("l2", [0.05, 0.15], 5, ["--limit", "8"]),
-            "worst-linf": _worst("linf", [0.05], 5, ["--limit", "8"]),
+            "2d": _protocols((16, 8), (20, 5), [0.05, 0.15], [0.05], flat=True),
+            "3d_fullres": _protocols((None, 8), (20, 5), [0.02, 0.05, 0.1], [0.02], flat=False),
         },
     ),
     "gpu": Profile(
@@ -123,9 +133,10 @@ PROFILES: dict[str, Profile] = {
         training={"epochs": 250},
         steps=None,
         protocols={
-            "paper": _paper(20, []),
-            "worst-l2": _worst("l2", [0.02, 0.05, 0.1, 0.2, 0.3], 50, []),
-            "worst-linf": _worst("linf", [0.02, 0.05, 0.1, 0.2], 50, []),
+            "2d": _protocols((None, None), (20, 50), [0.02, 0.05, 0.1, 0.2, 0.3], [0.02, 0.05, 0.1, 0.2], flat=True),
+            "3d_fullres": _protocols(
+                (None, None), (20, 50), [0.02, 0.05, 0.1, 0.2, 0.3], [0.02, 0.05, 0.1, 0.2], flat=False
+            ),
         },
     ),
 }
@@ -175,7 +186,5 @@ def settings_of(name: str, profile: Profile, iterations: int | None = None) -> d
 
 
 def protocols_of(configuration: str, profile: Profile) -> dict[str, list[str]]:
-    """The protocols that a configuration can be evaluated by."""
-    return {
-        name: arguments for name, arguments in profile.protocols.items() if configuration == "2d" or name != "paper"
-    }
+    """The protocols that a configuration is evaluated by."""
+    return profile.protocols[configuration]

@@ -104,7 +104,7 @@ class Job:
             "trainer": method_of(self.method).trainer,
             "settings": settings_of(self.method, profile, self.iterations),
             "protocols": protocols_of(self.configuration, profile),
-            "profile": digest([profile.training, profile.steps, profile.protocols]),
+            "profile": digest([profile.training, profile.steps, protocols_of(self.configuration, profile)]),
             "plans": digest(json.loads(plans.read_text())["configurations"][self.configuration]),
             "split": digest(split(self.dataset, self.fold)),
             "pretrained": None if self.pretrained is None else file_digest(self.pretrained),

@@ -64,6 +64,14 @@ def test_table_and_figure(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_overview_has_one_line_for_each_method():
+    results = {"standard": [result("standard", 0.2)], "ima": [result("ima", 0.6)]}
+    chosen = {method: report.pick(each, "paper", worst=False) for method, each in results.items()}
+    lines = report.overview(results, {"paper": (chosen, report.per_slice)}).splitlines()
+    assert lines[0] == "|  | cost | paper clean | paper 5 |"
+    assert lines[2:] == ["| standard | 4.3 | 0.500 | 0.175 |", "| ima | 4.3 | 0.500 | 0.525 |"]
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

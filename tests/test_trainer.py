@@ -109,7 +109,9 @@ def test_other_settings_neither_overwrite_nor_continue_a_training(results):
     trainer.run_training()
     before = (Path(trainer.output_folder) / "checkpoint_final.pth").read_bytes()
     settings_file(results, tau=0.7)
-    with pytest.raises(UserError, match=r"would overwrite.*tau: 0.45 there, 0.7 now|tau: 0.45 there, 0.7 now.*overwrite"):
+    with pytest.raises(
+        UserError, match=r"would overwrite.*tau: 0.45 there, 0.7 now|tau: 0.45 there, 0.7 now.*overwrite"
+    ):
         make_trainer().run_training()
     settings_file(results, tau=0.7, epochs=3)
     with pytest.raises(UserError, match=r"was trained with other IMA settings .*tau: 0.45 there, 0.7 now"):
