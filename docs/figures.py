@@ -254,7 +254,7 @@ def margins(ima: IMA, summaries: list[EpochSummary], course: dict[str, list[floa
             axes.axvline(settled + 1, color=ink, lw=0.8, ls="-.", label="equilibrium first seen")
         right.set(xlabel="epoch", ylabel="share", ylim=(0, 1.02))
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        right.set_title("In equilibrium as much grows as shrinks")
+        right.set_title("What the visits found, and what it did")
         right.legend(loc="lower right")
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
