@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: venv test test-all demo lint format typecheck bench clean
+.PHONY: venv test test-all demo lint format typecheck docs bench clean
 
 venv: $(READY)
 
@@ -34,11 +34,14 @@ format: $(READY)
 typecheck: $(READY)
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
 # Those that need no data set.
 MEASUREMENTS := $(wildcard benchmarks/bench_*.py) $(addprefix benchmarks/,attack_speed.py ops.py train_cost.py)
 bench: $(READY)
 	set -e; for script in $(MEASUREMENTS); do $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf .venv build dist demo_output .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv build dist site demo_output .pytest_cache .mypy_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

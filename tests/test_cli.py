@@ -1,11 +1,9 @@
-"""The command line on a trained model: export, margins, plans; and what README shows."""
+"""The command line on a trained model: export, margins, plans."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -129,21 +127,6 @@ def test_plans_settings_reach_the_trainer(nnunet, tmp_path, monkeypatch):
 def test_help_needs_no_nnunet_folders():
     done = run("ima-seg", "--help", nnUNet_raw="", nnUNet_results="", nnUNet_preprocessed="")
     assert done.returncode == 0 and "margins" in done.stdout and not done.stderr
-
-
-def test_readme_example_trains_and_margins_grow(capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    evaluation, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    settings: dict[str, object] = {}
-    exec(evaluation[: evaluation.index("report, failed")], settings)
-    assert settings["settings"].eps == [0.05, 0.1] and callable(settings["evaluate"])
-    assert len(example.splitlines()) <= 25
-    names: dict[str, object] = {}
-    exec(example, names)
-    assert re.search(r"median margin 0\.\d+ SD per voxel", capsys.readouterr().out)
-    ima = names["ima"]
-    margins = ima.ledger.get([f"case_{i}" for i in range(8)]).numpy()
-    assert (margins > ima.ledger.delta).all() and np.isfinite(margins).all()
 
 
 def test_unknown_trainer_is_not_exported(model, tmp_path):
