@@ -133,7 +133,7 @@ def test_help_needs_no_nnunet_folders():
 
 def test_readme_example_trains_and_margins_grow(capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    evaluation, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    _, evaluation, example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     settings: dict[str, object] = {}
     exec(evaluation[: evaluation.index("report, failed")], settings)
     assert settings["settings"].eps == [0.05, 0.1] and callable(settings["evaluate"])

@@ -1,15 +1,17 @@
 """IMA in MONAI's engine: the step, events and state, networks with and without deep supervision, mistakes."""
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents, PrepareBatchExtraInput
-from monai.handlers import MeanDice, StatsHandler, from_engine
+from monai.handlers import CheckpointSaver, MeanDice, StatsHandler, from_engine
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
@@ -342,3 +344,17 @@ def test_full_resolution_of_stacked_heads_is_the_prediction():
     )
     stacked.run()
     assert shapes == [(2, 2, 2, 16, 16)] * 2
+
+
+def test_readme_example_trains(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    example = next(e for e in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "IMASupervisedTrainer" in e)
+    monkeypatch.chdir(tmp_path)
+    network = UNet(3, 1, 3, (4, 8), (2,))
+    names = {
+        "device": torch.device("cpu"), "network": network, "optimizer": torch.optim.SGD(network.parameters(), 0.1),
+        "loader": loader(items(2, 3)), "validation_loader": [], "DiceCELoss": DiceCELoss,
+        "SlidingWindowInferer": SlidingWindowInferer, "CheckpointSaver": CheckpointSaver,
+    }  # fmt: skip
+    exec(example.replace("max_epochs=200", "max_epochs=1"), names)
+    assert {file.name for file in (tmp_path / "output").iterdir()} >= {"checkpoint_epoch=1.pt", "ima_history.csv"}

@@ -13,6 +13,7 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 from monai.losses import DeepSupervisionLoss
+from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +36,7 @@ _MONAI_NAMES = {
 }
 
 
-def make_ima(options: IMA | IMASettings | Mapping[str, Any], *, epochs: int) -> IMA:
+def make_ima(options: IMA | Mapping[str, Any], *, epochs: int) -> IMA:
     """The IMA training that a trainer's argument ``ima`` describes.
 
     Args:
@@ -47,7 +48,7 @@ def make_ima(options: IMA | IMASettings | Mapping[str, Any], *, epochs: int) -> 
     """
     if isinstance(options, IMA):
         return options
-    if isinstance(options, IMASettings) or not isinstance(options, Mapping) or "labels" not in options:
+    if not isinstance(options, Mapping) or "labels" not in options:
         raise UserError(
             f"ima is {options!r}; give it the settings and how to read the outputs, ima={{'labels': 3, 'tau': 0.6}} "
             "for 3 output channels of which 0 is background, or an ima_seg.IMA"
@@ -93,7 +94,7 @@ class IMASupervisedTrainer(SupervisedTrainer):
 
     - ``IMAGE``, ``LABEL``: as in ``SupervisedTrainer``;
     - ``PRED``: the clean prediction at full resolution, detached;
-    - ``LOSS``: (1 - beta) * clean + beta * adversarial loss, as are ``clean_loss`` and ``adversarial_loss`` detached,
+    - ``LOSS``: (1 - beta) * clean + beta * adversarial loss, detached; ``clean_loss`` and ``adversarial_loss``,
 
     and ``engine.state.ima_report`` the :class:`ima_seg.StepReport`.
 
@@ -115,7 +116,7 @@ class IMASupervisedTrainer(SupervisedTrainer):
             )
         self.ima = make_ima(ima, epochs=given["max_epochs"])
         self.case_key = case_key
-        handlers = list(given.get("train_handlers") or ())
+        handlers = ensure_tuple(given.get("train_handlers") or ())
         mine = [handler for handler in handlers if isinstance(handler, MarginLedgerHandler)][:1]
         self.margins = mine[0] if mine else MarginLedgerHandler()
         # Margins have moved before any other handler looks at them, or saves them, at the end of an epoch.
