@@ -25,8 +25,9 @@ class RobustnessHandler:
     """Attacks a validation set every few epochs and notes MONAI's metrics on clean and on attacked images.
 
     The metrics go to ``engine.state.metrics`` as ``robust_NAME_clean`` and ``robust_NAME_EPS`` (with ``mean_batch``
-    reductions ``_0``, ``_1``... at the end), so that ``CheckpointSaver(key_metric_name="robust_dice_0.05")`` and
-    statistics handlers that are attached later find them, and to the ``summary_writer`` under ``robust/NAME/...``.
+    reductions ``_0``, ``_1``... at the end), and stay until they are measured again. There statistics handlers that are
+    attached later find them, and ``CheckpointSaver(save_key_metric=True, key_metric_name="robust_dice_0.05")`` from the
+    first measurement on. They also go to the ``summary_writer`` under ``robust/NAME/...``.
 
     Training is not touched: the network's flags are restored, the random state is that of before.
     With ``torch.distributed`` in use each rank attacks what its loader gives it, and MONAI's metrics gather.
