@@ -38,7 +38,7 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 # Those that need no data set.
-MEASUREMENTS := $(wildcard benchmarks/bench_*.py) $(addprefix benchmarks/,attack_speed.py ops.py train_cost.py)
+MEASUREMENTS := $(wildcard benchmarks/bench_*.py) $(addprefix benchmarks/,attack_speed.py monai_overhead.py ops.py train_cost.py)
 bench: $(READY)
 	set -e; for script in $(MEASUREMENTS); do $(BIN)/python "$$script"; done
 

@@ -1,4 +1,4 @@
-"""The course of an IMA training: sums over an epoch, the per-epoch table, the margins table."""
+"""The course of an IMA training: sums over an epoch, the per-epoch table, the margins table, their files, the log."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ import torch
 from ima_seg.files import write_text
 from ima_seg.ima import StepReport
 from ima_seg.ledger import EpochSummary, MarginLedger
+from ima_seg.plots import plot_progress
 from ima_seg.ranks import gather
+from ima_seg.settings import IMASettings
 from ima_seg.types import Norm
+
+MARGINS_FILE = "ima_margins.csv"
+HISTORY_FILE = "ima_history.csv"
+PROGRESS_FILE = "ima_progress.png"
 
 _SUMS = (
     "clean_loss",
@@ -137,3 +143,64 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     write_text(path, buffer.getvalue())
+
+
+def write_course(
+    folder: Path,
+    history: Sequence[Mapping[str, Any]],
+    ledger: MarginLedger,
+    *,
+    norm: Norm,
+    voxels: int,
+    native: Mapping[str, float],
+) -> None:
+    """Write ``ima_margins.csv``, ``ima_history.csv`` and ``ima_progress.png``.
+
+    Args:
+        folder: where to.
+        history: rows of :func:`history_row`.
+        ledger: the margins.
+        norm: norm of the threat model.
+        voxels: as for :func:`margin_rows`.
+        native: as for :func:`margin_rows`.
+    """
+    write_csv(folder / MARGINS_FILE, margin_rows(ledger, norm=norm, voxels=voxels, native=native))
+    write_csv(folder / HISTORY_FILE, history)
+    plot_progress(folder / PROGRESS_FILE, history, ledger, norm=norm)
+
+
+def epoch_line(summary: EpochSummary, row: Mapping[str, Any]) -> str:
+    """An epoch in a line of the log; ``row`` is its :func:`history_row`."""
+    q05, _, median, _, q95 = summary.quantiles
+    visits = f"crossed {summary.crossed_share:.0%} of {summary.visits} visits" if summary.visits else "none visited"
+    return (
+        f"median {median:.4f} (5-95 %: {q05:.4f}-{q95:.4f}) SD per voxel, expanding "
+        f"{summary.expanding_share:.0%} of {summary.cases} cases, {visits}, {row['passes_per_sample']:.1f} search "
+        "passes per patch"
+    )
+
+
+def epoch_warnings(row: Mapping[str, Any], settings: IMASettings, epochs: int) -> list[str]:
+    """What is wrong in an epoch, given its :func:`history_row` and the length of the training."""
+    foreground, tau = 1 - row["background_share"], settings.tau
+    failing, remedy = {
+        "dice": (f"a Dice below tau = {tau:g}", "lower tau if it stays so"),
+        "relative": ("a Dice of 0", "the network has not learnt enough to be attacked"),
+        "loss": (f"a loss above tau = {tau:g}", "raise tau if it stays so"),
+    }[settings.criterion]
+    found = []
+    if foreground == 0:
+        found.append("no patch of this epoch had foreground, so no margin could be searched")
+    elif row["epoch"] >= 0.2 * epochs and row["below_tau_share"] > 0.5 * foreground:
+        found.append(
+            f"{row['below_tau_share'] / foreground:.0%} of the patches with foreground have {failing} "
+            "without any perturbation and are trained without one; " + remedy
+        )
+    for name, what in (
+        ("nonfinite_gradients", "NaN or infinite gradients"),
+        ("zero_gradients", "zero gradients"),
+        ("dropped_patches", "NaN or infinite voxels (left out of training)"),
+    ):
+        if row[name]:
+            found.append(f"{row[name]} patches with {what} in this epoch")
+    return found

@@ -130,6 +130,7 @@ class IMA:
         loss: Callable[[Any], torch.Tensor],
         backward: Callable[[torch.Tensor], None] = _backward,
         forward: Callable[[nn.Module, torch.Tensor], Any] | None = None,
+        victim: Network | None = None,
         generator: torch.Generator | None = None,
     ) -> StepReport:
         """Accumulate the gradient of one IMA step in ``p.grad`` and note the visits in the ledger.
@@ -143,6 +144,8 @@ class IMA:
             loss: training loss of the network's whole output, for this batch.
             backward: how to backpropagate a loss (a gradient scaler scales here).
             forward: how to call the network for the two training passes (autocast goes here); default ``model(x)``.
+            victim: what the search attacks where that is not the network itself: the network as it is used, with its
+                tiling or further inputs.
             generator: source of the random starts.
 
         The caller clears gradients before and steps the optimiser afterwards, once.
@@ -182,8 +185,9 @@ class IMA:
         eps = self.ledger.get(case_ids, x.device)
         with contextlib.nullcontext() if self._graphs is None else self._graphs:
             found = self._perturb(
-                inner_module(model), x, target, eps, quality, threshold, clean.grad, searched, perturbed, generator
-            )
+                inner_module(model) if victim is None else victim,
+                x, target, eps, quality, threshold, clean.grad, searched, perturbed, generator,
+            )  # fmt: skip
         self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
 
         adversarial_loss = loss(forward(model, found.adversarial))

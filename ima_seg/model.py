@@ -126,3 +126,18 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.Abst
         return torch.autocast(device.type, dtype=dtype)
     # MPS refuses even a disabled autocast, hence the null context.
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else contextlib.nullcontext()
+
+
+#: Kinds of passes (training, validation, search with and without gradient) times batch sizes that a search may use.
+RECOMPILE_LIMIT = 64
+
+
+def allow_recompiles() -> None:
+    """Let torch.compile keep a graph for each kind of pass and each size of the working batch.
+
+    Its default of 8 is reached by them, and the network would then silently run uncompiled.
+    """
+    import torch._dynamo.config as config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), RECOMPILE_LIMIT))

@@ -275,6 +275,14 @@ def load_settings(base: S, *, plans: Mapping[str, Any] | None = None, file: str 
     return settings
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two trainings' settings, as a phrase; empty where they train the same."""
+    # How often to save and validate changes nothing about what is trained.
+    ignored = {"save_every", "val_iterations_per_epoch", "precision", "cuda_graphs"}
+    names = [n for n in {**old, **new} if n not in ignored and old.get(n) != new.get(n)]
+    return ", ".join(f"{n}: {old.get(n)} there, {new.get(n)} now" for n in names)
+
+
 #: About half of the default's search (``benchmarks/search_settings.py``).
 FAST = IMASettings(steps=2, start="mixed", refine_steps=1)
 #: AMAT: the margin is defined by a loss, and never moved back.

@@ -11,6 +11,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from ima_seg.errors import UserError, show_plainly
 from ima_seg.files import replacing
+from ima_seg.model import allow_recompiles
 from ima_seg.nnunet import compat
 from ima_seg.nnunet.training import Training
 from ima_seg.settings import TrainingSettings, load_settings
@@ -49,7 +50,7 @@ class AdversarialTrainer(nnUNetTrainer):
         if self.adversarial_settings.iterations_per_epoch is None:
             self.num_iterations_per_epoch = max(self.num_iterations_per_epoch // self.training.updates_per_batch, 1)
         if self._do_i_compile():
-            compat.allow_recompiles()
+            allow_recompiles()
         self._unusable_batches = 0
 
     def on_train_start(self) -> None:

@@ -168,18 +168,3 @@ def normalise(
     )
     inside = segmentation[0] >= 0 if any(chosen.use_mask_for_norm) else np.ones(cropped.shape[1:], dtype=bool)
     return cropped, normalised, inside
-
-
-#: Kinds of passes (training, validation, search with and without gradient) times batch sizes that a search may use.
-RECOMPILE_LIMIT = 64
-
-
-def allow_recompiles() -> None:
-    """Let torch.compile keep a graph for each kind of pass and each size of the working batch.
-
-    Its default of 8 is reached by them, and the network would then silently run uncompiled.
-    """
-    import torch._dynamo.config as config
-
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, name, max(getattr(config, name), RECOMPILE_LIMIT))

@@ -13,12 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ima_seg.errors import UserError
-from ima_seg.history import margin_rows, write_csv
+from ima_seg.history import PROGRESS_FILE, margin_rows, write_csv
 from ima_seg.ledger import MarginLedger
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
 from ima_seg.nnunet.compat import shared_native_scale
 from ima_seg.nnunet.intensity import native_scale
-from ima_seg.nnunet.training import PROGRESS_FILE
 from ima_seg.plots import plot_progress
 
 #: The one that training goes on from comes first.

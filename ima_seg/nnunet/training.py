@@ -14,18 +14,13 @@ from typing_extensions import override
 
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
-from ima_seg.history import EpochTally, history_row, margin_rows, write_csv
+from ima_seg.history import EpochTally, epoch_line, epoch_warnings, history_row, write_course
 from ima_seg.ima import IMA
 from ima_seg.model import resolve_precision
 from ima_seg.nnunet.checkpoint import KEY
 from ima_seg.ops import describe_backend
-from ima_seg.plots import plot_progress
-from ima_seg.settings import BEFORE, IMASettings, TrainingSettings
+from ima_seg.settings import BEFORE, IMASettings, TrainingSettings, differences
 from ima_seg.types import Labels, ThreatModel
-
-MARGINS_FILE = "ima_margins.csv"
-HISTORY_FILE = "ima_history.csv"
-PROGRESS_FILE = "ima_progress.png"
 
 S = TypeVar("S", bound=TrainingSettings)
 
@@ -149,7 +144,7 @@ class Training(ABC, Generic[S]):
         mine = json.loads(json.dumps(self.described()))
         file = folder / self.settings_file()
         if self.resumed_settings is not None:
-            changed = _differences(self.resumed_settings, mine)
+            changed = differences(self.resumed_settings, mine)
             if changed:
                 raise UserError(
                     f"the checkpoint in {folder} was trained with other {self.name} settings ({changed}); continue "
@@ -158,7 +153,7 @@ class Training(ABC, Generic[S]):
                 )
         elif file.is_file() and any(folder.glob("checkpoint_*.pth")):
             stored = json.loads(file.read_text(encoding="utf-8"))
-            changed = _differences({**self._before(), **stored}, mine)
+            changed = differences({**self._before(), **stored}, mine)
             if changed:
                 raise UserError(
                     f"{folder} holds a training with other {self.name} settings ({changed}), which this one would "
@@ -240,42 +235,17 @@ class IMATraining(Training[IMASettings]):
         summary = self.ima.end_epoch()
         row = history_row(summary, totals, seconds)
         self.history.append(row)
-        q05, _, median, _, q95 = summary.quantiles
-        visits = f"crossed {summary.crossed_share:.0%} of {summary.visits} visits" if summary.visits else "none visited"
-        self.log(
-            f"IMA margins: median {median:.4f} (5-95 %: {q05:.4f}-{q95:.4f}) SD per voxel, expanding "
-            f"{summary.expanding_share:.0%} of {summary.cases} cases, {visits}, {row['passes_per_sample']:.1f} search "
-            "passes per patch"
-        )
+        self.log(f"IMA margins: {epoch_line(summary, row)}")
         if summary.equilibrium and not any(earlier["equilibrium"] for earlier in self.history[:-1]):
             self.log("IMA equilibrium: the median margin has stopped growing")
-        self._warn(row)
-
-    def _warn(self, row: Mapping[str, Any]) -> None:
-        foreground, tau = 1 - row["background_share"], self.settings.tau
-        failing, remedy = {
-            "dice": (f"a Dice below tau = {tau:g}", "lower tau if it stays so"),
-            "relative": ("a Dice of 0", "the network has not learnt enough to be attacked"),
-            "loss": (f"a loss above tau = {tau:g}", "raise tau if it stays so"),
-        }[self.settings.criterion]
-        if foreground == 0:
-            self.log("IMA WARNING: no patch of this epoch had foreground, so no margin could be searched")
-        elif row["epoch"] >= 0.2 * self.epochs and row["below_tau_share"] > 0.5 * foreground:
-            self.log(
-                f"IMA WARNING: {row['below_tau_share'] / foreground:.0%} of the patches with foreground have {failing} "
-                "without any perturbation and are trained without one; " + remedy
-            )
-        for name, what in (("nonfinite_gradients", "NaN or infinite gradients"), ("zero_gradients", "zero gradients"),
-                           ("dropped_patches", "NaN or infinite voxels (left out of training)")):  # fmt: skip
-            if row[name]:
-                self.log(f"IMA WARNING: {row[name]} patches with {what} in this epoch")
+        for warning in epoch_warnings(row, self.settings, self.epochs):
+            self.log(f"IMA WARNING: {warning}")
 
     def write_files(self, folder: Path) -> None:
         """``ima_margins.csv``, ``ima_history.csv`` and ``ima_progress.png``."""
-        ledger, norm = self.ima.ledger, self.settings.norm
-        write_csv(folder / MARGINS_FILE, margin_rows(ledger, norm=norm, voxels=self.voxels, native=self.native))
-        write_csv(folder / HISTORY_FILE, self.history)
-        plot_progress(folder / PROGRESS_FILE, self.history, ledger, norm=norm)
+        write_course(
+            folder, self.history, self.ima.ledger, norm=self.settings.norm, voxels=self.voxels, native=self.native
+        )
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
 
@@ -287,10 +257,3 @@ class IMATraining(Training[IMASettings]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.ima.ledger.load_state_dict(state["ledger"])
         super().load_state_dict(state)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    # How often to save and validate changes nothing about what is trained.
-    ignored = {"save_every", "val_iterations_per_epoch", "precision", "cuda_graphs"}
-    names = [n for n in {**old, **new} if n not in ignored and old.get(n) != new.get(n)]
-    return ", ".join(f"{n}: {old.get(n)} there, {new.get(n)} now" for n in names)

@@ -1,0 +1,64 @@
+"""A MONAI network as attacks call it: with an inferer, and with further inputs of just the samples attacked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.inferers import SimpleInferer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class AsUsed(nn.Module):
+    """The network through its inferer.
+
+    An attack may work on part of a batch. Where there are further inputs, the samples therefore carry their number in
+    one more channel, see :func:`numbered`, which is no image channel and so never perturbed.
+
+    Args:
+        network: maps (B, C, *S) and the further inputs to logits.
+        inferer: a ``monai.inferers.Inferer``. With any but ``SimpleInferer`` the activations of a network pass are not
+            kept for the gradient but computed again: a sliding window then needs the memory of one batch of windows.
+        args: further inputs of the network; of tensors whose first axis is the batch, each sample gets its own part.
+        kwargs: the same by name.
+        size: samples of the whole batch.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        inferer: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        size: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network, self.inferer = network, inferer
+        self.args, self.kwargs, self.size = tuple(args), dict(kwargs or {}), size
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """What the network returns for the batch, or for the part of it that ``x`` (B, C[+1], *S) is."""
+        if not (self.args or self.kwargs):
+            return self.inferer(x, self._network)
+        rows = x[:, -1].flatten(1)[:, 0].long()
+
+        def part(value: Any) -> Any:
+            batched = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == self.size
+            return value[rows] if batched else value
+
+        named = {name: part(value) for name, value in self.kwargs.items()}
+        return self.inferer(x[:, :-1], self._network, *map(part, self.args), **named)
+
+    def _network(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if type(self.inferer) is SimpleInferer or not torch.is_grad_enabled():
+            return self.network(x, *args, **kwargs)
+        # Under attack there is no dropout, so that no random state has to be kept.
+        return checkpoint(self.network, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def numbered(x: torch.Tensor) -> torch.Tensor:
+    """The batch (B, C + 1, *S) whose last channel is the number of the sample."""
+    numbers = torch.arange(len(x), device=x.device, dtype=x.dtype).view(-1, *(1,) * (x.ndim - 1))
+    return torch.cat([x, numbers.expand(-1, 1, *x.shape[2:])], 1)
