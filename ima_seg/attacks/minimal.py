@@ -67,7 +67,8 @@ def minimal_norm(
         target: reference of the batch.
         eps: the largest budget to look at, (B,), per voxel in network units.
         threshold: (B,), a sample is broken when its hard foreground Dice is below.
-        clean_dice: (B,) hard foreground Dice of the clean batch; NaN without foreground.
+        clean_dice: (B,) hard foreground Dice of the clean batch, NaN without foreground; of a classifier
+            :func:`ima_seg.attacks.boundary.class_quality` of the clean batch, with a ``threshold`` of 0.
         threat: norm and perturbable channels.
         steps: gradient steps of each search, at most.
         rounds: searches.
