@@ -10,6 +10,7 @@ in 2D or 3D. Or a file of MedMNIST (https://medmnist.com, 2D or 3D, one class or
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import sys
@@ -18,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import monai
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import DenseNet
 
+import ima_seg
 from ima_seg import IMA, Classes, IMASettings, Target, ThreatModel, UserError
 from ima_seg.attacks import pgd
 from ima_seg.files import write_text
@@ -43,7 +46,7 @@ def phantoms(dims: int, count: int, noise: float, generator: torch.Generator) ->
     """Three kinds of lesions in equal numbers, z-scored.
 
     Args:
-        dims: 2 or 3; images of 32 x 32 or 24 x 24 x 24 voxels.
+        dims: 2 or 3; images of 32 x 32 or 20 x 20 x 20 voxels.
         count: how many.
         noise: standard deviation of the white noise, in units of the organ's contrast.
         generator: source of all of it.
@@ -52,7 +55,7 @@ def phantoms(dims: int, count: int, noise: float, generator: torch.Generator) ->
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    edge, ones = (32, 24)[dims - 2], (1,) * dims
+    edge, ones = (32, 20)[dims - 2], (1,) * dims
     axes = [torch.linspace(-1, 1, edge)] * dims
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (dims, *S)
 
@@ -82,12 +85,13 @@ def phantoms(dims: int, count: int, noise: float, generator: torch.Generator) ->
     return Data(images[:, None], answers)
 
 
-def medmnist(file: Path, count: int | None) -> tuple[Data, Data, Classes]:
+def medmnist(file: Path, count: int | None, tested: int | None = None) -> tuple[Data, Data, Classes]:
     """Training and test data of a MedMNIST file, z-scored by the training images, and how to read the outputs.
 
     Args:
         file: ``.npz``.
-        count: of the training images, and of the test images, this many at most.
+        count: of the training images this many at most.
+        tested: of the test images this many at most.
 
     Raises:
         UserError: no such file, or one that is none of MedMNIST's.
@@ -97,7 +101,7 @@ def medmnist(file: Path, count: int | None) -> tuple[Data, Data, Classes]:
             missing = [key for key in KEYS if key not in arrays]
             if missing:
                 raise UserError(f"{file} has no {missing[0]!r}; it holds {', '.join(arrays.files)}")
-            parts = [torch.from_numpy(arrays[key][:count]) for key in KEYS]
+            parts = [torch.from_numpy(arrays[key][: count if "train" in key else tested]) for key in KEYS]
     except (OSError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -170,9 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, choices=(2, 3), default=2, help="of the phantoms")
     parser.add_argument("--medmnist", type=Path, metavar="FILE.npz", help="read this file instead of making phantoms")
-    parser.add_argument("--count", type=int, help="training images, at most (phantoms: 900 in 2D, 450 in 3D)")
-    parser.add_argument("--noise", type=float, default=0.5, help="white noise in the phantoms, of the organ's contrast")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--count", type=int, help="training images, at most (phantoms: 1200 in 2D, 600 in 3D)")
+    parser.add_argument("--test", type=int, default=300, help="test images, at most")
+    parser.add_argument(
+        "--noise", type=float, default=0.35, help="white noise in the phantoms, of the organ's contrast"
+    )
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
         "--eps-max", type=float, default=0.3, help="cap on margins, L2 per voxel in standard deviations"
@@ -182,12 +189,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers here too")
     arguments = parser.parse_args()
     if arguments.medmnist:
-        data, test, classes = medmnist(arguments.medmnist, arguments.count)
+        data, test, classes = medmnist(arguments.medmnist, arguments.count, arguments.test)
     else:
         generator = torch.Generator().manual_seed(arguments.seed)
-        count = arguments.count or (900, 450)[arguments.dims - 2]
-        both = phantoms(arguments.dims, count + 300, arguments.noise, generator)
-        data, test = Data(both.images[300:], both.answers[300:]), Data(both.images[:300], both.answers[:300])
+        count = arguments.count or (1200, 600)[arguments.dims - 2]
+        data = phantoms(arguments.dims, count, arguments.noise, generator)
+        test = phantoms(arguments.dims, arguments.test, arguments.noise, generator)
         classes = Classes(3)
     rows = {}
     for name, beta in (("standard", 0.0), ("IMA", 0.5)):
@@ -199,7 +206,14 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:<10}" + "".join(f"{row[size]:>8.3f}" for size in sizes))
     if arguments.output:
-        write_text(arguments.output, json.dumps({"command": " ".join(sys.argv), "accuracy": rows}, indent=2) + "\n")
+        record = {
+            "command": f"python examples/classification.py {' '.join(sys.argv[1:])}",
+            "date": datetime.date.today().isoformat(),
+            "versions": {"ima_seg": ima_seg.__version__, "torch": torch.__version__, "monai": monai.__version__},
+            "images": {"training": len(data.images), "test": len(test.images), "shape": list(data.images.shape[1:])},
+            "accuracy": rows,
+        }
+        write_text(arguments.output, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
