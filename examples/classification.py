@@ -41,6 +41,9 @@ class Data:
     images: torch.Tensor
     answers: torch.Tensor
 
+    def __getitem__(self, rows: slice) -> Data:
+        return Data(self.images[rows], self.answers[rows])
+
 
 def phantoms(dims: int, count: int, noise: float, generator: torch.Generator) -> Data:
     """Three kinds of lesions in equal numbers, z-scored.
@@ -193,8 +196,8 @@ def main() -> None:
     else:
         generator = torch.Generator().manual_seed(arguments.seed)
         count = arguments.count or (1200, 600)[arguments.dims - 2]
-        data = phantoms(arguments.dims, count, arguments.noise, generator)
-        test = phantoms(arguments.dims, arguments.test, arguments.noise, generator)
+        both = phantoms(arguments.dims, count + arguments.test, arguments.noise, generator)
+        test, data = both[: arguments.test], both[arguments.test :]
         classes = Classes(3)
     rows = {}
     for name, beta in (("standard", 0.0), ("IMA", 0.5)):

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ima_seg import IMA, Classes, IMASettings, Labels, Target, ThreatModel, UserError
 from ima_seg.attacks import (
@@ -29,6 +28,7 @@ from ima_seg.attacks._gradient import Perturbed
 from ima_seg.attacks.base import UNTARGETED
 from ima_seg.losses import class_ce_loss
 from ima_seg.ops import perturbation_size
+from tests.models import Linear
 from tests.test_graphs import Replayed
 
 SETTINGS = IMASettings(eps_max=2.0, delta=0.1, steps=10, refine_steps=8, refine_tolerance=0.01, precision="fp32")
@@ -36,36 +36,9 @@ SHAPE = (1, 6, 5)
 norms = pytest.mark.parametrize("norm", ["l2", "linf"])
 
 
-class Linear(nn.Module):
-    """Logits W x; the L2 distance per voxel of class y's region from class k's is <w_y - w_k, x> / (||.||_2 sqrt N)."""
-
-    def __init__(self, outputs=3, shape=SHAPE, batch_norm=False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, math.prod(shape)))
-        self.norm = nn.BatchNorm1d(outputs) if batch_norm else nn.Identity()
-
-    def forward(self, x):
-        return self.norm(x.flatten(1) @ self.weight.T)
-
-    def distance(self, x, y, norm):
-        """Of images (B, ...) with classes (B,), or labels (B, K), from the nearest boundary, per voxel; (B,)."""
-        logits = self(x).detach()
-        if y.ndim == 2:
-            lead = torch.where(y.bool(), logits, -logits)
-            slope = self.weight.detach().expand(len(x), -1, -1)
-        else:
-            lead = logits.gather(1, y[:, None]) - logits
-            slope = self.weight.detach()[y][:, None] - self.weight.detach()
-        length = slope.abs().sum(2) if norm == "linf" else slope.norm(dim=2) * math.sqrt(slope.shape[2])
-        distance = lead / length
-        if y.ndim == 1:
-            distance = distance.scatter(1, y[:, None], torch.inf)
-        return distance.amin(1)
-
-
 def problem(batch=8, multilabel=False, outputs=3, **options):
     """A linear network, images and what it answers, so that all are right."""
-    network, x = Linear(outputs, **options), torch.randn(batch, *SHAPE)
+    network, x = Linear(outputs, SHAPE, **options), torch.randn(batch, *SHAPE)
     classes = Classes(outputs, multilabel)
     logits = network.eval()(x)
     y = (logits > 0).long() if multilabel else logits.argmax(1)

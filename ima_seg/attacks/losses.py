@@ -299,5 +299,5 @@ _LOSSES: dict[str, Loss] = {
     "js": js,
 }
 
-#: The untargeted goals by name; damage is the Dice that is lost.
+#: The untargeted goals by name; damage is the Dice that is lost, of classifiers the share of decisions that are wrong.
 GOALS: dict[str, Goal] = {UNTARGETED.name: UNTARGETED} | {name: Goal(name, loss) for name, loss in _LOSSES.items()}

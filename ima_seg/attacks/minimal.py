@@ -23,7 +23,8 @@ class MinimalResult(AttackResult):
     the clean point first. ``zero_gradient``: share of the searches that stood still at a gradient of exactly zero.
 
     Attributes:
-        broken: (B,) bool, whether the hard foreground Dice fell below the threshold within the budget.
+        broken: (B,) bool, whether the hard foreground Dice fell below the threshold within the budget, or the
+            answer of a classifier became wrong.
         crossing: (B,) float32, distance of the smallest crossing, per voxel in network units: an upper bound of the
             distance to the boundary. 0 where broken when clean, infinite where not broken.
         foreground: (B,) bool, False where the reference has no foreground; such a sample is never broken.
