@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from ima_seg.ima import IMA, StepReport
     from ima_seg.ledger import MarginLedger
     from ima_seg.settings import IMASettings, load_settings
-    from ima_seg.types import Labels, Target, ThreatModel
+    from ima_seg.types import Classes, Labels, Target, ThreatModel
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IMA",
+    "Classes",
     "IMASettings",
     "Labels",
     "MarginLedger",
@@ -28,6 +29,7 @@ __all__ = [
 
 # Imported at first use, for a report must be made where there is no torch.
 _HOMES = {
+    "Classes": "types",
     "IMA": "ima",
     "IMASettings": "settings",
     "Labels": "types",

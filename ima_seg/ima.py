@@ -2,6 +2,15 @@
 
 Method: Ma & Liang, "Increasing-Margin Adversarial (IMA) training to improve adversarial robustness of neural networks",
 arXiv 2005.09147, doi 10.1016/j.cmpb.2023.107687.
+
+Of a classifier, the loss for a batch of B images x with classes y is that of the authors' code:
+
+    L = (1 - beta) L0 + beta L1,   L0 = 1/B sum over all of CE(x, y),   L1 = 1/B sum over the right of CE(x', y),
+
+the *right* being those that are classified correctly without perturbation. x' lies on the decision boundary where it is
+crossed within the image's margin, else it is the last point of the search. Images that are wrong are trained on as they
+are, at the weight 1 - beta, and their margins stay. L1 is divided by B however few are right, so that a network that
+seldom is yet is little burdened with perturbations. (The authors' scripts also leave out of L1 what did not cross.)
 """
 
 from __future__ import annotations
@@ -17,14 +26,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, boundary_search, pgd
+from ima_seg.attacks._gradient import forward as passed
 from ima_seg.attacks._rows import assign, chosen
-from ima_seg.attacks.boundary import dice_quality, loss_quality, start_radius
+from ima_seg.attacks.boundary import class_quality, hard_quality, loss_quality, start_radius
 from ima_seg.errors import UserError
 from ima_seg.ledger import EpochSummary, MarginLedger
-from ima_seg.model import full_resolution, inner_module
+from ima_seg.model import frozen, full_resolution, inner_module, resolve_precision
 from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
 from ima_seg.settings import IMASettings
-from ima_seg.types import Labels, Network, PassCount, Target, ThreatModel
+from ima_seg.types import Classes, Labels, Network, PassCount, Target, ThreatModel
 
 #: On accelerators the working batch of the search shrinks in at most this many sizes.
 ACCELERATOR_SIZES = 8
@@ -34,24 +44,32 @@ def _backward(loss: torch.Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
 
+def _trained_on(output: Any, rows: torch.Tensor) -> Any:
+    """A network's ``output`` whose gradient comes from the ``rows`` (B,) bool alone; all its values stay."""
+    if isinstance(output, (list, tuple)):
+        return type(output)(_trained_on(head, rows) for head in output)
+    return torch.where(per_row(rows, output), output, output.detach())
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one step did. Tensors stay on their device, detached.
 
     Attributes:
         loss: (1 - beta) * clean + beta * adversarial, 0-dim.
-        clean_loss, adversarial_loss: 0-dim; equal where nothing was attacked.
+        clean_loss, adversarial_loss: 0-dim; equal where nothing was attacked. The adversarial one is that of the whole
+            batch, which includes a classifier's wrong images, though they have no part in its gradient.
         adversarial: the perturbed batch (B, C, *S), or None where nothing was attacked.
         searched: (B,) bool, patches whose boundary was searched: with foreground, not below the criterion's threshold
             without perturbation, and of a case that does not rest.
         resting: (B,) bool, patches left out of the search because the margin of their case is steady.
         crossed: (B,) bool.
         distance: (B,) size of the perturbation, per voxel in network units.
-        background: (B,) bool, patches without foreground.
-        below: (B,) bool, patches that have crossed without perturbation.
+        background: (B,) bool, patches without foreground; none for classifiers.
+        below: (B,) bool, patches that have crossed without perturbation, images that are classified wrongly.
         nonfinite: (B,) bool, patches left out of the margins for a NaN or infinite gradient.
         stalled: (B,) bool, patches whose gradient was exactly zero at some step.
-        passes: network passes that the perturbations took, without the two training passes.
+        passes: network passes that the perturbations took, without the two training passes and a classifier's check.
     """
 
     loss: torch.Tensor
@@ -78,19 +96,22 @@ class IMA:
         ledger: the margins.
         image_channels: the first this many input channels may be perturbed; None means all.
 
-    One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``. Its gradient is accumulated in two
-    backward passes, the clean one before the search begins: the clean activations are then gone when the search needs
-    room, and the peak memory is that of a standard step.
+    One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``; of a classifier only the images that are
+    right without perturbation count in the second term, and the loss must be a mean over images. The gradient is
+    accumulated in two backward passes, the clean one before the search begins: the clean activations are then gone when
+    the search needs room, and the peak memory is that of a standard step.
     """
 
     def __init__(
         self,
         settings: IMASettings,
         *,
-        labels: Labels,
+        labels: Labels | Classes,
         ledger: MarginLedger,
         image_channels: int | None = None,
     ) -> None:
+        if isinstance(labels, Classes):
+            settings.check_classes()
         self.settings, self.labels, self.ledger = settings, labels, ledger
         self.threat = ThreatModel(settings.norm, image_channels)
         self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None
@@ -100,7 +121,7 @@ class IMA:
         cls,
         settings: IMASettings,
         *,
-        labels: Labels,
+        labels: Labels | Classes,
         patch_voxels: int,
         epochs: int,
         image_channels: int | None = None,
@@ -137,9 +158,10 @@ class IMA:
 
         Args:
             model: network (B, C, *S) -> logits (B, K, *S), or a list with the full resolution first; also wrapped in
-                DistributedDataParallel or torch.compile.
+                DistributedDataParallel or torch.compile. A classifier yields logits (B, K).
             x: batch (B, C, *S), floating point, finite, in network units.
-            y: reference at full resolution, (B, 1, *S) or (B, *S) labels, or regions (B, K[+1], *S).
+            y: reference at full resolution, (B, 1, *S) or (B, *S) labels, or regions (B, K[+1], *S). Of a classifier
+                classes (B,) or (B, 1), or labels (B, K) of 0 and 1.
             case_ids: B ids; repeats are visits of their own.
             loss: training loss of the network's whole output, for this batch.
             backward: how to backpropagate a loss (a gradient scaler scales here).
@@ -167,9 +189,9 @@ class IMA:
             clean_loss = loss(output)
             target = Target.from_raw(y, self.labels)
             clean_logits = full_resolution(output).detach()
-            clean_dice = hard_dice(clean_logits, target)
-            background = clean_dice.isnan()
-            quality, threshold = self._criterion(clean_logits, target, clean_dice)
+            if target.whole_image and model.training and beta > 0:
+                clean_logits = self._searched_logits(inner_module(model), x)
+            quality, threshold, background = self._criterion(clean_logits, target)
             below = ~background & (quality < threshold)
             resting = ~background & ~below & self.ledger.resting(case_ids, x.device)
             searched = ~background & ~below & ~resting
@@ -177,7 +199,7 @@ class IMA:
             attacked = searched | perturbed
             attack_any = beta > 0 and (distributed or bool(attacked.any()))
             del output, clean_logits
-            backward(clean_loss * (1 - beta) if attack_any else clean_loss)
+            backward(clean_loss * (1 - beta) if attack_any or target.whole_image else clean_loss)
         clean_loss = clean_loss.detach()
         if not attack_any:
             return self._unattacked(clean_loss, x, searched, resting, background, below)
@@ -190,7 +212,8 @@ class IMA:
             )  # fmt: skip
         self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
 
-        adversarial_loss = loss(forward(model, found.adversarial))
+        output = forward(model, found.adversarial)
+        adversarial_loss = loss(_trained_on(output, attacked) if target.whole_image else output)
         backward(adversarial_loss * beta)
         adversarial_loss = adversarial_loss.detach()
         return StepReport(
@@ -213,20 +236,36 @@ class IMA:
         """Move the margins; a collective call when ``torch.distributed`` is initialised."""
         return self.ledger.step()
 
-    def _criterion(self, logits: torch.Tensor, target: Target, dice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quality of the clean samples and the threshold that they must not fall below, (B,) both.
+    def _searched_logits(self, network: Network, x: torch.Tensor) -> torch.Tensor:
+        """Logits of the clean batch as the search computes them.
+
+        Classifiers have batch norm and dropout as a rule; what is right in training may be wrong in evaluation mode, in
+        which the search would find a boundary at no distance.
+        """
+        dtype = resolve_precision(self.settings.precision, x.device)
+        with frozen(network, dtype), torch.no_grad():
+            return passed(network, x, dtype)
+
+    def _criterion(self, logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quality of the clean samples, the threshold that they must not fall below, and which have no foreground.
+
+        (B,) all.
 
         Args:
-            logits: full-resolution logits (B, K, *S) of the clean batch.
+            logits: full-resolution logits (B, K, *S), or (B, K), of the clean batch.
             target: its reference.
-            dice: its hard foreground Dice (B,).
         """
+        if target.whole_image:
+            quality = class_quality(logits, target)[0]
+            return quality, torch.zeros_like(quality), torch.zeros_like(quality, dtype=torch.bool)
+        dice = hard_dice(logits, target)
         criterion, tau = self.settings.criterion, self.settings.tau
         if criterion == "loss":
-            return loss_quality(logits, target)[0], torch.full_like(dice, -tau)
+            return loss_quality(logits, target)[0], torch.full_like(dice, -tau), dice.isnan()
         absolute = torch.full_like(dice, tau)
         # From a Dice of 0 nothing can be lost; such a patch counts as crossed.
-        return dice, torch.where(dice > 0, dice * tau, absolute) if criterion == "relative" else absolute
+        threshold = torch.where(dice > 0, dice * tau, absolute) if criterion == "relative" else absolute
+        return dice, threshold, dice.isnan()
 
     def _perturb(
         self,
@@ -260,7 +299,7 @@ class IMA:
                 eps=eps,
                 threshold=threshold,
                 clean_quality=quality,
-                quality=loss_quality if settings.criterion == "loss" else dice_quality,
+                quality=loss_quality if settings.criterion == "loss" else hard_quality,
                 settings=settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
                 threat=self.threat,
                 searched=searched,

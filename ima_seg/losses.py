@@ -7,7 +7,9 @@ to harm another.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from ima_seg.errors import UserError
 from ima_seg.ops import dice_ce
 from ima_seg.types import Target
 
@@ -25,3 +27,35 @@ def dice_ce_loss(logits: torch.Tensor, target: Target) -> torch.Tensor:
         target: the reference.
     """
     return dice_ce(logits, target)
+
+
+def class_ce_loss(logits: torch.Tensor, target: Target) -> torch.Tensor:
+    """Cross-entropy of each image, multi-label the mean binary cross-entropy over labels; (B,) float32.
+
+    Args:
+        logits: of a classifier (B, K); computed in float32 whatever their dtype, float64 in float64.
+        target: the reference.
+
+    Raises:
+        UserError: logits that do not fit the reference.
+    """
+    logits = class_logits(logits, target)[..., 0]
+    if target.labels.regions:
+        truth = target.reference[..., 0].to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+    return F.cross_entropy(logits, target.reference[:, 0, 0].long() - 1, reduction="none")
+
+
+def class_logits(logits: torch.Tensor, target: Target) -> torch.Tensor:
+    """``logits`` (B, K) of a classifier as (B, K, 1), float32 or float64.
+
+    Raises:
+        UserError: logits that do not fit the reference.
+    """
+    expected = (len(target.reference), target.labels.outputs)
+    if tuple(logits.shape) != expected or not logits.is_floating_point():
+        raise UserError(
+            f"logits are {logits.dtype} of shape {tuple(logits.shape)}; the reference of a classifier expects floating "
+            f"point {expected}"
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))[..., None]

@@ -25,15 +25,18 @@ def inner_module(model: Network) -> Network:
 
 
 def full_resolution(output: Any) -> torch.Tensor:
-    """The full-resolution logits of a network's output: itself, or the first of its deep-supervision heads.
+    """The full-resolution logits of a network's output: itself, or the first of its (deep-supervision) heads.
 
     The loss over all heads points elsewhere than the loss of the prediction, and attacks it less well.
     """
     if isinstance(output, (list, tuple)):
         output = output[0]
-    if not isinstance(output, torch.Tensor) or output.ndim < 3:
+    if not isinstance(output, torch.Tensor) or output.ndim < 2:
         kind = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise UserError(f"the network returned {kind}; expected logits (B, K, *S), or a list with the largest first")
+        raise UserError(
+            f"the network returned {kind}; expected logits (B, K, *S), of a classifier (B, K), or a list with the "
+            "largest first"
+        )
     return output
 
 

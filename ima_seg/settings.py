@@ -132,7 +132,8 @@ class IMASettings(TrainingSettings):
         criterion: what tells whether a patch has crossed: ``"dice"``, its hard foreground Dice is below ``tau``;
             ``"relative"``, it is below ``tau`` times that of the clean patch; ``"loss"``, its Dice + CE is above
             ``tau``, counted from its least, which is 0 where all is right. Patches that have crossed without
-            perturbation are not searched; with ``"relative"`` those are the patches whose clean Dice is 0.
+            perturbation are not searched; with ``"relative"`` those are the patches whose clean Dice is 0. Of a
+            classifier none of these: an image has crossed when its predicted class changes, or any of its labels.
         tau: the threshold; above 0, and below 1 for a Dice. The lower, the larger the margins: more robust, less Dice
             on clean images. The paper takes 0.6.
         beta: weight of the adversarial loss; 0 is standard training.
@@ -192,6 +193,23 @@ class IMASettings(TrainingSettings):
         if cap != "auto" and self.delta != "auto" and self.delta > cap:
             raise ValueError(f"delta {self.delta:g} is more than eps_max {cap:g}; use a smaller step or a larger cap")
         return self
+
+    def check_classes(self) -> None:
+        """Refuse settings that are not for classifiers.
+
+        Raises:
+            UserError: ``criterion`` or ``tau``, which say when a segmentation has crossed, differ from their defaults;
+                ``beta`` is 1.
+        """
+        if self.beta == 1:
+            raise UserError("beta is 1, which leaves images that are classified wrongly without a loss; use less")
+        for name in ("criterion", "tau"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise UserError(
+                    f"{name} is {value!r}, which is for segmentations; an image has crossed when its predicted class "
+                    f"changes, so leave {name} out"
+                )
 
     def resolve_sizes(self, *, patch_voxels: int, epochs: int) -> tuple[float, float]:
         """``(delta, eps_max)`` per voxel in network units.

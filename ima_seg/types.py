@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -19,7 +19,8 @@ from ima_seg.errors import UserError
 
 Norm = Literal["l2", "linf"]
 
-#: Maps a batch (B, C, *S) to logits (B, K, *S), or to a list of them with the full resolution first.
+#: Maps a batch (B, C, *S) to logits (B, K, *S), of classifiers (B, K), or to a list of them with the full resolution
+#: first.
 Network = Callable[[torch.Tensor], Any]
 
 
@@ -88,8 +89,36 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """How a classifier's outputs (B, K) are to be read: the whole image has one answer.
+
+    Args:
+        outputs: number of logits K. One class per image: softmax over K. Multi-label: a sigmoid each.
+        multilabel: whether an image has any number of the K labels.
+    """
+
+    outputs: int
+    multilabel: bool = False
+
+    #: No image is ignored.
+    ignore_label: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        least = 1 if self.multilabel else 2
+        if self.outputs < least:
+            raise UserError(
+                f"outputs is {self.outputs}; {'labels' if self.multilabel else 'classes'} need {least} or more"
+            )
+
+    @property
+    def regions(self) -> bool:
+        """Whether outputs overlap; labels are to an image what regions are to a voxel."""
+        return self.multilabel
+
+
+@dataclass(frozen=True)
 class Target:
-    """A reference segmentation, prepared once per batch.
+    """A reference, prepared once per batch. A class or labels of an image are a segmentation of one voxel, N = 1.
 
     Attributes:
         reference: multi-class: (B, 1, N) over flattened space, uint8 (int16 from 255 outputs on): 0 where ignored,
@@ -100,7 +129,7 @@ class Target:
 
     reference: torch.Tensor
     known: torch.Tensor | None
-    labels: Labels
+    labels: Labels | Classes
 
     def __getitem__(self, rows: torch.Tensor | slice) -> Target:
         return self.map(lambda part: part[rows])
@@ -109,6 +138,11 @@ class Target:
         """``function`` applied to each tensor (B, channels, N)."""
         known = None if self.known is None else function(self.known)
         return Target(function(self.reference), known, self.labels)
+
+    @property
+    def whole_image(self) -> bool:
+        """Whether it is of a classifier."""
+        return isinstance(self.labels, Classes)
 
     @property
     def valid(self) -> torch.Tensor | None:
@@ -131,14 +165,19 @@ class Target:
         return self.onehot if self.labels.regions else self.onehot[:, 1:]
 
     @classmethod
-    def from_raw(cls, raw: torch.Tensor, labels: Labels) -> Target:
+    def from_raw(cls, raw: torch.Tensor, labels: Labels | Classes) -> Target:
         """From a label map (B, 1, *S) or (B, *S), or from regions (B, K[+1], *S), of any dtype.
 
-        A value outside 0..K-1 belongs to no class; it is not looked for, because that would wait for the device.
+        Of classifiers: from classes (B,) or (B, 1), or labels (B, K) of 0 and 1.
+
+        A value outside 0..K-1 belongs to no class; it is not looked for, because that would wait for the device. An
+        image without a class, though, is a mistake.
 
         Raises:
-            UserError: a wrong number of channels.
+            UserError: a wrong number of channels; a class that does not exist.
         """
+        if isinstance(labels, Classes):
+            return cls(_answers(raw, labels), None, labels)
         flat = raw.flatten(2) if labels.regions or raw.shape[1] == 1 else raw.flatten(1)[:, None]
         if labels.regions:
             expected = labels.outputs + (labels.ignore_label is not None)
@@ -157,6 +196,25 @@ class Target:
         if labels.ignore_label is not None:
             codes = codes.masked_fill_(flat == labels.ignore_label, 0)
         return cls(codes, None, labels)
+
+
+def _answers(raw: torch.Tensor, labels: Classes) -> torch.Tensor:
+    """The reference of a classifier's target, (B, 1, 1) codes or (B, K, 1) bool."""
+    columns = labels.outputs if labels.multilabel else 1
+    rows = raw[:, None] if raw.ndim == 1 and not labels.multilabel else raw
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        expected = f"labels (B, {columns})" if labels.multilabel else "classes (B,) or (B, 1)"
+        raise UserError(f"the reference of a classifier has shape {tuple(raw.shape)}; expected {expected}")
+    greatest = 1 if labels.multilabel else labels.outputs - 1
+    allowed = (rows >= 0) & (rows <= greatest) & (rows == rows.long())
+    if not bool(allowed.all()):
+        raise UserError(
+            f"the reference of a classifier holds {rows[~allowed][0].item():g}; "
+            + ("labels are 0 or 1" if labels.multilabel else f"its classes are 0 to {greatest}")
+        )
+    if labels.multilabel:
+        return rows.bool()[..., None]
+    return (rows.long() + 1).to(torch.uint8 if labels.outputs < 255 else torch.int16)[..., None]
 
 
 @dataclass(frozen=True)

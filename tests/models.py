@@ -40,6 +40,33 @@ class Hyperplane(nn.Module):
         return score / self.weight.norm() / math.sqrt(self.weight.numel())
 
 
+class Linear(nn.Module):
+    """Logits W x; the L2 distance per voxel of class y's region from class k's is <w_y - w_k, x> / (||.||_2 sqrt N)."""
+
+    def __init__(self, outputs: int, shape: tuple[int, ...], batch_norm: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, math.prod(shape)))
+        self.norm = nn.BatchNorm1d(outputs) if batch_norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.flatten(1) @ self.weight.T)
+
+    def distance(self, x: torch.Tensor, y: torch.Tensor, norm: str) -> torch.Tensor:
+        """Of images (B, ...) with classes (B,), or labels (B, K), from the nearest boundary, per voxel; (B,)."""
+        logits = self(x).detach()
+        if y.ndim == 2:
+            lead = torch.where(y.bool(), logits, -logits)
+            slope = self.weight.detach().expand(len(x), -1, -1)
+        else:
+            lead = logits.gather(1, y[:, None]) - logits
+            slope = self.weight.detach()[y][:, None] - self.weight.detach()
+        length = slope.abs().sum(2) if norm == "linf" else slope.norm(dim=2) * math.sqrt(slope.shape[2])
+        distance = lead / length
+        if y.ndim == 1:
+            distance = distance.scatter(1, y[:, None], torch.inf)
+        return distance.amin(1)
+
+
 class TinyUNet(nn.Module):
     """Two levels, any number of spatial dimensions; optionally a list of two heads, batch norm, dropout."""
 

@@ -3,7 +3,7 @@
 from ima_seg.attacks._graphs import GraphedPasses
 from ima_seg.attacks.apgd import apgd
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
-from ima_seg.attacks.boundary import BoundaryResult, SearchSettings, boundary_search
+from ima_seg.attacks.boundary import BoundaryResult, SearchSettings, boundary_search, class_quality
 from ima_seg.attacks.losses import GOALS, appear, disappear
 from ima_seg.attacks.minimal import MinimalResult, minimal_norm
 from ima_seg.attacks.noise import gaussian_noise, uniform_noise
@@ -24,6 +24,7 @@ __all__ = [
     "apgd",
     "appear",
     "boundary_search",
+    "class_quality",
     "disappear",
     "fgsm",
     "gaussian_noise",

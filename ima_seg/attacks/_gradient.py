@@ -27,10 +27,9 @@ def check_batch(x: torch.Tensor, eps: torch.Tensor, target: Target) -> None:
     if not eps.is_floating_point():
         raise UserError(f"eps is {eps.dtype}; expected floating point, per voxel in network units")
     batch, _, voxels = target.reference.shape
-    if (batch, voxels) != (len(x), x[0, 0].numel()):
-        raise UserError(
-            f"the reference is of {batch} samples of {voxels} voxels, the batch {tuple(x.shape)}; they must agree"
-        )
+    if (batch, voxels) != (len(x), 1 if target.whole_image else x[0, 0].numel()):
+        what = "classes" if target.whole_image else f"{voxels} voxels"
+        raise UserError(f"the reference is of {batch} samples of {what}, the batch {tuple(x.shape)}; they must agree")
     if target.reference.device != x.device:
         place = target.reference.device
         raise UserError(f"the reference is on {place}, the batch on {x.device}; move them to one device")
@@ -51,7 +50,7 @@ def forward(model: Network, x: torch.Tensor, dtype: torch.dtype | None) -> torch
 
 
 def all_finite(logits: torch.Tensor) -> torch.Tensor:
-    """(B,) bool, whether all logits (B, K, *S) of a sample are finite."""
+    """(B,) bool, whether all logits (B, K, *S) or (B, K) of a sample are finite."""
     return torch.isfinite(logits.flatten(1).sum(1, dtype=torch.float32))
 
 
@@ -135,6 +134,8 @@ class Perturbed:
     def at(self, delta: torch.Tensor, target: Target, progress: float = 0.0) -> Pass:
         """A network pass at ``x + delta``, replayed from a CUDA graph where that is asked for and possible."""
         scale = self.scale.scale
+        if target.whole_image:  # whose loss is no mean over voxels
+            scale = scale / self.x[0, 0].numel()
         graphs = active_graphs()
         found = graphs.run(self, delta, target, scale, progress) if graphs is not None else None
         if found is None:

@@ -1,6 +1,7 @@
 """The boundary search of IMA training: the point of least Dice loss on the way out, found per sample.
 
-A sample *crosses* when its quality, as a rule its hard foreground Dice, falls below a threshold. The search walks
+A sample *crosses* when its quality, as a rule its hard foreground Dice, of a classifier the lead of the right answer,
+falls below a threshold. The search walks
 outwards by PGD within each sample's own budget, keeps the last point that had not crossed and the first that had, and
 closes that bracket by a root finder. Method: Ma & Liang, arXiv 2005.09147.
 """
@@ -15,9 +16,9 @@ import torch
 
 from ima_seg.attacks._gradient import Perturbed, all_finite, check_batch
 from ima_seg.attacks._rows import HostCount, assign, positions
-from ima_seg.attacks.base import UNTARGETED, Loss
+from ima_seg.attacks.base import UNTARGETED, Loss, wrong
 from ima_seg.errors import UserError
-from ima_seg.losses import dice_ce_loss
+from ima_seg.losses import class_logits, dice_ce_loss
 from ima_seg.model import Precision, frozen
 from ima_seg.ops import (
     gradient_step,
@@ -31,11 +32,14 @@ from ima_seg.ops import (
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 Refine = Literal["root", "bisection"]
-#: (logits (B, K, *S), target) -> the quality (B,) float32, and whether all logits of a sample are finite, (B,) bool.
+#: (logits (B, K, *S) or (B, K), target) -> the quality (B,) float32, and whether all logits of a sample are finite,
+#: (B,) bool.
 Quality = Callable[[torch.Tensor, Target], tuple[torch.Tensor, torch.Tensor]]
 
 #: Stands for a loss that is not finite.
 HOPELESS = 1e4
+#: The lead, in logits, of a wrong answer that is tied with the right one.
+TIE = 1e-6
 
 
 def dice_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +56,27 @@ def loss_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, to
     """
     gained = target.foreground.any(2).float().mean(1)
     return -(dice_ce_loss(logits, target) + gained).nan_to_num(HOPELESS, HOPELESS, HOPELESS), all_finite(logits)
+
+
+def class_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much a classifier's answer is right: the true class's logit minus the best other; (B,) float32, finite.
+
+    Multi-label: the least of z over the labels there are and -z over the others. Below 0 the answer is wrong. That it
+    is continuous, other than right or wrong, is what finds the boundary in a few steps.
+    """
+    flat = class_logits(logits, target).float()
+    if target.labels.regions:
+        lead = torch.where(target.onehot, flat, -flat).amin((1, 2))
+    else:
+        truth = flat.masked_fill(~target.onehot, -torch.inf).amax((1, 2))
+        lead = truth - flat.masked_fill(target.onehot, -torch.inf).amax((1, 2))
+    lead = lead.nan_to_num(-HOPELESS, HOPELESS, -HOPELESS)
+    return torch.where(wrong(logits, target).any(1), lead.clamp_max(-TIE), lead), all_finite(logits)
+
+
+def hard_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`dice_quality`, or of a classifier :func:`class_quality`."""
+    return class_quality(logits, target) if target.whole_image else dice_quality(logits, target)
 
 
 @dataclass(frozen=True)
@@ -133,7 +158,7 @@ def boundary_search(
     settings: SearchSettings,
     threat: ThreatModel,
     searched: torch.Tensor | None = None,
-    quality: Quality = dice_quality,
+    quality: Quality = hard_quality,
     loss: Loss = UNTARGETED.loss,
     support: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
@@ -145,9 +170,9 @@ def boundary_search(
     Args:
         model: network (B, C, *S) -> logits (or a list, full resolution first); its flags are restored.
         x: batch (B, C, *S) in network units.
-        target: reference of the batch; every searched sample has foreground.
+        target: reference of the batch; every searched sample has foreground, or a class.
         eps: budget E of each sample, (B,), per voxel in network units.
-        threshold: (B,), a sample has crossed when its quality is below.
+        threshold: (B,), a sample has crossed when its quality is below; of a classifier 0.
         clean_quality: (B,) of the clean batch, at or above ``threshold``.
         settings: how to search.
         threat: norm and perturbable channels.

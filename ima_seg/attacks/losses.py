@@ -1,10 +1,10 @@
 """What an attack may climb: per-sample losses and the goals made of them.
 
 A loss maps (logits (B, K, *S), target, progress in [0, 1]) to (B,) float32. The network makes *decisions*: one class
-per voxel, or with regions one yes or no per voxel and region. Where a formula says p_y, that is the probability of the
-reference's answer to a decision: softmax(z)_y, or sigmoid(z) where the region is and 1 - sigmoid(z) where it is not.
-Means are over the decisions of a sample; ignored voxels, and voxels whose label is no class, are none. Differences of
-logits are in logits.
+per voxel, or with regions one yes or no per voxel and region; an image that a classifier judges (B, K) is one voxel.
+Where a formula says p_y, that is the probability of the reference's answer to a decision: softmax(z)_y, or sigmoid(z)
+where the region is and 1 - sigmoid(z) where it is not. Means are over the decisions of a sample; ignored voxels, and
+voxels whose label is no class, are none. Differences of logits are in logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ima_seg.attacks.base import UNTARGETED, Goal, Loss
 from ima_seg.errors import UserError
 from ima_seg.types import Target
 
-#: Soft Dice loss plus cross-entropy, see :func:`ima_seg.losses.dice_ce_loss`.
+#: Soft Dice loss plus cross-entropy, see :func:`ima_seg.losses.dice_ce_loss`; of classifiers cross-entropy.
 dice_ce = UNTARGETED.loss
 
 #: Logits by which a targeted attack wants a voxel beyond the decision before it leaves it alone.
@@ -78,7 +78,7 @@ def _lead(flat: torch.Tensor, target: Target) -> torch.Tensor:
 
 
 def _flat(logits: torch.Tensor) -> torch.Tensor:
-    return logits.flatten(2).float()
+    return logits[..., None].flatten(2).float()  # of classifiers one voxel
 
 
 def ce(logits: torch.Tensor, target: Target, progress: float) -> torch.Tensor:
@@ -184,6 +184,8 @@ def js(logits: torch.Tensor, target: Target, progress: float) -> torch.Tensor:
 
 def _channel(logits: torch.Tensor, target: Target, class_index: int) -> int:
     """Output channel of a foreground class."""
+    if target.whole_image:
+        raise UserError("classes that disappear or appear are those of a segmentation; the network is a classifier")
     channel = class_index + (0 if target.labels.regions else 1)
     if class_index < 0 or channel >= logits.shape[1]:
         raise UserError(
@@ -297,5 +299,5 @@ _LOSSES: dict[str, Loss] = {
     "js": js,
 }
 
-#: The untargeted goals by name; damage is the Dice that is lost.
+#: The untargeted goals by name; damage is the Dice that is lost, of classifiers the share of decisions that are wrong.
 GOALS: dict[str, Goal] = {UNTARGETED.name: UNTARGETED} | {name: Goal(name, loss) for name, loss in _LOSSES.items()}

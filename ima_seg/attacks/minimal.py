@@ -23,7 +23,8 @@ class MinimalResult(AttackResult):
     the clean point first. ``zero_gradient``: share of the searches that stood still at a gradient of exactly zero.
 
     Attributes:
-        broken: (B,) bool, whether the hard foreground Dice fell below the threshold within the budget.
+        broken: (B,) bool, whether the hard foreground Dice fell below the threshold within the budget, or the
+            answer of a classifier became wrong.
         crossing: (B,) float32, distance of the smallest crossing, per voxel in network units: an upper bound of the
             distance to the boundary. 0 where broken when clean, infinite where not broken.
         foreground: (B,) bool, False where the reference has no foreground; such a sample is never broken.
@@ -67,7 +68,8 @@ def minimal_norm(
         target: reference of the batch.
         eps: the largest budget to look at, (B,), per voxel in network units.
         threshold: (B,), a sample is broken when its hard foreground Dice is below.
-        clean_dice: (B,) hard foreground Dice of the clean batch; NaN without foreground.
+        clean_dice: (B,) hard foreground Dice of the clean batch, NaN without foreground; of a classifier
+            :func:`ima_seg.attacks.boundary.class_quality` of the clean batch, with a ``threshold`` of 0.
         threat: norm and perturbable channels.
         steps: gradient steps of each search, at most.
         rounds: searches.

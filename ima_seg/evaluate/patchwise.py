@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from ima_seg.attacks.pgd import pgd
 from ima_seg.model import Precision, full_resolution
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.ops import perturbation_size, project
-from ima_seg.types import Network, PassCount, Target, ThreatModel
+from ima_seg.types import Labels, Network, PassCount, Target, ThreatModel
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def patch_pgd(
     grid = SlidingWindow([network], patch_size=window.patch_size, step_size=1.0, tile_batch=window.tile_batch)
     padded, inside = grid._pad(x)
     # What is padded is ignored.
-    labels = replace(target.labels, ignore_label=-1)
+    labels = Labels(target.labels.outputs, target.labels.regions, ignore_label=-1)
     known = torch.ones_like(target.reference[:, :1], dtype=torch.bool) if target.known is None else target.known
     framed = Target(target.reference, known if labels.regions else None, labels).map(
         lambda part: grid._pad(part.view(*part.shape[:2], *x.shape[2:]))[0]

@@ -1,0 +1,411 @@
+"""Classifiers, against a linear one whose boundary is known."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ima_seg import IMA, Classes, IMASettings, Labels, Target, ThreatModel, UserError
+from ima_seg.attacks import (
+    GOALS,
+    SearchSettings,
+    apgd,
+    boundary_search,
+    class_quality,
+    disappear,
+    fgsm,
+    gaussian_noise,
+    ifgsm,
+    minimal_norm,
+    pgd,
+    square,
+    uniform_noise,
+    vafa,
+)
+from ima_seg.attacks._gradient import Perturbed
+from ima_seg.attacks.base import UNTARGETED
+from ima_seg.losses import class_ce_loss
+from ima_seg.ops import perturbation_size
+from tests.models import Linear
+from tests.test_graphs import Replayed
+
+SETTINGS = IMASettings(eps_max=2.0, delta=0.1, steps=10, refine_steps=8, refine_tolerance=0.01, precision="fp32")
+SHAPE = (1, 6, 5)
+norms = pytest.mark.parametrize("norm", ["l2", "linf"])
+
+
+def problem(batch=8, multilabel=False, outputs=3, **options):
+    """A linear network, images and what it answers, so that all are right."""
+    network, x = Linear(outputs, SHAPE, **options), torch.randn(batch, *SHAPE)
+    classes = Classes(outputs, multilabel)
+    logits = network.eval()(x)
+    y = (logits > 0).long() if multilabel else logits.argmax(1)
+    network.train()
+    return network, x, y, Target.from_raw(y, classes)
+
+
+def search(network, x, target, eps, norm="l2", **options):
+    clean = class_quality(network(x).detach(), target)[0]
+    settings = SearchSettings(steps=40, refine_steps=10, refine_tolerance=0.01)
+    return boundary_search(
+        network, x, target, eps=eps, threshold=torch.zeros_like(clean), clean_quality=clean, settings=settings,
+        threat=ThreatModel(norm), precision="fp32", **options,
+    )  # fmt: skip
+
+
+def cross_entropy(y):
+    if y.ndim == 2:
+        return lambda logits: F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype))
+    return lambda logits: F.cross_entropy(logits, y)
+
+
+def make_ima(classes, settings=SETTINGS):
+    return IMA.from_settings(settings, labels=classes, patch_voxels=math.prod(SHAPE), epochs=10)
+
+
+# --- targets, losses, qualities --------------------------------------------------------------------------------------
+
+
+def test_classes_may_come_as_a_column_of_any_dtype():
+    y = torch.tensor([2, 0, 1])
+    wanted = Target.from_raw(y, Classes(3)).reference
+    for raw in (y[:, None], y.float(), y.to(torch.uint8)):
+        assert torch.equal(Target.from_raw(raw, Classes(3)).reference, wanted)
+    many = Target.from_raw(torch.tensor([299]), Classes(300))
+    assert many.onehot[0, :, 0].nonzero().item() == 299
+
+
+@pytest.mark.parametrize(
+    ("raw", "classes", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4), Classes(2), r"shape \(2, 1, 4, 4\); expected classes"),
+        (torch.zeros(2, 2), Classes(2), r"expected classes \(B,\) or \(B, 1\)"),
+        (torch.zeros(2), Classes(2, multilabel=True), r"expected labels \(B, 2\)"),
+        (torch.tensor([0, 3]), Classes(3), "holds 3; its classes are 0 to 2"),
+        (torch.tensor([-1]), Classes(3), "holds -1"),
+        (torch.tensor([[0.5, 1]]), Classes(2, multilabel=True), r"holds 0.5; labels are 0 or 1"),
+    ],
+)
+def test_references_that_are_none(raw, classes, message):
+    with pytest.raises(UserError, match=message):
+        Target.from_raw(raw, classes)
+
+
+def test_a_single_label_is_enough_but_not_a_single_class():
+    assert Classes(1, multilabel=True).regions
+    with pytest.raises(UserError, match="classes need 2 or more"):
+        Classes(1)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_loss_and_quality_equal_float64_written_out(multilabel):
+    _, _, y, target = problem(multilabel=multilabel, outputs=4)
+    z = 5 * torch.randn(8, 4, dtype=torch.float64)
+    loss, quality = [], []
+    for row, answer in zip(z.tolist(), y.tolist(), strict=True):
+        if multilabel:
+            signed = [v if a else -v for v, a in zip(row, answer, strict=True)]
+            loss.append(sum(math.log1p(math.exp(-v)) for v in signed) / 4)
+            quality.append(min(signed))
+        else:
+            loss.append(math.log(sum(math.exp(v) for v in row)) - row[answer])
+            quality.append(row[answer] - max(v for k, v in enumerate(row) if k != answer))
+    expected = torch.tensor(loss, dtype=torch.float64)
+    torch.testing.assert_close(class_ce_loss(z, target), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(UNTARGETED.loss(z.float(), target, 0.0), expected.float())
+    torch.testing.assert_close(GOALS["ce"].loss(z.float(), target, 0.0), expected.float())
+    torch.testing.assert_close(class_quality(z, target)[0], torch.tensor(quality))
+    assert class_ce_loss(z.bfloat16(), target).dtype == torch.float32
+
+
+@pytest.mark.parametrize("goal", ["margin", "dlr", "segpgd", "cospgd", "masked_ce", "balanced_ce", "js"])
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_every_loss_is_that_of_an_image_of_one_voxel(goal, multilabel):
+    _, _, y, target = problem(multilabel=multilabel, outputs=4)
+    voxel = Target.from_raw(y[..., None] if multilabel else y[:, None, None], Labels(4, regions=multilabel))
+    z = torch.randn(8, 4)
+    torch.testing.assert_close(GOALS[goal].loss(z, target, 0.4), GOALS[goal].loss(z[..., None], voxel, 0.4))
+
+
+def test_a_tie_is_wrong_where_the_prediction_is_another():
+    target = Target.from_raw(torch.tensor([0, 1]), Classes(2))
+    quality, _ = class_quality(torch.zeros(2, 2), target)
+    assert quality[0] == 0 and -1e-5 < quality[1] < 0
+    assert GOALS["ce"].damage(torch.zeros(2, 2), target).tolist() == [0, 1]
+    labels = Target.from_raw(torch.tensor([[0], [1]]), Classes(1, multilabel=True))
+    quality, _ = class_quality(torch.zeros(2, 1), labels)
+    assert quality[0] == 0 and quality[1] < 0
+
+
+def test_logits_that_are_not_finite_are_no_quality():
+    target = Target.from_raw(torch.tensor([0, 1, 1]), Classes(2))
+    logits = torch.tensor([[math.nan, 0.0], [math.inf, math.inf], [0.0, 1.0]])
+    quality, sane = class_quality(logits, target)
+    assert sane.tolist() == [False, False, True] and torch.isfinite(quality).all() and (quality[:2] < -100).all()
+
+
+def test_outputs_that_fit_no_classifier_are_named():
+    network, x, _, target = problem()
+    with pytest.raises(UserError, match=r"shape \(8, 3, 1\); the reference of a classifier expects.*\(8, 3\)"):
+        pgd(
+            lambda x: network(x)[..., None], x, target, eps=torch.ones(8), threat=ThreatModel(), steps=1,
+        )  # fmt: skip
+    with pytest.raises(UserError, match="8 samples of classes"):
+        pgd(network, x[:4], target, eps=torch.ones(4), threat=ThreatModel(), steps=1)
+    with pytest.raises(UserError, match="those of a segmentation"):
+        pgd(network, x, target, eps=torch.ones(8), threat=ThreatModel(), steps=1, goal=disappear(0))
+
+
+# --- attacks
+
+ATTACKS = {
+    "fgsm": (fgsm, {}),
+    "ifgsm": (ifgsm, {"steps": 8}),
+    "pgd": (pgd, {"steps": 8}),
+    "apgd": (apgd, {"steps": 12}),
+    "square": (square, {"queries": 300}),
+    "vafa": (vafa, {"steps": 8}),
+}
+
+
+@norms
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("attack,options", [v for k, v in ATTACKS.items() if k != "vafa"], ids=[*ATTACKS][:-1])
+def test_attacks_reduce_accuracy_within_the_budget_but_not_below_the_distance(attack, options, norm, multilabel):
+    network, x, y, target = problem(multilabel=multilabel)
+    true = network.distance(x, y, norm)
+    near = attack(network, x, target, eps=0.99 * true, threat=ThreatModel(norm), **options)
+    assert (near.damage == 0).all(), "no image has a boundary nearer than its distance"
+    # A random search is weaker, and the way that the mean loss takes is not the shortest to the nearest boundary.
+    eps = true * (2.5 if attack is square else 1.3)
+    hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm), **options)
+    assert (perturbation_size(hit.adversarial - x, norm) <= eps * (1 + 1e-4)).all()
+    logits = network(hit.adversarial)
+    answers = (logits > 0).long() if multilabel else logits.argmax(1)
+    wrong = (answers != y).view(8, -1).float().mean(1)
+    torch.testing.assert_close(hit.damage, wrong)
+    assert (wrong > 0).float().mean() >= 0.85
+
+
+def test_two_classes_are_confused_exactly_at_the_distance():
+    network, x, y, target = problem(outputs=2)
+    for norm in ("l2", "linf"):
+        true = network.distance(x, y, norm)
+        for attack, options in ((fgsm, {}), (ifgsm, {"steps": 8}), (pgd, {"steps": 8, "start": False})):
+            for share, damage in ((0.999, 0), (1.001, 1)):
+                hit = attack(network, x, target, eps=share * true, threat=ThreatModel(norm), **options)
+                assert (hit.damage == damage).all(), (norm, attack, share)
+
+
+def test_noise_and_vafa_take_classifiers():
+    network, x, y, target = problem()
+    for attack, options in ((gaussian_noise, {"restarts": 3}), (uniform_noise, {}), (vafa, {"steps": 3})):
+        hit = attack(network, x, target, eps=torch.full((8,), 0.5), threat=ThreatModel(), **options)
+        expected = (network(hit.adversarial).argmax(1) != y).float()
+        torch.testing.assert_close(hit.damage, expected)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_batched_equals_one_at_a_time(multilabel):
+    network, x, _, target = problem(multilabel=multilabel)
+    network, x = network.double(), x.double()  # the bracket of the boundary closes differently by rounding
+    eps = torch.linspace(0.1, 1.0, 8)
+    together = search(network, x, target, eps, start=torch.zeros_like(x))
+    attacked = apgd(network, x, target, eps=eps, threat=ThreatModel(), steps=5, start=False)
+    for i in range(8):
+        row = torch.tensor([i])
+        alone = search(network, x[row], target[row], eps[row], start=torch.zeros_like(x[row]))
+        torch.testing.assert_close(alone.adversarial[0], together.adversarial[i], rtol=1e-4, atol=1e-5)
+        assert alone.crossed[0] == together.crossed[i]
+        alone = apgd(network, x[row], target[row], eps=eps[row], threat=ThreatModel(), steps=5, start=False)
+        torch.testing.assert_close(alone.adversarial[0], attacked.adversarial[i], rtol=1e-4, atol=1e-5)
+
+
+@norms
+@pytest.mark.parametrize("multilabel,outputs", [(False, 2), (True, 1)])
+def test_search_finds_the_boundary_at_its_distance_in_few_forwards(norm, multilabel, outputs):
+    network, x, y, target = problem(multilabel=multilabel, outputs=outputs)
+    true = network.distance(x, y, norm)
+    found = search(network, x, target, 2 * true, norm, start=torch.zeros_like(x))
+    assert found.crossed.all()
+    assert (found.distance >= true * (1 - 1e-4)).all() and (found.distance <= true * 1.0102).all()
+    refining = found.passes.forwards / 8
+    assert refining <= 4, "a quality that is linear along the way has its root by regula falsi at once"
+
+
+def test_minimal_norm_measures_the_distance():
+    network, x, y, target = problem(outputs=2)
+    true = network.distance(x, y, "l2")
+    y = torch.cat([y[:7], 1 - y[7:]])
+    target = Target.from_raw(y, Classes(2))
+    clean = class_quality(network(x).detach(), target)[0]
+    found = minimal_norm(
+        network, x, target, eps=3 * true, threshold=torch.zeros(8), clean_dice=clean, threat=ThreatModel(), rounds=8
+    )
+    assert found.broken.all() and found.foreground.all() and found.crossing[7] == 0
+    torch.testing.assert_close(found.crossing[:7], true[:7], rtol=0.02, atol=0)
+
+
+def test_captured_passes_do_the_same(monkeypatch):
+    network, x, _, target = problem()
+    options = {"eps": torch.full((8,), 0.6), "threat": ThreatModel(), "steps": 5, "start": False}
+    plain = pgd(network, x, target, **options)
+    with Replayed() as graphs:
+        captured = [pgd(network, x, target, **options) for _ in range(2)]
+    assert graphs.replays > 0
+    for result in captured:
+        torch.testing.assert_close(result.adversarial, plain.adversarial)
+
+
+def test_scale_of_the_loss_in_float16_begins_at_one():
+    network, x, _, target = problem()
+    batch = Perturbed(network, x, ThreatModel(), "fp32")
+    seen = []
+    begin = batch.begin
+    batch.begin = lambda delta, target, scale, progress: seen.append(scale) or begin(delta, target, scale, progress)
+    batch.at(batch.zero(), target)
+    assert torch.equal(seen[0], torch.ones(8)), "the loss is no mean over voxels, whose number would overflow"
+
+
+def test_targets_and_goals_can_be_sent_to_other_processes():
+    target = problem()[3]
+    assert pickle.loads(pickle.dumps(target)).labels == Classes(3) != Labels(3)
+
+
+# --- training
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_right_images_are_searched_and_wrong_ones_left_alone(multilabel):
+    network, x, y, _ = problem(multilabel=multilabel)
+    y = y.clone()
+    y[5:] = 1 - y[5:] if multilabel else (y[5:] + 1) % 3
+    ima = make_ima(Classes(3, multilabel))
+    ima.ledger.register("abcdefgh")
+    for record in ima.ledger.cases.values():
+        record.margin = 0.3
+    report = ima.step(network, x, y, "abcdefgh", loss=cross_entropy(y))
+    right = torch.arange(8) < 5
+    assert torch.equal(report.searched, right) and torch.equal(report.below, ~right) and not report.background.any()
+    moved = perturbation_size(report.adversarial - x, "l2")
+    assert (moved[5:] == 0).all() and (moved[:5] > 0).all()
+    near = network.distance(x, y, "l2")[:5] < 0.25
+    assert near.any() and report.crossed[:5][near].all()
+    answers = network(report.adversarial)
+    answers = (answers > 0).long() if multilabel else answers.argmax(1)
+    changed = (answers != y).view(8, -1).any(1)
+    assert torch.equal(changed[:5], report.crossed[:5])
+    after = class_quality(network(report.adversarial).detach(), Target.from_raw(y, Classes(3, multilabel)))[0]
+    before = class_quality(network(x).detach(), Target.from_raw(y, Classes(3, multilabel)))[0]
+    assert (after > -0.05 * before)[:5].all(), "those that crossed stay next to the boundary"
+    ima.end_epoch()
+    margins = ima.ledger.get("abcdefgh")
+    assert (margins[5:] == 0.3).all() and (margins[:5] != 0.3).all()
+    assert [record.visits for record in ima.ledger.cases.values()] == [1] * 5 + [0] * 3
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_gradient_is_that_of_the_papers_loss(multilabel, batch_norm):
+    network, x, y, _ = problem(multilabel=multilabel, batch_norm=batch_norm)
+    y = y.clone()
+    y[5:] = 1 - y[5:] if multilabel else (y[5:] + 1) % 3
+    if batch_norm:
+        network.norm.momentum = 0.0  # else the first pass would change what is right in evaluation mode
+    beta = 0.3
+    ima = make_ima(Classes(3, multilabel), SETTINGS.model_copy(update={"beta": beta}))
+    report = ima.step(network, x, y, "abcdefgh", loss=cross_entropy(y))
+    assert report.searched.tolist() == [True] * 5 + [False] * 3
+    ours = [p.grad.clone() for p in network.parameters()]
+
+    def each(logits):
+        if multilabel:
+            return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="none").mean(1)
+        return F.cross_entropy(logits, y, reduction="none")
+
+    clean, adversarial = each(network(x)), each(network(report.adversarial))
+    direct = (1 - beta) * clean.sum() / 8 + beta * adversarial[:5].sum() / 8
+    for got, expected in zip(ours, torch.autograd.grad(direct, list(network.parameters())), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(report.adversarial_loss, adversarial.mean().detach())
+
+
+def test_where_none_is_right_the_clean_loss_keeps_its_weight():
+    network, x, y, _ = problem()
+    y = (y + 1) % 3
+    report = make_ima(Classes(3)).step(network, x, y, "abcdefgh", loss=cross_entropy(y))
+    assert report.adversarial is None and report.below.all()
+    got = network.weight.grad.clone()
+    (expected,) = torch.autograd.grad(0.5 * cross_entropy(y)(network(x)), network.weight)
+    torch.testing.assert_close(got, expected)
+
+
+@norms
+@pytest.mark.parametrize("multilabel,outputs", [(False, 2), (True, 1)])
+def test_margins_settle_at_the_distance(norm, multilabel, outputs):
+    network, x, y, _ = problem(multilabel=multilabel, outputs=outputs)
+    x, y = (torch.cat([part, part[:1]]) for part in (x, y))
+    y[8] = 1 - y[8]
+    settings = SETTINGS.model_copy(update={"norm": norm, "delta": 0.02, "rule": "paper"})
+    ima = make_ima(Classes(outputs, multilabel), settings)
+    # L-infinity walks from a random start have most voxels at their bound: a little above the distance.
+    true = network.distance(x[:8], y[:8], norm)
+    for _ in range(60):
+        ima.step(network, x, y, "abcdefghi", loss=cross_entropy(y))
+        summary = ima.end_epoch()
+    assert summary.equilibrium, "a network that does not train has fixed boundaries"
+    margins = ima.ledger.get("abcdefghi")
+    assert margins[8] == pytest.approx(0.02), "the margin of a wrong image does not move"
+    assert (margins[:8] >= true - 0.001).all() and (margins[:8] <= true * 1.05 + 0.025).all()
+
+
+def test_what_is_right_is_asked_of_the_network_that_is_searched():
+    network, x, y, _ = problem(batch_norm=True)
+    network.norm.running_mean.copy_(torch.tensor([100.0, 0, 0]))  # in evaluation mode it never answers 0
+    y = network(x).argmax(1)
+    running = network.norm.running_mean.clone()
+    report = make_ima(Classes(3)).step(network, x, y, "abcdefgh", loss=cross_entropy(y))
+    assert network.training and (y == 0).any()
+    assert not report.searched[y == 0].any() and not torch.equal(network.norm.running_mean, running)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"criterion": "loss", "tau": 0.5}, "criterion is 'loss', which is for segmentations"),
+        ({"tau": 0.7}, "tau is 0.7"),
+        ({"beta": 1}, "beta is 1"),
+    ],
+)
+def test_settings_of_segmentations_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        make_ima(Classes(3), IMASettings(**values))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_networks_of_monai_take_a_step(dims):
+    from monai.networks.nets import DenseNet121, resnet10
+
+    if dims == 2:
+        network, x = DenseNet121(spatial_dims=2, in_channels=1, out_channels=3), torch.randn(3, 1, 40, 32)
+    else:
+        network = resnet10(spatial_dims=3, n_input_channels=2, num_classes=3, widen_factor=0.25)
+        x = torch.randn(3, 2, 24, 16, 16)
+    with torch.no_grad():
+        network.eval()
+        y = network(x).argmax(1)
+        network.train()
+    y[0] = (y[0] + 1) % 3
+    ima = IMA.from_settings(
+        IMASettings(steps=2, precision="fp32", start="mixed"), labels=Classes(3), patch_voxels=x[0].numel(), epochs=10,
+        image_channels=1,
+    )  # fmt: skip
+    state = {name: value.clone() for name, value in network.state_dict().items() if "running" not in name}
+    report = ima.step(network, x, y, "abc", loss=cross_entropy(y))
+    assert report.searched.tolist() == [False, True, True] and torch.isfinite(report.loss)
+    assert torch.equal(report.adversarial[0], x[0]) and torch.equal(report.adversarial[:, 1:], x[:, 1:])
+    assert (report.distance[1:] > 0).all() and network.training
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+    assert all(torch.equal(state[n], v) for n, v in network.state_dict().items() if n in state and "tracked" not in n)
