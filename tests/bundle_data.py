@@ -47,7 +47,7 @@ PREPROCESSING = {
 }
 
 
-def config(preprocessing="plain", *, sigmoid=False, channels=1, outputs=3, **changes):
+def config(flavour="plain", *, sigmoid=False, channels=1, outputs=3, **changes):
     """inference.json in the manner of the model zoo."""
     return {
         "imports": ["$import glob"],
@@ -68,7 +68,7 @@ def config(preprocessing="plain", *, sigmoid=False, channels=1, outputs=3, **cha
                 transform("LoadImaged"),
                 transform("EnsureChannelFirstd"),
                 transform("Orientationd", axcodes="RAS"),
-                *PREPROCESSING[preprocessing],
+                *PREPROCESSING[flavour],
                 transform("EnsureTyped"),
             ],
         },
@@ -79,7 +79,8 @@ def config(preprocessing="plain", *, sigmoid=False, channels=1, outputs=3, **cha
             "_target_": "Compose",
             "transforms": [
                 transform("Activationsd", keys="pred", **({"sigmoid": True} if sigmoid else {"softmax": True})),
-                transform("Invertd", keys="pred", transform="@preprocessing", orig_keys="@image_key", nearest_interp=False),
+                transform("Invertd", keys="pred", transform="@preprocessing", orig_keys="@image_key",
+                          nearest_interp=False),
                 transform("AsDiscreted", keys="pred", **({"threshold": 0.5} if sigmoid else {"argmax": True})),
                 transform("SaveImaged", keys="pred", output_dir="@output_dir", separate_folder=False, print_log=False),
             ],
@@ -92,8 +93,9 @@ def config(preprocessing="plain", *, sigmoid=False, channels=1, outputs=3, **cha
             }
         ],
         "evaluator": {
-            "_target_": "SupervisedEvaluator", "device": "@device", "val_data_loader": "@dataloader", "network": "@network",
-            "inferer": "@inferer", "postprocessing": "@postprocessing", "val_handlers": "@handlers",
+            "_target_": "SupervisedEvaluator", "device": "@device", "val_data_loader": "@dataloader",
+            "network": "@network", "inferer": "@inferer", "postprocessing": "@postprocessing",
+            "val_handlers": "@handlers",
         },
         "run": ["$@evaluator.run()"],
         **changes,

@@ -182,7 +182,7 @@ def test_an_evaluation_and_its_report(organs, tmp_path):  # noqa: F811
     found = records(tmp_path / "out")
     by = {(r.attack, r.eps, r.severity): r for r in found.values()}
     clean, pgd = by["clean", None, None], by["pgd", 0.3, None]
-    assert list(clean.classes) == CLASSES and clean.dice > 0.3 and pgd.dice < 0.5 * clean.dice
+    assert list(clean.classes) == CLASSES and clean.classes["organ"].dice > 0.4 and pgd.dice < 0.7 * clean.dice
     assert pgd.dice < by["gaussian", 0.3, None].dice
     for eps in (0.02, 0.3):
         assert by["pgd", eps, None].size.rms == pytest.approx(eps, rel=1e-3)
@@ -289,13 +289,19 @@ def test_names_of_cases(organs, tmp_path):  # noqa: F811
 
 
 CODE = {
-    "an expression": {"network": "$__import__('builtins').RAN.append(1) or @network_def"},
+    "an expression": {"network": "$RAN.append(1) or @network_def"},
     "an attribute": {"network": "$@network_def.__class__"},
     "a target of monai": {"inferer": {"_target_": "monai.bundle.run"}},
     "a target of the bundle": {"inferer": {"_target_": "scripts.inferer.make"}},
     "a function of torch": {"network": {"_target_": "torch.load", "f": "x"}},
+    "a reader": {"preprocessing": {"_target_": "Compose", "transforms": [
+        transform("LoadImaged", keys="image", reader="builtins.RAN.append")]}},
+    "a reader by reference": {"reader": "builtins.RAN.append", "preprocessing": {"_target_": "Compose", "transforms": [
+        transform("LoadImaged", keys="image", reader="@reader")]}},
+    "a loss": {"network": {"_target_": "PerceptualLoss", "spatial_dims": 3}},
+    "a string with a reference": {"image_key": "$'@network_def'"},
     "a nested one": {"image_key": "$str(print('image'))"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -326,6 +332,11 @@ def test_weights_that_would_run_code_are_refused_unless_trusted(tmp_path):
     assert load_bundle(folder, checkpoint="best.pt", trust=True).weights.name == "best.pt"
 
 
+def truncate(folder):
+    path = folder / "models" / "model.pt"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
 PRED = ("network_data_format", "outputs", "pred")
 BAD = {
     "no metadata": (lambda f: (f / "configs" / "metadata.json").unlink(), {}, "metadata.json does not exist"),
@@ -334,8 +345,8 @@ BAD = {
     "no weights": (lambda f: (f / "models" / "model.pt").unlink(), {}, "model.pt does not exist"),
     "other weights": (lambda f: torch.save({"a": torch.ones(2)}, f / "models" / "model.pt"), {}, "does not fit"),
     "no state": (lambda f: torch.save([torch.ones(2)], f / "models" / "model.pt"), {}, "holds list"),
-    "truncated": (lambda f: (f / "models" / "model.pt").write_bytes(b"PK12"), {}, "cannot be read"),
-    "labels of other classes": (lambda f: None, {"labels": {"liver": [1]}}, "names liver, but the classes in .* are organ"),
+    "truncated": (truncate, {}, "cannot be read"),
+    "labels of other classes": (lambda f: None, {"labels": {"liver": [1]}}, "but the classes in .* are organ"),
     "background as a class": (lambda f: None, {"labels": {"organ": [0], "lesion": [2]}}, "which is the background"),
     "sigmoid without labels": (lambda f: None, {"output": "sigmoid"}, "may overlap"),
 }  # fmt: skip
@@ -353,7 +364,7 @@ def test_bad_bundles_are_refused(tmp_path, name):
 CONTENTS = {
     "no inferer": ({"inferer": None}, METADATA, "has no 'inferer'"),
     "unknown transform": ({"inferer": {"_target_": "SlidingWindow"}}, METADATA, "would run code"),
-    "bad argument": ({"inferer": {"_target_": "SlidingWindowInferer", "roi": 3}}, METADATA, "'inferer' cannot be built"),
+    "bad argument": ({"inferer": {"_target_": "SlidingWindowInferer", "roi": 3}}, METADATA, "'inferer' cannot"),
     "missing reference": ({"image_key": "@key"}, METADATA, "cannot be built"),
     "not a network": ({"network": "$str(@network_def)"}, METADATA, "is str, not a torch.nn.Module"),
     "no loader": (
@@ -429,12 +440,10 @@ def test_overlapping_classes_of_a_sigmoid_are_counted_by_themselves(organs, tmp_
     assert failed == 0 and report.is_file()
     model = load_bundle(folder, labels=chosen.bundle_labels)
     case = model.prepare(organs.files())
-    logits = model.inferer(case.base, model.network)
     clean = next(r for r in records(out).values() if r.attack == "clean")
     reference = read(organs.files().label).T
     masks = case.predict(model.window(), case.base)
     assert masks.shape == (3, *reference.shape) and masks.dtype == bool
-    assert abs(int(masks.sum()) - int((logits > 0).sum())) < 0.2 * masks.sum() + 50
     for index, (name, values) in enumerate(model.classes.items()):
         there = np.isin(reference, values)
         assert clean.classes[name].tp == (masks[index] & there).sum()

@@ -115,7 +115,7 @@ def evaluate(
         # Bundles read nnU-Net's naming too.
         finder = next((model for model in loaded.values() if isinstance(model, SegmentationModel)), first)
         cases, problems = finder.find_cases(Path(images), Path(labels), limit=settings.limit)
-        _require_native(loaded, settings, cases[0])
+        _require_native(loaded, settings, cases)
         run = describe_run(
             loaded, settings, cases, images=images, labels=labels, device=place, dtype=dtype, command=command
         )
@@ -205,13 +205,22 @@ def _compatible(loaded: Mapping[str, Model], settings: EvaluationSettings) -> Mo
     return first
 
 
-def _require_native(loaded: Mapping[str, Model], settings: EvaluationSettings, case: CaseFiles) -> None:
-    """Refuse original intensities before anything is written, where a bundle's pre-processing has no way to them."""
-    if settings.save_adversarial or settings.unit in ("hu", "percent") or "transfer" in settings.attacks:
-        for model in loaded.values():
-            if isinstance(model, BundleModel):
-                model.check_case(case)
-                native_scale(model.prepare(case))
+def _require_native(loaded: Mapping[str, Model], settings: EvaluationSettings, cases: Sequence[CaseFiles]) -> None:
+    """Refuse original intensities before anything is written, where a bundle's pre-processing has no way to them.
+
+    The first usable case tells; cases that cannot be used are noted later.
+    """
+    if not (settings.save_adversarial or settings.unit in ("hu", "percent") or "transfer" in settings.attacks):
+        return
+    for model in (model for model in loaded.values() if isinstance(model, BundleModel)):
+        for files in cases:
+            try:
+                model.check_case(files)
+                case = model.prepare(files)
+            except UserError:
+                continue
+            native_scale(case)
+            break
 
 
 def _decisive(run: Run) -> list[str]:

@@ -125,7 +125,8 @@ class Attacker:
                  own: Window, log: Callable[[str], None]) -> Found:  # fmt: skip
         """PGD on ``source``, the same case as another model sees it, given to ``case``."""
         made = within_memory(window, lambda: self.run(Condition("white", "pgd", condition.eps), source, window), log)
-        native_scale(source), native_scale(case)
+        for seen in (source, case):
+            native_scale(seen)
         delta = case.from_native(source.native_delta(source.delta(made.perturbed)))
         problem = make_problem(case, own, self.threat, self.settings.budget)
         assert condition.eps is not None

@@ -134,7 +134,7 @@ def load_bundle(
     Raises:
         UserError: something is missing or does not fit, or it would run code.
     """
-    root, place = Path(folder), torch.device(device)
+    root, place = Path(folder).resolve(), torch.device(device)
     metadata = read_metadata(root)
     parts = load_parts(root, device=place, trust=trust)
     weights = parts.weights if checkpoint is None else root / "models" / checkpoint
@@ -142,11 +142,12 @@ def load_bundle(
     sigmoid = (output or _output(parts)) == "sigmoid"
     outputs, classes = _classes(metadata, {name: tuple(v) for name, v in (labels or {}).items()}, root, sigmoid=sigmoid)
     image = data_format(metadata, "inputs", "image")
-    count = int(image.get("num_channels") or 1)
-    names = image.get("channel_def") or {}
+    count = _count(image, root) or 1
+    names = image.get("channel_def")
+    names = names if isinstance(names, dict) else {}
     return BundleModel(
         folder=root,
-        name=str(metadata.get("name") or root.resolve().name),
+        name=str(metadata.get("name") or root.name),
         version=str(metadata.get("version") or "without version"),
         network=parts.network.to(place).eval().requires_grad_(False),
         preprocessing=parts.preprocessing,
@@ -160,6 +161,14 @@ def load_bundle(
         weights=weights,
         files=[parts.file, root / "configs" / "metadata.json", weights],
     )
+
+
+def _count(format_: Mapping[str, Any], root: Path) -> int | None:
+    """``num_channels`` of an input or output; ``None`` where it is not given."""
+    count = format_.get("num_channels")
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise UserError(f"{root / 'configs' / 'metadata.json'}: num_channels is {count!r}; it is a number from 1 on")
+    return count
 
 
 def _image_key(parts: Parts) -> str:
@@ -225,8 +234,8 @@ def _classes(
             ) from None
     if len(set(names)) != len(names):
         raise UserError(f"{path}: channel_def names a class twice: {', '.join(names)}; correct it")
-    count = format_.get("num_channels")
-    if count is not None and int(count) != len(names):
+    count = _count(format_, root)
+    if count is not None and count != len(names):
         raise UserError(f"{path}: num_channels is {count}, but the classes are {', '.join(names)}; correct one of them")
     foreground = names if sigmoid else names[1:]
     if given and set(given) != set(foreground):

@@ -1,8 +1,8 @@
 """A bundle's config: the parts that inference needs, built without running code of the bundle's own.
 
 ``_target_`` and ``$`` expressions can run any Python. Unless the bundle is trusted, only what inference needs is looked
-at (so that no import statement runs): targets must be networks of ``monai`` or ``torch.nn``, transforms or inferers of
-``monai``, and expressions of the few plain kinds that bundles are full of, such as ``$@network_def.to(@device)``.
+at (so that no import statement runs): targets must be networks, transforms or inferers of ``monai`` or layers of
+``torch.nn``, and expressions of the few plain kinds that bundles are full of, such as ``$@network_def.to(@device)``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FUNCTIONS = {
 _LIBRARY_FUNCTIONS = {"torch.device", "torch.cuda.is_available", "os.path.join"}
 _METHODS = {"eval", "to"}
 _PLAIN = (
-    ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.List, ast.Tuple, ast.Dict,
+    ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.List, ast.Tuple, ast.Dict,
     ast.Subscript, ast.Slice, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context,
 )  # fmt: skip
 #: Stands for an ``@reference`` in a parsed expression; the name under which the weights' path is resolved.
@@ -125,7 +125,7 @@ def load_parts(root: Path, *, device: torch.device, trust: bool) -> Parts:
         parser.read_config(str(file))
         parser.resolve_macro_and_relative_ids()
         config = dict(parser.get())
-    config |= {"bundle_root": str(root), "device": device, _WEIGHTS: _weights_item(config, root)}
+    config |= {"bundle_root": str(root.resolve()), "device": device, _WEIGHTS: _weights_item(config, root)}
     network = "network" if "network" in config else "network_def"
     wanted = [network, "preprocessing", "postprocessing", "inferer", _WEIGHTS]
     if missing := [name for name in wanted if config.get(name) is None]:
@@ -154,7 +154,7 @@ def load_parts(root: Path, *, device: torch.device, trust: bool) -> Parts:
         preprocessing=built["preprocessing"],
         postprocessing=built["postprocessing"],
         inferer=built["inferer"],
-        weights=Path(str(built[_WEIGHTS])),
+        weights=root.resolve() / str(built[_WEIGHTS]),
         file=file,
     )
 
@@ -237,7 +237,7 @@ def _refuse_code(part: Any, parser: Any, file: Path) -> None:
         if isinstance(item, str) and item.startswith("$"):
             code = None if _is_plain_expression(item) else item
         elif isinstance(item, dict) and "_target_" in item:
-            plain = item.get("_mode_", "default") in ("default", "callable")
+            plain = item.get("_mode_", "default") in ("default", "callable") and _names_no_code(item)
             code = None if plain and _is_trusted_target(item["_target_"], parser) else item["_target_"]
         if code is not None:
             raise UserError(
@@ -246,8 +246,21 @@ def _refuse_code(part: Any, parser: Any, file: Path) -> None:
             )
 
 
+def _names_no_code(item: Mapping[str, Any]) -> bool:
+    """Whether the readers of a transform are MONAI's: it would call whatever else has that name, with any arguments."""
+    from monai.transforms.io.array import SUPPORTED_READERS
+
+    reader = item.get("reader")
+    readers = reader if isinstance(reader, list) else [] if reader is None else [reader]
+    known = all(isinstance(name, str) and name.lower() in SUPPORTED_READERS for name in readers)
+    return known and not {"writer", "merger_cls"} & set(item)
+
+
 def _is_trusted_target(target: Any, parser: Any) -> bool:
-    """Whether a ``_target_`` is a network, transform or inferer of MONAI, or a layer of torch."""
+    """Whether a ``_target_`` is a network, transform or inferer of MONAI, or a layer of torch.
+
+    Where a class is defined counts, not where it is found. Other modules of MONAI, such as losses, run downloaded code.
+    """
     from monai.inferers import Inferer
     from monai.transforms import Transform
 
@@ -259,10 +272,14 @@ def _is_trusted_target(target: Any, parser: Any) -> bool:
     if not name.startswith(("monai.", "torch.nn.")):
         return False
     found = pydoc.locate(name)
-    return (
-        isinstance(found, type)
-        and issubclass(found, (nn.Module, Transform, Inferer))
-        and found.__module__.startswith(("monai.", "torch.nn."))
+    kinds = {
+        "monai.networks.": nn.Module,
+        "torch.nn.": nn.Module,
+        "monai.transforms.": Transform,
+        "monai.inferers.": Inferer,
+    }
+    return isinstance(found, type) and any(
+        issubclass(found, kind) and found.__module__.startswith(place) for place, kind in kinds.items()
     )
 
 
@@ -280,6 +297,9 @@ def _is_plain(node: ast.AST) -> bool:
     """Arithmetic on constants and references, a data type, or a call of one of a few harmless functions."""
     if isinstance(node, ast.Name):
         return node.id == _REFERENCE
+    if isinstance(node, ast.Constant):
+        # MONAI puts references into strings too, with quotes of its own.
+        return not (isinstance(node.value, str) and _REFERENCE in node.value)
     if isinstance(node, ast.Attribute):
         library, _, name = ast.unparse(node).partition(".")
         if library in ("np", "numpy"):
