@@ -31,15 +31,19 @@ _PREDICTION = "pred"
 
 @dataclass(frozen=True)
 class BundleCase:
-    """A case as a bundle sees it. Perturbations are added to the pre-processed image, the input of the inferer.
+    """A case as a bundle sees it.
+
+    Perturbations are added to the pre-processed image, where it is image: what the pre-processing padded is in no file.
 
     Attributes:
         raw: the case in its original geometry.
         model: the bundle.
         loaded: what the bundle's LoadImaged returned.
         data: what its pre-processing returned, with the image's MetaTensor.
-        base: (1, C, *S) the pre-processed image.
-        reference: (1, 1, *S) label map on the network's grid.
+        padded: (1, C, *P) the pre-processed image, the input of the inferer.
+        box: where the image lies in it.
+        base: (1, C, *S) the pre-processed image without its padding.
+        reference: (1, 1, *S) label map on the same grid.
         affine: (4, 4) voxels of the original image to mm.
         scale: (C,) original intensity units per network unit; ``None`` where no line connects them.
         native_range: (C,) range from the 0.5 to the 99.5 percentile; original intensities, or network units without a
@@ -52,6 +56,8 @@ class BundleCase:
     model: BundleModel
     loaded: dict[str, Any]
     data: dict[str, Any]
+    padded: torch.Tensor
+    box: tuple[slice, ...]
     base: torch.Tensor
     reference: torch.Tensor
     affine: FloatArray
@@ -90,18 +96,20 @@ class BundleCase:
         return Target.from_raw(channels, self.model.labels)
 
     def network(self, window: nn.Module, *, whole: bool) -> nn.Sequential:
-        """(1, C, *S) -> logits."""
-        return nn.Sequential(nn.Identity(), window).eval()
+        """(1, C, *S) -> logits (1, K, *S) through the padded image; a part of it (not ``whole``) as it is."""
+        if not whole:
+            return nn.Sequential(nn.Identity(), window).eval()
+        return nn.Sequential(_Frame(self.padded, self.box), window, _Cut(self.box)).eval()
 
     @torch.no_grad()
     def predict(self, window: nn.Module, perturbed: torch.Tensor) -> LabelArray:
         """What the bundle would write: (Z, Y, X) label map, or one mask per class (classes, Z, Y, X)."""
         with full_precision():
-            logits = window(perturbed)
+            logits = window(_Frame(self.padded, self.box)(perturbed))
         return self.export(logits)
 
     def export(self, logits: torch.Tensor) -> LabelArray:
-        """Logits (1, K, *S) -> the bundle's post-processing -> label map or masks in the original geometry.
+        """Logits (1, K, *P) -> the bundle's post-processing -> label map or masks in the original geometry.
 
         Raises:
             UserError: the post-processing fails, leaves another grid, or leaves no labels.
@@ -162,8 +170,8 @@ class BundleCase:
         return _onto(values, self.affine, self._affine(), self.base.shape[2:]).to(self.base.device)
 
     def _affine(self) -> FloatArray:
-        """Voxels of the network's grid to mm."""
-        return np.asarray(self.data[self.model.image_key].affine, np.float64)
+        """Voxels of :attr:`base` to mm."""
+        return _shifted(np.asarray(self.data[self.model.image_key].affine, np.float64), self.box)
 
     def altered(self, image: npt.NDArray[np.float32]) -> BundleCase:
         """The same case with another image (C, Z, Y, X) in original intensities."""
@@ -172,6 +180,32 @@ class BundleCase:
         stored = _from_channels_first(image.transpose(0, 3, 2, 1), before.shape, self.raw.reference.shape[::-1])
         changed = MetaTensor(torch.from_numpy(stored.copy()).to(before), meta=deepcopy(before.meta))
         return _prepare(self.model, self.raw, {**self.loaded, key: changed}, self.affine)
+
+
+class _Frame(nn.Module):
+    """Puts an image (B, C, *S) into its padded one (1, C, *P), at ``box``."""
+
+    def __init__(self, padded: torch.Tensor, box: tuple[slice, ...]) -> None:
+        super().__init__()
+        self.padded, self.index = padded, (slice(None), slice(None), *box)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2:] == self.padded.shape[2:]:
+            return x
+        framed = self.padded.repeat(len(x), *(1,) * (x.ndim - 1))
+        framed[self.index] = x
+        return framed
+
+
+class _Cut(nn.Module):
+    """The logits at ``box``."""
+
+    def __init__(self, box: tuple[slice, ...]) -> None:
+        super().__init__()
+        self.index = (slice(None), slice(None), *box)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[self.index]
 
 
 def prepare_case(model: BundleModel, files: CaseFiles) -> BundleCase:
@@ -222,7 +256,12 @@ def _prepare(model: BundleModel, raw: RawCase, loaded: dict[str, Any], affine: F
     device = next((parameter.device for parameter in model.network.parameters()), torch.device("cpu"))
     grid, original = np.asarray(image.affine, np.float64), raw.reference.shape[::-1]
     turned = torch.from_numpy(np.ascontiguousarray(raw.reference.transpose(2, 1, 0)))[None]
-    reference = _onto(turned.float(), affine, grid, image.shape[1:], mode="nearest").round().to(torch.int16)
+    inside = _onto(torch.ones(1, *original), affine, grid, image.shape[1:], mode="nearest")[0] > 0.5
+    if not inside.any():
+        raise UserError(f"{raw.case}: nothing of the image is left after the pre-processing of {model.folder}")
+    box = tuple(slice(int(found.min()), int(found.max()) + 1) for found in inside.nonzero().T)
+    shape = [side.stop - side.start for side in box]
+    reference = _onto(turned.float(), affine, _shifted(grid, box), shape, mode="nearest").round().to(torch.int16)
     covered = _onto(torch.ones(1, *image.shape[1:]), grid, affine, original, mode="nearest") > 0.5
     plain = torch.as_tensor(image.as_tensor()).detach().float()
     scale, ranges = _line(plain.cpu(), raw.image, affine, grid, covered[0])
@@ -231,7 +270,9 @@ def _prepare(model: BundleModel, raw: RawCase, loaded: dict[str, Any], affine: F
         model=model,
         loaded=loaded,
         data=data,
-        base=plain[None].contiguous().to(device),
+        padded=plain[None].contiguous().to(device),
+        box=box,
+        base=plain[(slice(None), *box)][None].contiguous().to(device),
         reference=reference[None].to(device),
         affine=affine,
         scale=scale,
@@ -281,6 +322,13 @@ def _onto(
     )
     plain: torch.Tensor = moved.as_tensor()
     return plain
+
+
+def _shifted(affine: FloatArray, box: tuple[slice, ...]) -> FloatArray:
+    """The affine of a part of a grid."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ [side.start for side in box]
+    return moved
 
 
 def _same_grid(first: Any, second: Any, shape_zyx: tuple[int, ...]) -> bool:

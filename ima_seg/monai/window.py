@@ -129,7 +129,7 @@ class RecomputedInferer(nn.Module):
 
         if not torch.is_grad_enabled():
             return run(tiles)
-        logits: torch.Tensor = checkpoint(run, tiles, use_reentrant=False)
+        logits: torch.Tensor = checkpoint(run, tiles, use_reentrant=False, preserve_rng_state=False)
         return logits
 
 
