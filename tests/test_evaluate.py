@@ -15,6 +15,7 @@ from ima_seg.evaluate import api, sweep
 from ima_seg.evaluate.conditions import conditions
 from ima_seg.evaluate.files import save_adversarial
 from ima_seg.evaluate.metrics import case_metrics
+from ima_seg.nnunet import case as nnunet_case
 from ima_seg.nnunet.folder import load_model
 from tests.evaluation_runs import STEPS, comparable, evaluated, failures, names, records, settings, some_cases
 
@@ -181,9 +182,7 @@ def test_adversarial_files_of_other_types_and_headers(tmp_path, stored):
     original = nibabel.load(tmp_path / "a b_0000.nii.gz")
     assert (stored == "scaled") == (original.dataobj.slope != 1)
     delta = np.random.default_rng(1).normal(size=(1, 7, 6, 5)) * 0.25
-    (image,), (difference,) = save_adversarial(
-        [tmp_path / "a b_0000.nii.gz"], delta, tmp_path / "out", case="a b", ending=".nii.gz"
-    )
+    (image,), (difference,) = save_adversarial([tmp_path / "a b_0000.nii.gz"], delta, tmp_path / "out")
     written, change = nibabel.load(image), nibabel.load(difference)
     assert image.name == "a b_0000.nii.gz" and {p.name for p in image.parent.iterdir()} == {image.name}
     wide = np.float64 if stored in ("float64", "large") else np.float32
@@ -282,11 +281,11 @@ def test_a_case_that_needs_too_much_memory_is_noted_and_the_others_go_on(phantom
     large, small = (names(phantoms, "mr3d")[index] for index in (1, 3))
     current = []
 
-    def prepare(raw, *arguments, prepare=sweep.prepare_case, **options):
+    def prepare(raw, *arguments, prepare=nnunet_case.prepare_case, **options):
         current.append(raw.case)
         return prepare(raw, *arguments, **options)
 
-    monkeypatch.setattr(sweep, "prepare_case", prepare)
+    monkeypatch.setattr(nnunet_case, "prepare_case", prepare)
     hungry(monkeypatch, lambda: 0 if current[-1] == large else 8)
     report, failed = evaluated(
         {"a": phantoms.model("mr3d", steps=STEPS)}, data, tmp_path / "out", settings(attacks=["gaussian"])

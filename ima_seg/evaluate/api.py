@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,22 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ima_seg.errors import UserError
 from ima_seg.evaluate.collect import read_run
-from ima_seg.evaluate.conditions import attack_names, check_settings, conditions
+from ima_seg.evaluate.conditions import attack_names, check_settings
+from ima_seg.evaluate.describe import describe_run
 from ima_seg.evaluate.execution import Attacker
 from ima_seg.evaluate.files import check_writable
+from ima_seg.evaluate.problem import native_scale
 from ima_seg.evaluate.ranks import Share, pick_device, share_out
 from ima_seg.evaluate.records import Failure, Record, drop_half_line, read_lines
 from ima_seg.evaluate.report import write_report
-from ima_seg.evaluate.run import EvaluationSettings, ModelInfo, Run
+from ima_seg.evaluate.run import EvaluationSettings, Run
+from ima_seg.evaluate.subject import Model
 from ima_seg.evaluate.sweep import Contestant, Sweep
 from ima_seg.files import write_text
 from ima_seg.model import resolve_precision
+from ima_seg.monai.bundle import BundleModel, load_bundle
 from ima_seg.nnunet.folder import SegmentationModel, load_model
-from ima_seg.nnunet.inputs import CaseFiles, find_cases
-from ima_seg.nnunet.margins import restore_ledger
-from ima_seg.ops import describe_backend
-
-_PACKAGES = ("ima-seg", "nnunetv2", "torch", "monai", "torchio", "numpy", "scipy", "nibabel", "SimpleITK")
+from ima_seg.nnunet.inputs import CaseFiles
 
 
 def evaluate(
@@ -44,7 +41,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     folds: Sequence[str] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str | None = None,
     previous_stage: str | Path | None = None,
     device: str = "cuda",
     tile_batch: int | None = None,
@@ -58,20 +55,22 @@ def evaluate(
     """Attack models on cases and write the report.
 
     Args:
-        models: name in the report -> model folder; the first is what the others are compared with.
-        images: folder of images in nnU-Net's naming.
+        models: name in the report -> nnU-Net model folder, or MONAI bundle (a folder with ``configs``); the first is
+            what the others are compared with.
+        images: folder of images in nnU-Net's naming; with bundles alone, also named like the labels.
         labels: folder of labels.
         output: folder of the evaluation; made if missing.
         settings: what to evaluate.
         folds: to average, of every model; default: all there are.
-        checkpoint: file name in each fold.
+        checkpoint: file name in each fold (default: checkpoint_final.pth), or in a bundle's ``models`` (default: what
+            its config loads, else model.pt).
         previous_stage: folder of the previous stage's segmentations, for cascades.
         device: ``cpu``, ``cuda`` or ``mps``.
         tile_batch: tiles that the network sees at once; default: the batch size of its training.
         resume: go on with an evaluation that was interrupted.
         num_parts: the cases are shared out over so many calls.
         part_id: which of them this is, from 0.
-        trust: load checkpoints and plans that run code.
+        trust: load checkpoints, plans and bundles that run code.
         command: for the report.
         console: where messages go.
 
@@ -89,10 +88,18 @@ def evaluate(
     with share_out(num_parts, part_id) as share:
         place = pick_device(device)
         loaded = {
-            name: load_model(folder, folds=folds, checkpoint=checkpoint, device=place, trust=trust)
+            name: _load(
+                folder,
+                settings,
+                folds=folds,
+                checkpoint=checkpoint,
+                previous_stage=previous_stage,
+                device=place,
+                trust=trust,
+            )
             for name, folder in models.items()
         }
-        first = _compatible(loaded, settings, previous_stage)
+        first = _compatible(loaded, settings)
         if {"disappear", "appear"} & set(settings.attacks) and not settings.targets:
             settings = settings.model_copy(update={"targets": list(first.classes)})
         check_settings(settings, models=list(loaded), classes=list(first.classes))
@@ -102,12 +109,14 @@ def evaluate(
                 name,
                 model,
                 model.window(step_size=settings.step_size, mirroring=settings.mirroring, tile_batch=tile_batch),
-                Path(previous_stage) if previous_stage and model.configuration.previous_stage_name else None,
             )
             for name, model in loaded.items()
         ]
-        cases, problems = find_cases(Path(images), Path(labels), first.dataset_json, limit=settings.limit)
-        run = _describe(
+        # Bundles read nnU-Net's naming too.
+        finder = next((model for model in loaded.values() if isinstance(model, SegmentationModel)), first)
+        cases, problems = finder.find_cases(Path(images), Path(labels), limit=settings.limit)
+        _require_native(loaded, settings, cases)
+        run = describe_run(
             loaded, settings, cases, images=images, labels=labels, device=place, dtype=dtype, command=command
         )
         _claim(out, run, share, resume=resume)
@@ -132,110 +141,91 @@ def evaluate(
     return report, len(sweep.failed)
 
 
-def _compatible(
-    loaded: Mapping[str, SegmentationModel], settings: EvaluationSettings, previous_stage: str | Path | None
-) -> SegmentationModel:
+def _load(
+    folder: str | Path,
+    settings: EvaluationSettings,
+    *,
+    folds: Sequence[str] | None,
+    checkpoint: str | None,
+    previous_stage: str | Path | None,
+    device: torch.device,
+    trust: bool,
+) -> Model:
+    """A MONAI bundle (a folder with ``configs``) or an nnU-Net model folder."""
+    if (Path(folder) / "configs").is_dir():
+        return load_bundle(
+            folder,
+            checkpoint=checkpoint,
+            labels=settings.bundle_labels,
+            output=settings.bundle_output,
+            device=device,
+            trust=trust,
+        )
+    model = load_model(folder, folds=folds, checkpoint=checkpoint or "checkpoint_final.pth", device=device, trust=trust)
+    return replace(model, previous_stage=None if previous_stage is None else Path(previous_stage))
+
+
+def _compatible(loaded: Mapping[str, Model], settings: EvaluationSettings) -> Model:
     """The first model; all others segment the same classes in the same channels."""
     first = next(iter(loaded.values()))
+    bundles = [name for name, model in loaded.items() if isinstance(model, BundleModel)]
+    mixed = 0 < len(bundles) < len(loaded)
     for name, model in loaded.items():
-        if model.classes != first.classes or model.channels != first.channels:
+        # nnU-Net knows its channels by name, bundles often do not.
+        channels = len(model.channels) == len(first.channels) if mixed else model.channels == first.channels
+        if model.classes != first.classes or not channels or model.labels.ignore_label != first.labels.ignore_label:
             raise UserError(
                 f"model {name!r} segments {model.classes} in {model.channels}, the first one {first.classes} in "
                 f"{first.channels}; only models of one task can be compared"
             )
         if settings.budget == "slice" and not model.is_2d:
-            raise UserError(f"budget 'slice' is for 2D models, {name!r} is {model.configuration_name}: --budget volume")
+            raise UserError(f"budget 'slice' is for 2D models, {name!r} sees volumes: --budget volume")
         if settings.unit == "hu" and not model.is_single_ct:
             raise UserError(f"unit 'hu' is for models of a single CT channel, {name!r} is not: --unit percent or rms")
-        stage = model.configuration.previous_stage_name
-        if stage is not None and previous_stage is None:
-            raise UserError(
-                f"model {name!r} is the second stage of a cascade; name the folder with the segmentations of {stage!r} "
-                "with -prev_stage_predictions"
-            )
-        if settings.save_adversarial:
-            check_writable(model)
+        if isinstance(model, SegmentationModel):
+            stage = model.configuration.previous_stage_name
+            if stage is not None and model.previous_stage is None:
+                raise UserError(
+                    f"model {name!r} is the second stage of a cascade; name the folder with the segmentations of "
+                    f"{stage!r} with -prev_stage_predictions"
+                )
+            if settings.save_adversarial:
+                check_writable(model)
+    if bundles and settings.step_size != 0.5:
+        raise UserError(
+            f"step_size is {settings.step_size}, but {bundles[0]!r} is a bundle: its inferer has the overlap"
+        )
+    if not bundles and (settings.bundle_labels or settings.bundle_output):
+        raise UserError("bundle_labels and bundle_output are for MONAI bundles, and there is none; leave them out")
+    if mixed and settings.attacks and settings.unit not in ("hu", "percent"):
+        raise UserError(
+            f"unit {settings.unit!r} is that of each model's own pre-processing, so an nnU-Net model and a bundle are "
+            "not attacked alike; compare them with --unit percent (or hu)"
+        )
     return first
 
 
-def _describe(
-    loaded: Mapping[str, SegmentationModel],
-    settings: EvaluationSettings,
-    cases: Sequence[CaseFiles],
-    *,
-    images: str | Path,
-    labels: str | Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    command: str,
-) -> Run:
-    first = next(iter(loaded.values()))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Run(
-        settings=settings,
-        models=[_model_info(name, model) for name, model in loaded.items()],
-        dataset=str(
-            first.plans.plans.get("dataset_name") or first.dataset_json.get("name") or Path(images).parent.name
-        ),
-        classes=list(first.classes),
-        images=str(Path(images).resolve()),
-        labels=str(Path(labels).resolve()),
-        cases=[case.case for case in cases],
-        conditions={
-            name: [(c.attack, c.eps, c.severity) for c in conditions(settings, model=name, models=list(loaded))]
-            for name in loaded
-        },
-        channels=first.channels,
-        modality_native_unit="HU" if first.is_single_ct else "original intensity units",
-        command=command,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        device=name,
-        versions={
-            "python": platform.python_version(),
-            **{package: _version(package) for package in _PACKAGES},
-            "passes of the attacks": str(dtype or torch.float32).removeprefix("torch."),
-            "ops of the attacks": describe_backend(device),
-        },
-        machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-    )
+def _require_native(loaded: Mapping[str, Model], settings: EvaluationSettings, cases: Sequence[CaseFiles]) -> None:
+    """Refuse original intensities before anything is written, where a bundle's pre-processing has no way to them.
+
+    The first usable case tells; cases that cannot be used are noted later.
+    """
+    if not (settings.save_adversarial or settings.unit in ("hu", "percent") or "transfer" in settings.attacks):
+        return
+    for model in (model for model in loaded.values() if isinstance(model, BundleModel)):
+        for files in cases:
+            try:
+                model.check_case(files)
+                case = model.prepare(files)
+            except UserError:
+                continue
+            native_scale(case)
+            break
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _model_info(name: str, model: SegmentationModel) -> ModelInfo:
-    network = [float(value) for value in model.configuration.spacing]
-    return ModelInfo(
-        name=name,
-        folder=str(model.folder),
-        trainer=model.trainer,
-        plans=str(model.plans.plans_name),
-        configuration=model.configuration_name,
-        folds=model.folds,
-        checkpoint=model.files[-1].name,
-        sha256=model.sha256(),
-        patch_size=[int(size) for size in model.configuration.patch_size],
-        spacing=network,
-        mirror_axes=model.mirror_axes,
-        parameters=sum(parameter.numel() for parameter in model.networks[0].parameters()),
-        ima=None if model.ima is None else _margins(model.ima),
-    )
-
-
-def _margins(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report shows of the training of nnUNetTrainerIMA, from its state in the checkpoint."""
-    ledger = restore_ledger(state)
-    return {
-        "norm": state["settings"]["norm"],
-        "delta": ledger.delta,
-        "eps_max": ledger.eps_max,
-        "margins": {case: record.margin for case, record in ledger.cases.items()},
-        "history": [dict(row) for row in state["history"]],
-    }
+def _decisive(run: Run) -> list[str]:
+    """The packages on which numbers depend."""
+    return ["ima-seg", "nnunetv2", *(["monai"] if any(model.bundle for model in run.models) else [])]
 
 
 def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
@@ -267,7 +257,7 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
             ("the models", [(m.name, m.sha256) for m in run.models], [(m.name, m.sha256) for m in there.models]),
             ("the cases", run.cases, there.cases),
             ("the folders of images and labels", (run.images, run.labels), (there.images, there.labels)),
-            ("the versions", *({k: r.versions[k] for k in ("ima-seg", "nnunetv2")} for r in (run, there))),
+            ("the versions", *({k: r.versions[k] for k in _decisive(run)} for r in (run, there))),
         )
         if new != old
     ]

@@ -17,6 +17,7 @@ _EVALUATE = """\
 Attack models on whole volumes, through the sliding window and the preprocessing that predict them, and write a report:
 
   ima-seg evaluate -i imagesTs -gt labelsTs -o OUT -m MODEL_FOLDER
+  ima-seg evaluate -i imagesTs -gt labelsTs -o OUT --bundle BUNDLE
   ima-seg evaluate -i imagesTs -gt labelsTs -o OUT -d 4 -c 3d_fullres -tr nnUNetTrainer nnUNetTrainerIMA
 
 OUT gets records.jsonl, summary.json, CSV files and report.html.
@@ -32,12 +33,17 @@ def add_evaluate_parsers(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data = evaluate.add_argument_group("data")
-    data.add_argument("-i", dest="images", metavar="IMAGES", help="folder of images, CASE_0000.nii.gz")
+    data.add_argument(
+        "-i", dest="images", metavar="IMAGES", help="folder of images, CASE_0000.nii.gz; bundles: or CASE.nii.gz"
+    )
     data.add_argument("-gt", dest="labels", metavar="LABELS", help="folder of labels, CASE.nii.gz")
     data.add_argument("-o", dest="output", type=Path, metavar="OUT", help="folder to write to")
     data.add_argument("--limit", type=int, metavar="N", help="at most so many cases")
     model = evaluate.add_argument_group("models, as nnUNetv2_predict takes them; the first is the reference")
     model.add_argument("-m", dest="models", action="append", type=Path, metavar="MODEL_FOLDER", help="repeatable")
+    model.add_argument(
+        "--bundle", dest="models", action="append", type=Path, metavar="DIR", help="a MONAI bundle; repeatable"
+    )
     model.add_argument(
         "--name", dest="names", action="append", metavar="NAME", help="in the report, one for each model"
     )
@@ -46,13 +52,26 @@ def add_evaluate_parsers(commands: Any) -> None:
     model.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer"], metavar="TRAINER")
     model.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS")
     model.add_argument("-f", dest="folds", nargs="+", metavar="FOLD", help="folds to average (default: all there are)")
-    model.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE")
+    model.add_argument(
+        "-chk", dest="checkpoint", metavar="FILE",
+        help="in each fold, or in a bundle's models (default: checkpoint_final.pth; model.pt)",
+    )  # fmt: skip
+    model.add_argument(
+        "--bundle-labels", nargs="+", default=[], metavar="CLASS=V[,V]",
+        help="of bundles: values of each class in the label files (default: by the channels of the metadata)",
+    )  # fmt: skip
+    model.add_argument(
+        "--bundle-output", choices=["softmax", "sigmoid"],
+        help="of bundles: how outputs are read (default: by the post-processing)",
+    )  # fmt: skip
     model.add_argument(
         "-prev_stage_predictions", dest="previous_stage", type=Path, metavar="FOLDER", help="of a cascade"
     )
     model.add_argument("-step_size", type=float, default=0.5, help="of the sliding window (default: 0.5)")
     model.add_argument("--disable_tta", action="store_true", help="no mirroring, neither attacked nor predicted")
-    model.add_argument("--trust-checkpoint", action="store_true", help="load checkpoints and plans that execute code")
+    model.add_argument(
+        "--trust-checkpoint", action="store_true", help="load checkpoints, plans and bundles that execute code"
+    )
     attack = evaluate.add_argument_group("attacks")
     attack.add_argument(
         "--attack", dest="attacks", nargs="*", default=None, metavar="NAME",
@@ -142,6 +161,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         mirroring=not arguments.disable_tta,
         precision=arguments.precision,
         limit=arguments.limit,
+        bundle_labels=_label_values(arguments.bundle_labels),
+        bundle_output=arguments.bundle_output,
     )
     report, failed = evaluate(
         models,
@@ -172,7 +193,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _models(arguments: argparse.Namespace) -> dict[str, Path]:
     """Name -> folder, from ``-m`` or from ``-d -c -tr -p``."""
     if bool(arguments.models) == bool(arguments.dataset):
-        raise UserError("name the models either with -m MODEL_FOLDER or with -d DATASET -c CONFIGURATION")
+        raise UserError(
+            "name the models either with -m MODEL_FOLDER and --bundle DIR or with -d DATASET -c CONFIGURATION"
+        )
     if arguments.models:
         folders: list[Path] = arguments.models
     else:
@@ -190,6 +213,17 @@ def _models(arguments: argparse.Namespace) -> dict[str, Path]:
     if len(names) != len(folders) or len(set(names)) != len(names):
         raise UserError(f"{len(folders)} models and the names {', '.join(names)}: give each its own with --name")
     return dict(zip(names, folders, strict=True))
+
+
+def _label_values(assignments: Sequence[str]) -> dict[str, list[int]]:
+    """``CLASS=V[,V]`` -> class: values."""
+    found = {}
+    for text in assignments:
+        name, _, values = text.rpartition("=")
+        if not name or not all(value.strip().isdigit() for value in values.split(",")):
+            raise UserError(f"--bundle-labels {text!r} is not CLASS=VALUE or CLASS=VALUE,VALUE: 'tumour core=1,4'")
+        found[name] = [int(value) for value in values.split(",")]
+    return found
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
@@ -213,10 +247,14 @@ def _dataset_name(dataset: str) -> str:
 
 
 def _is_ct(folder: Path) -> bool:
-    """Whether all channels of a model folder are CT; its files are checked when the model is loaded."""
+    """Whether all channels of a model are CT; its files are checked when the model is loaded."""
     import json
 
     try:
+        if (folder / "configs").is_dir():
+            from ima_seg.monai.config import is_single_ct, read_metadata
+
+            return is_single_ct(read_metadata(folder))
         dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         return all(str(name).lower() == "ct" for name in dataset_json["channel_names"].values())
     except (OSError, KeyError, json.JSONDecodeError):

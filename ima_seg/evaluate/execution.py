@@ -17,10 +17,10 @@ from ima_seg.attacks.registry import ATTACKS
 from ima_seg.errors import UserError
 from ima_seg.evaluate.conditions import Condition
 from ima_seg.evaluate.patchwise import patch_pgd
-from ima_seg.evaluate.problem import Problem, make_problem, per_voxel
+from ima_seg.evaluate.problem import Problem, make_problem, native_scale, per_voxel
 from ima_seg.evaluate.run import EvaluationSettings
+from ima_seg.evaluate.subject import Case, Window
 from ima_seg.model import full_resolution
-from ima_seg.nnunet.case import PreparedCase
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.ops import hard_dice, perturbation_size, project
 from ima_seg.types import PassCount, ThreatModel
@@ -38,7 +38,7 @@ class Found:
     """A perturbed case and what is known about its making.
 
     Attributes:
-        perturbed: (1, C + extra, *S), in the layout of :attr:`PreparedCase.base`.
+        perturbed: (1, C + extra, *S), in the layout of :attr:`Case.base`.
         eps_network: the budget per voxel in network units.
         breaking_rms: see :class:`ima_seg.evaluate.records.Record`.
         trace: lowest Dice so far, by step.
@@ -66,7 +66,7 @@ class Attacker:
         self.settings, self.device = settings, device
         self.threat = ThreatModel(settings.norm)
 
-    def run(self, condition: Condition, case: PreparedCase, window: SlidingWindow) -> Found:
+    def run(self, condition: Condition, case: Case, window: Window) -> Found:
         """Attack ``case``; kinds ``white``, ``black``, ``noise``, ``targeted`` and ``minimal``."""
         if condition.kind == "minimal":
             return self._minimal(condition, case, window)
@@ -76,6 +76,10 @@ class Attacker:
         name, _, organ = condition.attack.partition(":")
         settings = self.settings
         if condition.attack == "patch-pgd":
+            if not isinstance(window, SlidingWindow):
+                raise UserError(
+                    f"attack 'patch-pgd' needs an inferer of tiles, {case.model.folder} has none: leave it out"
+                )
             if case.model.is_2d:
                 problem = make_problem(case, window, self.threat, "slice")
             attack: Callable[..., AttackResult] = partial(
@@ -107,7 +111,7 @@ class Attacker:
         )
 
     @torch.no_grad()
-    def repeat_difference(self, case: PreparedCase, window: SlidingWindow) -> float:
+    def repeat_difference(self, case: Case, window: Window) -> float:
         """How much the same input gradient differs when it is computed twice, as a share of its largest value."""
         problem = make_problem(case, window, self.threat, "volume")
         gradients = []
@@ -117,10 +121,12 @@ class Attacker:
         first, second = gradients
         return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
-    def transfer(self, condition: Condition, source: PreparedCase, window: SlidingWindow, case: PreparedCase,
-                 own: SlidingWindow, log: Callable[[str], None]) -> Found:  # fmt: skip
+    def transfer(self, condition: Condition, source: Case, window: Window, case: Case,
+                 own: Window, log: Callable[[str], None]) -> Found:  # fmt: skip
         """PGD on ``source``, the same case as another model sees it, given to ``case``."""
         made = within_memory(window, lambda: self.run(Condition("white", "pgd", condition.eps), source, window), log)
+        for seen in (source, case):
+            native_scale(seen)
         delta = case.from_native(source.native_delta(source.delta(made.perturbed)))
         problem = make_problem(case, own, self.threat, self.settings.budget)
         assert condition.eps is not None
@@ -134,7 +140,7 @@ class Attacker:
         perturbed[:, : case.image_channels] += problem.volume(batch)
         return Found(perturbed, eps, None, [], None, made.passes)
 
-    def _minimal(self, condition: Condition, case: PreparedCase, window: SlidingWindow) -> Found:
+    def _minimal(self, condition: Condition, case: Case, window: Window) -> Found:
         """The smallest breaking perturbation of the whole volume, up to the largest budget of the run."""
         sized = make_problem(case, window, self.threat, self.settings.budget)
         eps = per_voxel(max(self.settings.eps), self.settings.unit, sized)
@@ -169,7 +175,7 @@ class Attacker:
             passes=result.passes,
         )
 
-    def generator(self, condition: Condition, case: PreparedCase) -> torch.Generator:
+    def generator(self, condition: Condition, case: Case) -> torch.Generator:
         """Randomness that depends on seed, case, attack and budget alone, not on what ran before."""
         text = f"{self.settings.seed}|{case.raw.case}|{condition.attack}|{condition.eps}"
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
@@ -207,7 +213,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
-def within_memory(window: SlidingWindow, work: Callable[[], _Out], log: Callable[[str], None]) -> _Out:
+def within_memory(window: Window, work: Callable[[], _Out], log: Callable[[str], None]) -> _Out:
     """``work()``, with the tile batch halved as long as the memory does not suffice.
 
     Raises:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ima_seg.errors import UserError
+from ima_seg.evaluate.subject import Case
 from ima_seg.files import replacing
-from ima_seg.nnunet.case import FloatArray, LabelArray, PreparedCase
+from ima_seg.nnunet.case import FloatArray, LabelArray
 from ima_seg.nnunet.folder import SegmentationModel
 
 #: Readers of nnU-Net whose arrays are the stored voxels with the axes reversed.
@@ -40,30 +41,26 @@ def check_writable(model: SegmentationModel) -> None:
         )
 
 
-def save_adversarial(
-    sources: Sequence[Path], delta: FloatArray, folder: Path, *, case: str, ending: str
-) -> tuple[list[Path], list[Path]]:
+def save_adversarial(sources: Sequence[Path], delta: FloatArray, folder: Path) -> tuple[list[Path], list[Path]]:
     """Write the adversarial image and the difference of each channel, each in one rename.
 
     Geometry and header are those of the source; the data are float32, or float64 where float32 could not hold the
     source's values.
 
     Args:
-        sources: original image of each channel.
+        sources: original image of each channel, or a single one with the channels along its last axis.
         delta: (C, Z, Y, X) perturbation in original intensities.
-        folder: gets ``images/CASE_0000...`` (a folder for ``nnUNetv2_predict -i``) and ``difference/CASE_0000...``.
-        case: its id.
-        ending: of the files, with the dot.
+        folder: gets ``images/NAME`` (a folder for ``nnUNetv2_predict -i``) and ``difference/NAME``, under the names of
+            the sources.
 
     Returns:
-        The images and the differences, per channel.
+        The images and the differences, per source.
     """
     images: list[Path] = []
     differences: list[Path] = []
-    for index, (source, change) in enumerate(zip(sources, delta, strict=True)):
-        name = f"{case}_{index:04d}{ending}"
+    for source, change in zip(sources, delta if len(sources) > 1 else [delta], strict=True):
         for kind, collected in (("images", images), ("difference", differences)):
-            path = folder / kind / name
+            path = folder / kind / source.name
             with replacing(path) as temporary:
                 _write(source, change, temporary, add=kind == "images")
             collected.append(path)
@@ -98,16 +95,17 @@ def _write(source: Path, change: FloatArray, path: Path, *, add: bool) -> None:
     SimpleITK.WriteImage(image, str(path), True)
 
 
-def write_panel(path: Path, case: PreparedCase, *, delta: FloatArray, before: LabelArray, after: LabelArray) -> None:
+def write_panel(path: Path, case: Case, *, delta: FloatArray, before: LabelArray, after: LabelArray) -> None:
     """Store the slice that changed most, across the thickest voxel axis, for the report.
 
     Args:
         path: npz to write.
         case: the case.
         delta: (C, Z, Y, X) perturbation, original intensities.
-        before: (Z, Y, X) prediction of the clean image.
+        before: prediction of the clean image, see :meth:`Case.predict`.
         after: prediction of the perturbed one.
     """
+    before, after = _label_map(before, case), _label_map(after, case)
     spacing = case.raw.spacing_mm
     axis = int(np.argmax(spacing))
     others = tuple(other for other in range(3) if other != axis)
@@ -120,8 +118,7 @@ def write_panel(path: Path, case: PreparedCase, *, delta: FloatArray, before: La
         return taken
 
     image = case.raw.image[0]
-    is_ct = case.scales[0].scheme == "CTNormalization"
-    window = _CT_WINDOW if is_ct else tuple(float(value) for value in np.percentile(image, (0.5, 99.5)))
+    window = _CT_WINDOW if case.shows_hu else tuple(float(value) for value in np.percentile(image, (0.5, 99.5)))
     clean, change = cut(image).astype(np.float32), cut(delta[0]).astype(np.float32)
     with replacing(path) as temporary:
         np.savez_compressed(
@@ -137,3 +134,16 @@ def write_panel(path: Path, case: PreparedCase, *, delta: FloatArray, before: La
             index=index,
             axis=axis,
         )
+
+
+def _label_map(prediction: LabelArray, case: Case) -> LabelArray:
+    """Masks of overlapping classes (classes, Z, Y, X) -> a label map to look at, small classes on top of large ones."""
+    if prediction.ndim == 3:
+        return prediction
+    flat: LabelArray = np.zeros(prediction.shape[1:], np.int16)
+    everything = [value for values in case.model.classes.values() for value in values]
+    for mask, values in sorted(
+        zip(prediction, case.model.classes.values(), strict=True), key=lambda item: -len(item[1])
+    ):
+        flat[mask] = min(values, key=everything.count)
+    return flat

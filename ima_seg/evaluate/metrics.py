@@ -19,7 +19,7 @@ from scipy.spatial import KDTree
 from ima_seg.evaluate.records import ClassMetrics, ClassState, Size, SliceDice
 from ima_seg.evaluate.run import Budget
 
-LabelMap = npt.NDArray[np.integer[Any]]
+LabelMap = npt.NDArray[np.integer[Any] | np.bool_]
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Image = npt.NDArray[np.float32]
@@ -65,8 +65,8 @@ def case_metrics(
     in the diagonal.
 
     Args:
-        prediction: label map (Z, Y, X), of any integer type.
-        reference: the same.
+        prediction: label map (Z, Y, X), of any integer type, or bool masks (classes, Z, Y, X) of classes that overlap.
+        reference: label map.
         classes: name of a class or region -> the label values it is made of; regions may overlap.
         spacing_mm: size of a voxel along (Z, Y, X).
         nsd_tolerance_mm: tolerance of the surface Dice.
@@ -77,35 +77,36 @@ def case_metrics(
     Raises:
         ValueError: shapes or types that do not fit.
     """
-    if prediction.ndim != 3 or prediction.shape != reference.shape or len(spacing_mm) != 3:
+    masks = prediction.ndim == 4 and len(prediction) == len(classes)
+    if reference.ndim != 3 or prediction.shape[masks:] != reference.shape or len(spacing_mm) != 3:
         raise ValueError(
             f"prediction {prediction.shape}, reference {reference.shape} and spacing {tuple(spacing_mm)} "
             "are not two label maps (Z, Y, X) of one shape and three numbers"
         )
     for name, array in (("prediction", prediction), ("reference", reference)):
-        if array.dtype.kind not in "iu":
+        if array.dtype.kind not in ("b" if masks and array is prediction else "iu"):
             raise ValueError(f"{name} holds {array.dtype}, not integer labels")
 
     voxel_ml = math.prod(spacing_mm) / 1000
-    axes = [axis for axis, length in enumerate(prediction.shape) if length > 1]
-    diagonal = math.hypot(*(prediction.shape[axis] * spacing_mm[axis] for axis in axes))
+    axes = [axis for axis, length in enumerate(reference.shape) if length > 1]
+    diagonal = math.hypot(*(reference.shape[axis] * spacing_mm[axis] for axis in axes))
     flat_axes = tuple(axis for axis in range(3) if axis not in axes)
     spacing = [spacing_mm[axis] for axis in axes]
     other_axes = tuple(axis for axis in range(3) if axis != slice_axis % 3)
 
     if not any(0 in values for values in classes.values()):
-        box = _bounding_box((prediction != 0) | (reference != 0))
-        prediction, reference = prediction[box], reference[box]
+        box = _bounding_box((prediction.any(0) if masks else prediction != 0) | (reference != 0))
+        everywhere: tuple[Any, ...] = (..., *box)
+        prediction, reference = prediction[everywhere], reference[box]
     valid = None if ignore_label is None else reference != ignore_label
 
     results: dict[str, ClassMetrics] = {}
-    dice_sum = np.zeros(prediction.shape[slice_axis])  # per slice, over the classes there
-    dice_count = np.zeros(prediction.shape[slice_axis])
-    for name, values in classes.items():
-        p, r = _members(prediction, values), _members(reference, values)
+    dice_sum = np.zeros(reference.shape[slice_axis])  # per slice, over the classes there
+    dice_count = np.zeros(reference.shape[slice_axis])
+    for index, (name, values) in enumerate(classes.items()):
+        p, r = prediction[index] if masks else _members(prediction, values), _members(reference, values)
         if valid is not None:
-            p &= valid
-            r &= valid
+            p, r = p & valid, r & valid
         box = _bounding_box(p | r)
         p, r = p[box], r[box]
         in_both = np.count_nonzero(p & r, axis=other_axes)
@@ -262,7 +263,7 @@ def measure_size(
     clean: Image,
     adversarial: Image,
     *,
-    scale: Sequence[float],
+    scale: Sequence[float] | None,
     native_range: Sequence[float],
     budget: Budget = "volume",
 ) -> Size:
@@ -276,14 +277,18 @@ def measure_size(
     Args:
         clean: image (C, Z, Y, X) float32, network units.
         adversarial: the same.
-        scale: (C,) native intensity units per network unit.
-        native_range: (C,) 99.5th minus 0.5th percentile of the original image, native units.
+        scale: (C,) native intensity units per network unit; ``None``: there are no native sizes.
+        native_range: (C,) 99.5th minus 0.5th percentile of the original image, native units; without a scale, network
+            units.
         budget: with ``slice``, the largest L2 norm of one slice along Z is recorded as well.
 
     Raises:
         ValueError: shapes that do not fit.
     """
     channels = clean.shape[0]
+    if scale is None:
+        size = measure_size(clean, adversarial, scale=[1.0] * channels, native_range=native_range, budget=budget)
+        return size.model_copy(update={"native_rms": [], "native_linf": [], "percent_rms": []})
     if clean.ndim != 4 or clean.shape != adversarial.shape or len(scale) != channels or len(native_range) != channels:
         raise ValueError(
             f"clean {clean.shape}, adversarial {adversarial.shape}, scale ({len(scale)}) and native range "

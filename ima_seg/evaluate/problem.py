@@ -11,8 +11,8 @@ import torch
 from ima_seg.attacks.base import AttackResult
 from ima_seg.errors import UserError
 from ima_seg.evaluate.run import Budget, Unit
-from ima_seg.nnunet.case import PreparedCase
-from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.evaluate.subject import Case, Window
+from ima_seg.nnunet.case import FloatArray
 from ima_seg.types import PassCount, Target, ThreatModel
 
 
@@ -23,7 +23,7 @@ class Problem:
     Attributes:
         case: the case.
         network: (B, C + extra, *S) -> logits, through the sliding window.
-        x: the batch, in the layout of :attr:`PreparedCase.base`.
+        x: the batch, in the layout of :attr:`Case.base`.
         target: its reference.
         support: where it may be perturbed, or ``None``.
         threat: norm and number of image channels.
@@ -31,7 +31,7 @@ class Problem:
         chunk: how many samples an attack is given at once.
     """
 
-    case: PreparedCase
+    case: Case
     network: Callable[[torch.Tensor], torch.Tensor]
     x: torch.Tensor
     target: Target
@@ -82,7 +82,7 @@ class Problem:
         )
 
 
-def make_problem(case: PreparedCase, window: SlidingWindow, threat: ThreatModel, budget: Budget) -> Problem:
+def make_problem(case: Case, window: Window, threat: ThreatModel, budget: Budget) -> Problem:
     """The problem of attacking ``case`` through ``window``."""
     threat = replace(threat, image_channels=case.image_channels)
     if budget == "volume":
@@ -119,8 +119,23 @@ def per_voxel(eps: float, unit: Unit, problem: Problem) -> float:
                 f"unit 'hu' needs a model of a single CT channel; {case.model.folder.name} has "
                 f"{', '.join(case.model.channels)}: use --unit percent or rms"
             )
-        return eps / float(case.scale[0])
-    return float((eps / 100 * case.native_range / case.scale).min())
+        return eps / float(native_scale(case)[0])
+    return float((eps / 100 * case.native_range / native_scale(case)).min())
+
+
+def native_scale(case: Case) -> FloatArray:
+    """:attr:`Case.scale`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if case.scale is None:
+        raise UserError(
+            f"{case.raw.case}: the pre-processing of {case.model.folder} is no line between original intensities and "
+            "network units, so there are no units hu and percent, no adversarial files and no transfer: use --unit rms "
+            "or linf, without --save-adversarial"
+        )
+    return case.scale
 
 
 def check_units(norm: str, unit: Unit) -> None:

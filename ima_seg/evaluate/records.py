@@ -63,7 +63,7 @@ class Size(_Strict):
     l2: float  # of the whole volume, network units
     linf: float  # network units
     l2_slice: float | None = None  # largest L2 of one slice (slice budgets), network units
-    native_rms: list[float]  # per channel, original intensities (HU for CT)
+    native_rms: list[float]  # per channel, original intensities (HU for CT); empty where there is no way to them
     native_linf: list[float]
     percent_rms: list[float]  # per channel, % of the image's 0.5-99.5 percentile range
     psnr_db: float | None  # None: no perturbation

@@ -73,6 +73,7 @@ def _context(evaluation: Evaluation, summary: Summary) -> dict[str, Any]:
         "summary": summary,
         "kinds": words.KINDS,
         "unit": words.unit_short(run),
+        "sd": words.network_unit(run),
         "headline": words.headline(run, summary),
         "headline_rule": words.headline_rule(run, summary),
         "headline_eps": words.headline_eps(run, summary),

@@ -40,6 +40,8 @@ class EvaluationSettings(_Strict):
         mirroring: whether test-time mirroring is on.
         precision: of the attack's passes; scores always come from float32 passes.
         limit: at most so many cases.
+        bundle_labels: of MONAI bundles: class -> values in the label files; empty: as the metadata say.
+        bundle_output: of MONAI bundles: how outputs are read; ``None``: as the post-processing says.
     """
 
     attacks: list[str]
@@ -59,22 +61,25 @@ class EvaluationSettings(_Strict):
     mirroring: bool = True
     precision: Precision = "auto"
     limit: int | None = None
+    bundle_labels: dict[str, list[int]] = {}
+    bundle_output: Literal["softmax", "sigmoid"] | None = None
 
 
 class ModelInfo(_Strict):
-    """One evaluated model."""
+    """One evaluated model: of nnU-Net, or a MONAI bundle."""
 
     name: str
     folder: str
-    trainer: str
-    plans: str
-    configuration: str
-    folds: list[str]
+    bundle: str | None = None  # name and version of a bundle
+    trainer: str = ""
+    plans: str = ""
+    configuration: str  # of a bundle: class of its inferer
+    folds: list[str] = []
     checkpoint: str
     sha256: dict[str, str]  # file -> hash
-    patch_size: list[int]
-    spacing: list[float]  # of the network's grid, mm, in its axis order
-    mirror_axes: list[int] | None
+    patch_size: list[int]  # empty: the whole image
+    spacing: list[float] = []  # of the network's grid, mm, in its axis order
+    mirror_axes: list[int] | None = None
     parameters: int
     #: Of nnUNetTrainerIMA's models: "norm", "delta", "eps_max", "margins" (case -> margin), "history" (rows of
     #: ima_history.csv); None for others.

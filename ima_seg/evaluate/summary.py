@@ -43,8 +43,8 @@ class SizeSummary(_Strict):
     rms: float
     linf: float
     l2: float
-    percent_rms: float
-    native_rms: float
+    percent_rms: float | None  # None: no way to original intensities
+    native_rms: float | None
     psnr_db: float | None
     ssim: float | None
 
@@ -311,8 +311,8 @@ def _size(records: Sequence[Record]) -> SizeSummary | None:
         rms=average(lambda s: s.rms) or 0.0,
         linf=average(lambda s: s.linf) or 0.0,
         l2=average(lambda s: s.l2) or 0.0,
-        percent_rms=average(lambda s: mean(s.percent_rms)) or 0.0,
-        native_rms=average(lambda s: mean(s.native_rms)) or 0.0,
+        percent_rms=average(lambda s: mean(s.percent_rms)),
+        native_rms=average(lambda s: mean(s.native_rms)),
         psnr_db=average(lambda s: s.psnr_db),
         ssim=average(lambda s: s.ssim),
     )

@@ -21,10 +21,9 @@ from ima_seg.evaluate.files import save_adversarial, slug, write_panel
 from ima_seg.evaluate.metrics import CaseMetrics, case_metrics, measure_size
 from ima_seg.evaluate.records import Disk, Failure, Record, append_line
 from ima_seg.evaluate.run import EvaluationSettings
-from ima_seg.nnunet.case import FloatArray, LabelArray, PreparedCase, RawCase, prepare_case, read_case
-from ima_seg.nnunet.folder import SegmentationModel
-from ima_seg.nnunet.inputs import CaseFiles, allowed_labels, check_case, ignore_value
-from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.evaluate.subject import Case, Model, Window
+from ima_seg.nnunet.case import FloatArray, LabelArray
+from ima_seg.nnunet.inputs import CaseFiles
 from ima_seg.ops import perturbation_size
 
 #: ``report(text)`` for messages, ``step()`` after each record.
@@ -41,13 +40,11 @@ class Contestant:
         name: in the records.
         model: the model.
         window: its sliding window.
-        previous_stage: folder with the previous stage's segmentations, of a cascade.
     """
 
     name: str
-    model: SegmentationModel
-    window: SlidingWindow
-    previous_stage: Path | None = None
+    model: Model
+    window: Window
 
 
 @dataclass
@@ -55,7 +52,7 @@ class _Subject:
     """A case as one model sees it, and the prediction of its clean image."""
 
     contestant: Contestant
-    case: PreparedCase
+    case: Case
     before: LabelArray
     clean_dice: float | None
     worst: float = 2.0
@@ -114,9 +111,8 @@ class Sweep:
 
     def evaluate(self, files: CaseFiles) -> None:
         """Evaluate what is missing of one case. A case that cannot be evaluated is noted; the others go on."""
-        dataset_json = self.contestants[0].model.dataset_json
         try:
-            check_case(files, labels_allowed=allowed_labels(dataset_json), ignore=ignore_value(dataset_json))
+            self.contestants[0].model.check_case(files)
         except UserError as error:
             self.fail(files.case, str(error))
             return
@@ -165,12 +161,9 @@ class Sweep:
     def _clean(self, contestant: Contestant, files: CaseFiles) -> _Subject:
         """Prepare a case and predict its clean image; the record is written unless it is there."""
         began = time.perf_counter()
-        model = contestant.model
-        raw = read_case(model, files.case, files.images, files.label)
-        previous_stage = _previous_stage(contestant, files, raw)
 
-        def predicted() -> tuple[PreparedCase, LabelArray]:
-            case = prepare_case(raw, model, device=self.attacker.device, previous_stage=previous_stage)
+        def predicted() -> tuple[Case, LabelArray]:
+            case = contestant.model.prepare(files, device=self.attacker.device)
             return case, case.predict(contestant.window, case.base)
 
         case, before = within_memory(contestant.window, predicted, self.log)
@@ -226,12 +219,12 @@ class Sweep:
         size = measure_size(
             case.base[0, :count].cpu().numpy(),
             found.perturbed[0, :count].cpu().numpy(),
-            scale=case.scale.tolist(),
+            scale=None if case.scale is None else case.scale.tolist(),
             native_range=case.native_range.tolist(),
             budget="volume" if condition.kind == "minimal" else self.settings.budget,
         )
         metric_seconds += time.perf_counter() - started
-        pictured = self._is_worst(condition, subject, metrics)
+        pictured = case.scale is not None and self._is_worst(condition, subject, metrics)
         saved = self.settings.save_adversarial
         native = case.native_delta(case.delta(found.perturbed)) if pictured or saved else None
         return self._record(
@@ -281,9 +274,7 @@ class Sweep:
         name, severity = condition.attack.partition(":")[2], condition.severity
         assert severity is not None
         image = corrupt(raw.image, raw.spacing_mm, name, severity, self.settings.seed, raw.case)
-        case = prepare_case(
-            raw, contestant.model, device=self.attacker.device, image=image, previous_stage=subject.case.previous_stage
-        )
+        case = subject.case.altered(image)
         after = case.predict(contestant.window, case.base)
         seconds = time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, after)
@@ -291,10 +282,8 @@ class Sweep:
             condition, raw.case, contestant, metrics, forwards=1, seconds=seconds, metric_seconds=metric_seconds
         )
 
-    def _metrics(self, case: PreparedCase, prediction: LabelArray) -> tuple[CaseMetrics, float]:
+    def _metrics(self, case: Case, prediction: LabelArray) -> tuple[CaseMetrics, float]:
         began = time.perf_counter()
-        # the network's slices lie along the first axis after nnU-Net's transposition
-        slice_axis = int(case.model.plans.transpose_forward[0])
         metrics = case_metrics(
             prediction,
             case.raw.reference,
@@ -302,7 +291,7 @@ class Sweep:
             spacing_mm=case.raw.spacing_mm,
             nsd_tolerance_mm=self.settings.nsd_tolerance_mm,
             ignore_label=case.model.labels.ignore_label,
-            slice_axis=slice_axis,
+            slice_axis=case.slice_axis,
         )
         return metrics, time.perf_counter() - began
 
@@ -347,31 +336,16 @@ class Sweep:
         case, contestant = subject.case, subject.contestant
         budget = "" if condition.eps is None else f"_{condition.eps:g}{self.settings.unit}"
         folder = self.folder / "adversarial" / slug(contestant.name) / slug(f"{condition.attack}{budget}")
-        ending = contestant.model.dataset_json["file_ending"]
-        images, differences = save_adversarial(files.images, native, folder, case=files.case, ending=ending)
-        raw = read_case(contestant.model, files.case, images, files.label)
-        again = prepare_case(raw, contestant.model, device=self.attacker.device, previous_stage=case.previous_stage)
+        images, differences = save_adversarial(files.images, native, folder)
+        again = contestant.model.prepare(replace(files, images=tuple(images)), device=self.attacker.device)
         metrics, _ = self._metrics(again, again.predict(contestant.window, again.base))
-        change = (raw.image.astype(np.float64) - case.raw.image) / case.scale.reshape(-1, 1, 1, 1)
-        voxels = len(change) * int(np.prod(case.properties["shape_after_cropping_and_before_resampling"]))
+        assert case.scale is not None
+        change = (again.raw.image.astype(np.float64) - case.raw.image) / case.scale.reshape(-1, 1, 1, 1)
         return Disk(
             image=[path.relative_to(self.folder).as_posix() for path in images],
             difference=[path.relative_to(self.folder).as_posix() for path in differences],
             dice=metrics.dice,
-            rms=float(np.sqrt(np.square(change).sum() / voxels)),
+            rms=float(np.sqrt(np.square(change).sum() / (len(change) * case.image_voxels))),
             linf=float(np.abs(change).max()),
             resampled=case.resampled,
         )
-
-
-def _previous_stage(contestant: Contestant, files: CaseFiles, raw: RawCase) -> LabelArray | None:
-    if contestant.previous_stage is None:
-        return None
-    path = contestant.previous_stage / files.label.name
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; it should be the previous stage's segmentation of {files.case}")
-    segmentation, _ = contestant.model.plans.image_reader_writer_class().read_seg(str(path))
-    if segmentation.shape[1:] != raw.reference.shape:
-        raise UserError(f"{path} has the shape {segmentation.shape[1:]}, the image {raw.reference.shape}")
-    rounded: LabelArray = np.rint(segmentation[0]).astype(np.int16)
-    return rounded

@@ -13,7 +13,7 @@ from ima_seg.evaluate.panels import CLASS_COLOURS, Panel, read_panel
 from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.run import Run
 from ima_seg.evaluate.summary import WORST, WORST_OF, Condition, Summary, group_records, worst_groups
-from ima_seg.evaluate.words import KINDS, attack_name, describe, unit_short
+from ima_seg.evaluate.words import KINDS, attack_name, describe, network_unit, unit_short
 
 #: At most so many panels per model, and so many characters of pictures in all.
 PANELS_PER_MODEL = 3
@@ -160,14 +160,22 @@ def margin_charts(run: Run) -> list[Chart]:
     return found
 
 
-def budget_sizes(run: Run, summary: Summary) -> list[tuple[float, dict[str, float]]]:
-    """For each eps the largest mean size that any attack with this budget used, in each unit."""
+def budget_sizes(run: Run, summary: Summary) -> list[tuple[float, dict[str, float | None]]]:
+    """For each eps the largest mean size that any attack with this budget used, in each unit that there is."""
     found = []
     for eps in sorted(run.settings.eps):
         sizes = [c.size for c in summary.conditions if c.eps == eps and c.size is not None and c.kind != "targeted"]
         if sizes:
             names = ("rms", "linf", "native_rms", "percent_rms")
-            found.append((eps, {name: max(getattr(size, name) for size in sizes) for name in names}))
+            found.append(
+                (
+                    eps,
+                    {
+                        name: max((v for size in sizes if (v := getattr(size, name)) is not None), default=None)
+                        for name in names
+                    },
+                )
+            )
     return found
 
 
@@ -222,7 +230,7 @@ def case_table(evaluation: Evaluation, summary: Summary) -> CaseTable:
             if group.model != model.name or group.kind not in ("clean", WORST, "minimal"):
                 continue
             if group.kind == "minimal":
-                columns.append((model.name, "breaking RMS, SD"))
+                columns.append((model.name, f"breaking RMS, {network_unit(run)}"))
                 values.append({case: record.breaking_rms for case, record in records.items()})
             else:
                 columns.append((model.name, "clean" if group.eps is None else f"eps {group.eps:g}"))

@@ -79,15 +79,20 @@ def p_value(p: float) -> str:
     return "<\u00a00.001" if p < 0.001 else f"{p:.3f}"
 
 
+def network_unit(run: Run) -> str:
+    """Network units are standard deviations to nnU-Net; bundles may normalise in any way."""
+    return "network units" if any(model.bundle for model in run.models) else "SD"
+
+
 def unit_short(run: Run) -> str:
     """Unit of eps for axis labels."""
     settings = run.settings
     kind = "RMS" if settings.norm == "l2" else "largest change"
-    where = "slice" if settings.budget == "slice" else "volume"
+    where, sd = "slice" if settings.budget == "slice" else "volume", network_unit(run)
     return {
-        "rms": "RMS per voxel, SD",
-        "linf": "largest change per voxel, SD",
-        "l2": f"L2 norm of the {where}, SD",
+        "rms": f"RMS per voxel, {sd}",
+        "linf": f"largest change per voxel, {sd}",
+        "l2": f"L2 norm of the {where}, {sd}",
         "hu": f"{kind} per voxel, {run.modality_native_unit}",
         "percent": f"{kind} per voxel, % of intensity range",
     }[settings.unit]
@@ -98,11 +103,11 @@ def budget_words(run: Run, eps: float) -> str:
     settings = run.settings
     kind = "an RMS perturbation" if settings.norm == "l2" else "a perturbation"
     most = "" if settings.norm == "l2" else "at most "
-    where = "slice" if settings.budget == "slice" else "volume"
+    where, sd = "slice" if settings.budget == "slice" else "volume", network_unit(run)
     return {
-        "rms": f"an RMS perturbation of {eps:g} SD per voxel",
-        "linf": f"a perturbation of at most {eps:g} SD per voxel",
-        "l2": f"a perturbation of L2 norm {eps:g} SD over the {where}",
+        "rms": f"an RMS perturbation of {eps:g} {sd} per voxel",
+        "linf": f"a perturbation of at most {eps:g} {sd} per voxel",
+        "l2": f"a perturbation of L2 norm {eps:g} {sd} over the {where}",
         "hu": f"{kind} of {most}{eps:g} {run.modality_native_unit} per voxel",
         "percent": f"{kind} of {most}{eps:g} % of the image's intensity range per voxel",
     }[settings.unit]
@@ -180,8 +185,8 @@ def headline(run: Run, summary: Summary) -> list[str]:
         )
     for item in summary.breaking:
         sentences.append(
-            f"The smallest perturbation found that breaks a case has a median RMS of {number(item.median_rms)} SD per "
-            f"voxel for {item.model} ({item.broken} of {item.n} cases broken)."
+            f"The smallest perturbation found that breaks a case has a median RMS of {number(item.median_rms)} "
+            f"{network_unit(run)} per voxel for {item.model} ({item.broken} of {item.n} cases broken)."
             if item.median_rms is not None
             else f"Most cases of {item.model} could not be broken by the search for the smallest perturbation "
             f"({item.broken} of {item.n} were)."
@@ -207,13 +212,27 @@ def threat_model(run: Run) -> list[tuple[str, str]]:
         "l2": "L2: the root mean square (RMS) of the change over all voxels is limited; single voxels may change more",
         "linf": "L-infinity: the change of every single voxel is limited",
     }[settings.norm]
+    bundles = [model.name for model in run.models if model.bundle]
+    deviations = "standard deviations (SD) of the normalised image that the network sees"
+    network = "network units, those of the image that the bundle's pre-processing makes" if bundles else deviations
     unit = {
-        "rms": "RMS per voxel, in standard deviations (SD) of the normalised image that the network sees",
-        "linf": "largest change of a voxel, in standard deviations (SD) of the normalised image that the network sees",
-        "l2": "L2 norm of the whole perturbation, in standard deviations of the normalised image",
+        "rms": f"RMS per voxel, in {network}",
+        "linf": f"largest change of a voxel, in {network}",
+        "l2": f"L2 norm of the whole perturbation, in {network}",
         "hu": f"{run.modality_native_unit} of the image file",
         "percent": "per cent of the image's own range from its 0.5 to its 99.5 percentile",
     }[settings.unit]
+    nnunet = (
+        "The whole volume through the real pipeline: preprocessing, sliding window (step "
+        f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. One "
+        "perturbation for all windows, added to the image before it is normalised, in units of the clean image's "
+        "normalisation. Where the plans resample, it is added on the network's grid, after resampling"
+    )
+    monai = (
+        f"{', '.join(bundles)}: the whole volume through the bundle's own pre-processing, inferer and post-processing. "
+        "One perturbation for all windows, added to the pre-processed image, which is not normalised or clipped again"
+    )
+    systems = [*([nnunet] if len(bundles) < len(run.models) else []), *([monai] if bundles else [])]
     names = ", ".join(attack_name(name) for name in settings.attacks) or "none"
     return [
         ("Norm", norm),
@@ -226,10 +245,7 @@ def threat_model(run: Run) -> list[tuple[str, str]]:
         ("Effort", f"{settings.steps} gradient steps, {settings.restarts} restart"
          f"{'s' if settings.restarts != 1 else ''}; FGSM makes one step, Square "
          f"{10 * settings.steps} queries, noise one draw per restart"),
-        ("Attacked system", "The whole volume through the real pipeline: preprocessing, sliding window (step "
-         f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. One "
-         "perturbation for all windows, added to the image before it is normalised, in units of the clean image's "
-         "normalisation. Where the plans resample, it is added on the network's grid, after resampling"),
+        ("Attacked system", ". ".join(systems)),
         ("Broken", f"A case counts as broken when its Dice is below {settings.broken_below:g} of its clean Dice"),
     ]  # fmt: skip
 
@@ -271,6 +287,16 @@ def limits(run: Run, summary: Summary) -> list[str]:
         "number is a guarantee.",
         "Where the plans resample, perturbations are made on the network's grid, and no file gives exactly the same "
         "input; what is left of them on the image's own grid is known only for saved files.",
+        *(
+            [
+                "The input of a bundle is perturbed after its pre-processing. A file with that perturbation is "
+                "normalised anew, and clipped where the bundle clips, so that less of it may be left; saved files show "
+                "how much. Where sizes in original intensities are missing, the pre-processing is no line between "
+                "those and the network's; then neither such units nor adversarial files are available."
+            ]
+            if any(model.bundle for model in run.models)
+            else []
+        ),
         "With several channels and the L2 norm a budget is the RMS over all channels together; one channel may take "
         "more than its share.",
         "Attacks keep the point of lowest Dice over the classes that the reference has. A class that it lacks and that "

@@ -14,12 +14,13 @@ import torch
 from ima_seg.errors import UserError
 from ima_seg.model import full_precision
 from ima_seg.nnunet.folder import SegmentationModel
+from ima_seg.nnunet.inputs import CaseFiles
 from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, channel_scales
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.types import Target
 
 FloatArray = npt.NDArray[np.floating[Any]]
-LabelArray = npt.NDArray[np.integer[Any]]
+LabelArray = npt.NDArray[np.integer[Any] | np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,24 @@ def read_case(model: SegmentationModel, case: str, images: Sequence[Path], label
     return RawCase(case, image.astype(np.float32, copy=False), properties, np.rint(reference[0]).astype(np.int16))
 
 
+def read_previous_stage(model: SegmentationModel, files: CaseFiles, raw: RawCase) -> LabelArray | None:
+    """The (Z, Y, X) segmentation of a case by the previous stage of a cascade; ``None`` for other models.
+
+    Raises:
+        UserError: there is no file, or one of another shape.
+    """
+    if model.previous_stage is None or model.configuration.previous_stage_name is None:
+        return None
+    path = model.previous_stage / files.label.name
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; it should be the previous stage's segmentation of {files.case}")
+    segmentation, _ = model.plans.image_reader_writer_class().read_seg(str(path))
+    if segmentation.shape[1:] != raw.reference.shape:
+        raise UserError(f"{path} has the shape {segmentation.shape[1:]}, the image {raw.reference.shape}")
+    rounded: LabelArray = np.rint(segmentation[0]).astype(np.int16)
+    return rounded
+
+
 @dataclass(frozen=True)
 class PreparedCase:
     """A case as one model sees it.
@@ -107,6 +126,27 @@ class PreparedCase:
     def scale(self) -> FloatArray:
         """(C,) original intensity units per network unit."""
         return np.array([scale.scale for scale in self.scales])
+
+    @property
+    def image_voxels(self) -> int:
+        """Voxels of the cropped image, before resampling."""
+        return int(np.prod(self.properties["shape_after_cropping_and_before_resampling"]))
+
+    @property
+    def slice_axis(self) -> int:
+        """The network's slices lie along the first axis after nnU-Net's transposition."""
+        return int(self.model.plans.transpose_forward[0])
+
+    @property
+    def shows_hu(self) -> bool:
+        """Whether the first channel is normalised as CT."""
+        return self.scales[0].scheme == "CTNormalization"
+
+    def altered(self, image: npt.NDArray[np.float32]) -> PreparedCase:
+        """The same case with another image (a corrupted one), of the same shape."""
+        return prepare_case(
+            self.raw, self.model, device=self.base.device, image=image, previous_stage=self.previous_stage
+        )
 
     def target(self, *, slices: bool = False) -> Target:
         """The reference of the whole volume, or of its slices along the first axis as a batch."""

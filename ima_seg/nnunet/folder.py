@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import pydoc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ima_seg.errors import UserError
+from ima_seg.files import file_hash
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
 from ima_seg.nnunet.compat import channel_names, check_nnunet_version
+from ima_seg.nnunet.inputs import CaseFiles, CaseProblem, allowed_labels, check_case, find_cases, ignore_value
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.types import Labels
+
+if TYPE_CHECKING:
+    from ima_seg.nnunet.case import PreparedCase
 
 #: Where classes that a plans file names may come from. Any importable name would let a model folder run what it likes.
 _TRUSTED_MODULES = ("dynamic_network_architectures.", "torch.nn.", "nnunetv2.")
@@ -44,6 +48,7 @@ class SegmentationModel:
         files: the files that define the model.
         folds: names of the folds.
         ima: our state in the first fold's checkpoint; ``None`` for other trainers.
+        previous_stage: folder with the previous stage's segmentations, of a cascade.
     """
 
     folder: Path
@@ -60,6 +65,7 @@ class SegmentationModel:
     files: list[Path]
     folds: list[str]
     ima: dict[str, Any] | None
+    previous_stage: Path | None = None
 
     @property
     def label_manager(self) -> Any:
@@ -88,7 +94,25 @@ class SegmentationModel:
 
     def sha256(self) -> dict[str, str]:
         """Hash of each file of the model, by its path in the folder."""
-        return {str(file.relative_to(self.folder)): _hash(file) for file in self.files}
+        return {str(file.relative_to(self.folder)): file_hash(file) for file in self.files}
+
+    def find_cases(
+        self, images: Path, labels: Path, *, limit: int | None = None
+    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
+        """The complete and the incomplete cases of two folders, in nnU-Net's naming."""
+        return find_cases(images, labels, self.dataset_json, limit=limit)
+
+    def check_case(self, files: CaseFiles) -> None:
+        """Refuse files that cannot be evaluated."""
+        dataset_json = self.dataset_json
+        check_case(files, labels_allowed=allowed_labels(dataset_json), ignore=ignore_value(dataset_json))
+
+    def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> PreparedCase:
+        """Read and preprocess a case, with its segmentation by the previous stage if there is one."""
+        from ima_seg.nnunet import case  # which needs this module
+
+        raw = case.read_case(self, files.case, files.images, files.label)
+        return case.prepare_case(raw, self, device=device, previous_stage=case.read_previous_stage(self, files, raw))
 
 
 def load_model(
@@ -166,7 +190,10 @@ def _required(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
     if not (folder / name).is_file():
-        raise UserError(f"model folder {folder} has no {name}; name the folder that nnUNetv2_train wrote")
+        raise UserError(
+            f"model folder {folder} has no {name}; name the folder that nnUNetv2_train wrote, or a "
+            "MONAI bundle with its configs"
+        )
     return folder / name
 
 
@@ -244,11 +271,3 @@ def _classes(dataset_json: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if any(len(values) > 1 for values in classes.values()):
         return classes
     return dict(sorted(classes.items(), key=lambda item: item[1]))
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

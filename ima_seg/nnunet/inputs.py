@@ -61,7 +61,7 @@ def find_cases(
     if not isinstance(ending, str) or not ending:
         raise UserError('dataset.json has no "file_ending"; add it, for example "file_ending": ".nii.gz"')
     channels = len(channel_names(dataset_json))
-    image_files, label_files = _names(images, "images"), _names(labels, "labels")
+    image_files, label_files = list_files(images, "images"), list_files(labels, "labels")
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}", re.DOTALL)
     channels_of: dict[str, set[int]] = {}
     for name in image_files:
@@ -85,7 +85,7 @@ def find_cases(
         last = f"_{channels - 1:04d}" if channels > 1 else ""
         raise UserError(
             f"no case with images and label: expected CASE_0000{ending}{f' to CASE{last}{ending}' if last else ''} in "
-            f"{images} (found: {_some(image_files)}) and CASE{ending} in {labels} (found: {_some(label_files)}); check "
+            f"{images} (found: {some(image_files)}) and CASE{ending} in {labels} (found: {some(label_files)}); check "
             "the folders, the names of the files, and file_ending and channel_names in dataset.json"
         )
     return found, problems
@@ -105,24 +105,33 @@ def ignore_value(dataset_json: Mapping[str, Any]) -> int | None:
     return None if value is None else int(value)
 
 
-def check_case(files: CaseFiles, *, labels_allowed: Collection[int], ignore: int | None = None) -> None:
+def check_case(
+    files: CaseFiles,
+    *,
+    labels_allowed: Collection[int],
+    ignore: int | None = None,
+    stacked: bool = False,
+    source: str = "dataset.json",
+) -> None:
     """Check that a case can be evaluated; headers first, then the voxels of one file at a time.
 
     Args:
         files: the case.
         labels_allowed: values that its label may have, see :func:`allowed_labels`.
         ignore: value of the ignore label, which is no foreground.
+        stacked: whether an image file may hold its channels along a fourth axis.
+        source: where the allowed values come from, for messages.
 
     Raises:
         UserError: names file, value and remedy.
     """
     label = _open(files.label)
-    channels = [_open(path) for path in files.images]
+    channels = [_open(path, stacked=stacked) for path in files.images]
     for channel in channels:
         _require_same_grid(channel, label)
     for channel in channels:
         _check_image(channel)
-    _check_label(label, labels_allowed, ignore)
+    _check_label(label, labels_allowed, ignore, source)
 
 
 @dataclass(frozen=True)
@@ -147,8 +156,12 @@ class _Header:
             raise _unreadable(self.path, error) from None
 
 
-def _names(folder: Path, content: str) -> list[str]:
-    """Sorted names of the files in ``folder`` without hidden ones."""
+def list_files(folder: Path, content: str) -> list[str]:
+    """Sorted names of the files in ``folder`` without hidden ones.
+
+    Raises:
+        UserError: ``folder``, which should hold ``content``, is missing or cannot be listed.
+    """
     try:
         return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
     except FileNotFoundError:
@@ -159,7 +172,8 @@ def _names(folder: Path, content: str) -> list[str]:
         raise UserError(f"{folder} cannot be listed ({error.strerror}); give yourself permission to read it") from None
 
 
-def _some(names: Collection[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """The first few names, for messages."""
     shown = ", ".join(list(names)[:_SHOWN])
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "nothing"
 
@@ -201,7 +215,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _open(path: Path) -> _Header:
+def _open(path: Path, *, stacked: bool = False) -> _Header:
     """Read the header of an image and check that it is one scalar volume with a usable geometry."""
     try:
         with path.open("rb"):
@@ -211,7 +225,7 @@ def _open(path: Path) -> _Header:
         raise _unreadable(path, error) from None
     if kind:
         raise UserError(f"{path} has {kind} voxels; export one scalar value per voxel, and one file per channel")
-    if len(header.shape) not in (2, 3):
+    if len(header.shape) not in ((2, 3, 4) if stacked else (2, 3)):
         raise UserError(
             f"{path} has {len(header.shape)} dimensions, shape {header.shape}; write each 3D volume to a file of its "
             "own (channels are CASE_0000, CASE_0001 and so on)"
@@ -256,7 +270,7 @@ def _open_itk(path: Path) -> tuple[_Header, str]:
 
 
 def _require_same_grid(image: _Header, label: _Header) -> None:
-    if image.shape != label.shape:
+    if (image.shape[:3] if len(image.shape) == 4 else image.shape) != label.shape:
         raise UserError(
             f"{image.path} has shape {image.shape}, but {label.path} has {label.shape}; put all files of the case on "
             "one grid (labels with nearest-neighbour interpolation)"
@@ -291,7 +305,7 @@ def _refuse_not_finite(path: Path, values: Array) -> None:
         )
 
 
-def _check_label(label: _Header, allowed: Collection[int], ignore: int | None) -> None:
+def _check_label(label: _Header, allowed: Collection[int], ignore: int | None, source: str) -> None:
     values = label.read()
     if values.dtype.kind == "f":
         _refuse_not_finite(label.path, values)
@@ -307,8 +321,8 @@ def _check_label(label: _Header, allowed: Collection[int], ignore: int | None) -
     unknown = sorted(present - set(allowed))
     if unknown:
         raise UserError(
-            f"{label.path} has the value {_list(unknown)}, dataset.json has {_list(sorted(allowed), 20)}; correct the "
-            "file, or the labels in dataset.json"
+            f"{label.path} has the value {_list(unknown)}, {source} has {_list(sorted(allowed), 20)}; correct the "
+            f"file, or the labels in {source}"
         )
     if not present - {0, ignore}:
         raise UserError(

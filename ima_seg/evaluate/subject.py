@@ -1,0 +1,136 @@
+"""What an evaluation needs of a model and of a case: nnU-Net's model folders and MONAI's bundles have it alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ima_seg.nnunet.case import FloatArray, LabelArray, RawCase
+from ima_seg.nnunet.inputs import CaseFiles, CaseProblem
+from ima_seg.types import Labels, Target
+
+
+class Window(Protocol):
+    """(B, C, *S) network input -> logits (B, K, *S) of the whole, with exact gradients."""
+
+    #: How many tiles the network sees at once; halved when the memory does not suffice.
+    tile_batch: int
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Logits in float32."""
+
+
+class Case(Protocol):
+    """A case as one model sees it; see :class:`ima_seg.nnunet.case.PreparedCase` for the shapes."""
+
+    @property
+    def raw(self) -> RawCase:
+        """The case in its original geometry."""
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+
+    @property
+    def base(self) -> torch.Tensor:
+        """(1, C + extra, *S) what perturbations are added to, network units; extra channels are never perturbed."""
+
+    @property
+    def image_channels(self) -> int:
+        """C."""
+
+    @property
+    def support(self) -> torch.Tensor | None:
+        """(1, 1, *S) bool where a perturbation may be; ``None``: everywhere."""
+
+    @property
+    def scale(self) -> FloatArray | None:
+        """(C,) original intensity units per network unit; ``None`` where no such line connects them."""
+
+    @property
+    def native_range(self) -> FloatArray:
+        """(C,) range from the 0.5 to the 99.5 percentile; original intensities, or network units without a scale."""
+
+    @property
+    def resampled(self) -> bool:
+        """Whether the network's grid is not the image's."""
+
+    @property
+    def image_voxels(self) -> int:
+        """Voxels of the image, per channel, that the network's grid covers."""
+
+    @property
+    def slice_axis(self) -> int:
+        """Slice direction of the per-slice Dice, an axis of (Z, Y, X)."""
+
+    @property
+    def shows_hu(self) -> bool:
+        """Whether the first channel is in HU."""
+
+    def target(self, *, slices: bool = False) -> Target:
+        """The reference on the network's grid."""
+
+    def network(self, window: Any, *, whole: bool) -> torch.nn.Sequential:
+        """Perturbed image in the layout of :attr:`base` -> input of the network -> logits."""
+
+    def predict(self, window: Any, perturbed: torch.Tensor) -> LabelArray:
+        """The segmentation in the original geometry: (Z, Y, X) label map, or one mask per class (classes, Z, Y, X)."""
+
+    def delta(self, perturbed: torch.Tensor) -> torch.Tensor:
+        """The perturbation (C, *S) in network units."""
+
+    def native_delta(self, delta: torch.Tensor) -> FloatArray:
+        """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities; needs a scale."""
+
+    def from_native(self, delta: FloatArray) -> torch.Tensor:
+        """The inverse of :meth:`native_delta`."""
+
+    def altered(self, image: Any) -> Case:
+        """The same case with another image (C, Z, Y, X) float32, original intensities: a corrupted one."""
+
+
+class Model(Protocol):
+    """A trained model with the pre-processing, inference and post-processing that it was made for."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def labels(self) -> Labels:
+        """How outputs are read."""
+
+    @property
+    def classes(self) -> dict[str, tuple[int, ...]]:
+        """Foreground class (or region) -> label values, in the order of the outputs."""
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the image channels."""
+
+    @property
+    def is_2d(self) -> bool:
+        """Whether a volume is a stack of independent slices to it."""
+
+    @property
+    def is_single_ct(self) -> bool:
+        """Whether there is one channel, in HU."""
+
+    def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> Any:
+        """Its :class:`Window`."""
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of each file that defines it."""
+
+    def find_cases(
+        self, images: Path, labels: Path, *, limit: int | None = None
+    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
+        """The complete and the incomplete cases of two folders."""
+
+    def check_case(self, files: CaseFiles) -> None:
+        """Refuse files that cannot be evaluated."""
+
+    def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> Case:
+        """Read and pre-process a case."""

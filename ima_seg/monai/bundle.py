@@ -1,0 +1,290 @@
+"""A MONAI bundle, ready to be attacked: network, inferer, pre- and post-processing, and what its outputs mean."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ima_seg.errors import UserError
+from ima_seg.files import file_hash
+from ima_seg.monai.config import Parts, data_format, is_single_ct, load_parts, read_metadata
+from ima_seg.monai.inputs import find_cases
+from ima_seg.nnunet.inputs import CaseFiles, CaseProblem, check_case
+from ima_seg.types import Labels
+
+if TYPE_CHECKING:
+    from ima_seg.monai.case import BundleCase
+
+Output = Literal["softmax", "sigmoid"]
+
+#: Under which a checkpoint may hold the weights, beside lying there openly.
+_KEYS = ("model", "network", "state_dict", "model_state_dict", "net")
+
+
+@dataclass(frozen=True)
+class BundleModel:
+    """One bundle with its weights.
+
+    Attributes:
+        folder: of the bundle.
+        name: in the metadata, else of the folder.
+        version: in the metadata.
+        network: on the device, frozen.
+        preprocessing: MONAI's Compose, which reads the image first.
+        postprocessing: the same, without what saves files.
+        inferer: MONAI's Inferer.
+        image_key: of the image in the dictionaries of the transforms.
+        labels: how outputs are read.
+        classes: foreground class -> label values, in the order of the outputs.
+        channels: names of the image channels.
+        is_single_ct: whether there is one channel, of CT.
+        weights: the checkpoint.
+        files: the files that define the bundle.
+    """
+
+    folder: Path
+    name: str
+    version: str
+    network: nn.Module
+    preprocessing: Any
+    postprocessing: Any
+    inferer: Any
+    image_key: str
+    labels: Labels
+    classes: dict[str, tuple[int, ...]]
+    channels: list[str]
+    is_single_ct: bool
+    weights: Path
+    files: list[Path]
+
+    @property
+    def is_2d(self) -> bool:
+        """Bundles are attacked as a whole, also where their inferer cuts slices."""
+        return False
+
+    @property
+    def inferer_name(self) -> str:
+        """Class of the inferer."""
+        return type(self.inferer).__name__
+
+    @property
+    def patch_size(self) -> list[int]:
+        """Voxels of a tile; empty for whole images."""
+        from ima_seg.monai.window import patch_size
+
+        return patch_size(self.inferer)
+
+    def window(self, *, step_size: float = 0.5, mirroring: bool = False, tile_batch: int | None = None) -> nn.Module:
+        """The inferer as a differentiable network; ``step_size`` and ``mirroring`` are nnU-Net's alone."""
+        from ima_seg.monai.window import make_window
+
+        return make_window(self.network, self.inferer, outputs=self.labels.outputs, tile_batch=tile_batch)
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of each file of the bundle, by its path in the folder."""
+        return {
+            str(file.relative_to(self.folder) if file.is_relative_to(self.folder) else file): file_hash(file)
+            for file in self.files
+        }
+
+    def find_cases(
+        self, images: Path, labels: Path, *, limit: int | None = None
+    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
+        """The complete and the incomplete cases of two folders."""
+        return find_cases(images, labels, channels=len(self.channels), limit=limit)
+
+    def check_case(self, files: CaseFiles) -> None:
+        """Refuse files that cannot be evaluated."""
+        allowed = {0}.union(*self.classes.values())
+        check_case(files, labels_allowed=allowed, stacked=True, source="the bundle (metadata.json or --bundle-labels)")
+
+    def prepare(self, files: CaseFiles, *, device: torch.device | str | None = None) -> BundleCase:
+        """Read and pre-process a case; the device is that of the network."""
+        from ima_seg.monai.case import prepare_case
+
+        return prepare_case(self, files)
+
+
+def load_bundle(
+    folder: str | Path,
+    *,
+    checkpoint: str | None = None,
+    labels: Mapping[str, Sequence[int]] | None = None,
+    output: Output | None = None,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+) -> BundleModel:
+    """Load a bundle for inference, as ``monai.bundle run`` with its inference config does.
+
+    Args:
+        folder: holds ``configs`` and ``models``.
+        checkpoint: file name in ``models``; default: what the config's CheckpointLoader reads, else ``model.pt``.
+        labels: class -> its values in the label files and in what the bundle writes; default: class i of the metadata's
+            ``channel_def`` has the value i.
+        output: how outputs are read; default: by the post-processing.
+        device: where to put the network.
+        trust: let the config run any code, and read the checkpoint with full unpickling.
+
+    Raises:
+        UserError: something is missing or does not fit, or it would run code.
+    """
+    root, place = Path(folder).resolve(), torch.device(device)
+    metadata = read_metadata(root)
+    parts = load_parts(root, device=place, trust=trust)
+    weights = parts.weights if checkpoint is None else root / "models" / checkpoint
+    _load_weights(parts.network, weights, trust=trust)
+    sigmoid = (output or _output(parts)) == "sigmoid"
+    outputs, classes = _classes(metadata, {name: tuple(v) for name, v in (labels or {}).items()}, root, sigmoid=sigmoid)
+    image = data_format(metadata, "inputs", "image")
+    count = _count(image, root) or 1
+    names = image.get("channel_def")
+    names = names if isinstance(names, dict) else {}
+    return BundleModel(
+        folder=root,
+        name=str(metadata.get("name") or root.name),
+        version=str(metadata.get("version") or "without version"),
+        network=parts.network.to(place).eval().requires_grad_(False),
+        preprocessing=parts.preprocessing,
+        postprocessing=parts.postprocessing,
+        inferer=parts.inferer,
+        image_key=_image_key(parts),
+        labels=Labels(outputs=outputs, regions=sigmoid),
+        classes=classes,
+        channels=[str(names.get(str(index), f"channel {index}" if count > 1 else "image")) for index in range(count)],
+        is_single_ct=is_single_ct(metadata),
+        weights=weights,
+        files=[parts.file, root / "configs" / "metadata.json", weights],
+    )
+
+
+def _count(format_: Mapping[str, Any], root: Path) -> int | None:
+    """``num_channels`` of an input or output; ``None`` where it is not given."""
+    count = format_.get("num_channels")
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise UserError(f"{root / 'configs' / 'metadata.json'}: num_channels is {count!r}; it is a number from 1 on")
+    return count
+
+
+def _image_key(parts: Parts) -> str:
+    """The key of the one image that the first transform reads."""
+    from monai.transforms import LoadImaged, RandomizableTrait
+
+    steps = parts.preprocessing.transforms
+    keys = list(getattr(steps[0], "keys", ())) if steps and isinstance(steps[0], LoadImaged) else []
+    if len(keys) != 1:
+        raise UserError(
+            f"{parts.file}: the first transform of 'preprocessing' must be LoadImaged with the key of one image; it is "
+            f"{type(steps[0]).__name__ if steps else 'missing'} with the keys {keys}"
+        )
+    if random := [
+        type(step).__name__ for step in parts.preprocessing.flatten().transforms if isinstance(step, RandomizableTrait)
+    ]:
+        raise UserError(f"{parts.file}: {', '.join(random)} in 'preprocessing' is random; inference must not be")
+    return str(keys[0])
+
+
+def _output(parts: Parts) -> Output:
+    """How outputs are read: the activation, or else the discretisation, of the post-processing."""
+    found = {"softmax": False, "sigmoid": False}
+    steps = parts.postprocessing.flatten().transforms
+    for pair in (("softmax", "sigmoid"), ("argmax", "threshold")):
+        if not any(found.values()):
+            for step in steps:
+                for name, attribute in zip(found, pair, strict=True):
+                    values = getattr(step, attribute, None)
+                    found[name] |= isinstance(values, tuple | list) and any(v not in (None, False) for v in values)
+    if found["softmax"] == found["sigmoid"]:
+        raise UserError(
+            f"{parts.file}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it "
+            "with --bundle-output"
+        )
+    return "softmax" if found["softmax"] else "sigmoid"
+
+
+def _classes(
+    metadata: Mapping[str, Any], given: dict[str, tuple[int, ...]], root: Path, *, sigmoid: bool
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Number of outputs, and foreground class -> label values in their order.
+
+    Raises:
+        UserError: metadata and given labels do not say what the outputs are.
+    """
+    format_ = data_format(metadata, "outputs", "pred")
+    path = root / "configs" / "metadata.json"
+    definition = format_.get("channel_def")
+    if not definition:
+        if not given:
+            raise UserError(
+                f"{path} has no network_data_format.outputs.pred.channel_def; name the classes in the order of the "
+                "outputs with --bundle-labels, for example --bundle-labels liver=1 tumour=2"
+            )
+        names = [*([] if sigmoid else ["background"]), *given]
+    else:
+        try:
+            names = [str(definition[str(index)]) for index in range(len(definition))]
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{path}: channel_def {definition!r} does not name the channels 0, 1, ...; correct it"
+            ) from None
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: channel_def names a class twice: {', '.join(names)}; correct it")
+    count = _count(format_, root)
+    if count is not None and count != len(names):
+        raise UserError(f"{path}: num_channels is {count}, but the classes are {', '.join(names)}; correct one of them")
+    foreground = names if sigmoid else names[1:]
+    if given and set(given) != set(foreground):
+        raise UserError(
+            f"--bundle-labels names {', '.join(given)}, but the classes in {path} are {', '.join(foreground)}"
+        )
+    if any(not values or 0 in values for values in given.values()):
+        raise UserError(
+            "--bundle-labels gives a class no value, or 0, which is the background; give it values from 1 on"
+        )
+    if given:
+        return len(names), {name: given[name] for name in foreground}
+    if sigmoid and len(foreground) > 1:
+        raise UserError(
+            f"{path}: the classes {', '.join(foreground)} may overlap (sigmoid), so their values in the label files "
+            "cannot be told; name them, for example --bundle-labels 'tumour core=1,4' 'whole tumour=1,2,4'"
+        )
+    return len(names), {name: (index,) for index, name in enumerate(foreground, 1)}
+
+
+def _load_weights(network: nn.Module, file: Path, *, trust: bool) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"{file} does not exist; download the bundle with its weights, or name a file in models with -chk"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if "Unsupported" in line), "unsupported contents"
+        )
+        raise UserError(
+            f"{file} holds more than tensors and plain values ({reason}); reading it would run code from the file. If "
+            "you trust its origin, pass --trust-checkpoint"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{file} cannot be read ({reason}); a scripted model or a truncated file cannot be used"
+        ) from None
+    if isinstance(state, dict) and not any(isinstance(value, torch.Tensor) for value in state.values()):
+        state = next((state[key] for key in _KEYS if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds {type(state).__name__}, not the weights of a network (a state_dict)")
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = lines[min(1, len(lines) - 1)][:300]
+        raise UserError(
+            f"{file} does not fit the network of the bundle's config ({reason}); is it of this bundle?"
+        ) from None
