@@ -5,6 +5,15 @@ in 2D or 3D. Or a file of MedMNIST (https://medmnist.com, 2D or 3D, one class or
 
     python examples/classification.py --dims 2
     python examples/classification.py --medmnist pneumoniamnist.npz
+
+Share of the test images whose answer is right, under PGD-20 of L2 size eps per voxel in standard deviations, of one run
+of the first command (300 test images, one seed; torch 2.15, MONAI 1.6.1; 2026-11-23):
+
+    eps              0    0.02    0.05     0.1    0.15
+    standard     0.970   0.660   0.053   0.000   0.000
+    IMA          0.960   0.883   0.590   0.053   0.003
+
+The numbers are in ``benchmarks/results/classification_phantom_2d.json``.
 """
 
 from __future__ import annotations
@@ -72,7 +81,7 @@ def phantoms(dims: int, count: int, noise: float, generator: torch.Generator) ->
     radius = uniform(0.32, 0.45).view(-1, *ones)
     offset = grid - centre.view(count, dims, *ones)
     angle = torch.atan2(offset[:, 0], offset[:, 1]) + uniform(0, 2 * math.pi).view(-1, *ones)
-    lobes = torch.where(kind == 2, 1 + 0.35 * torch.cos(5 * angle), 1.0)
+    lobes = torch.where(kind == 2, 1 + 0.35 * torch.cos((5, 3)[dims - 2] * angle), 1.0)
     lesion = inside(centre, radius * lobes, 25.0)
     lesion = lesion - torch.where(kind == 1, 0.8, 0.0) * inside(centre, 0.55 * radius, 25.0)
     organ = inside(uniform(-0.1, 0.1, dims), uniform(0.8, 0.95).view(-1, *ones), 12.0)
@@ -180,7 +189,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="training images, at most (phantoms: 1200 in 2D, 600 in 3D)")
     parser.add_argument("--test", type=int, default=300, help="test images, at most")
     parser.add_argument(
-        "--noise", type=float, default=0.35, help="white noise in the phantoms, of the organ's contrast"
+        "--noise", type=float, help="white noise in the phantoms, of the contrast (0.35 in 2D, 0.2 in 3D)"
     )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32)
@@ -196,7 +205,8 @@ def main() -> None:
     else:
         generator = torch.Generator().manual_seed(arguments.seed)
         count = arguments.count or (1200, 600)[arguments.dims - 2]
-        both = phantoms(arguments.dims, count + arguments.test, arguments.noise, generator)
+        noise = (0.35, 0.2)[arguments.dims - 2] if arguments.noise is None else arguments.noise
+        both = phantoms(arguments.dims, count + arguments.test, noise, generator)
         test, data = both[: arguments.test], both[arguments.test :]
         classes = Classes(3)
     rows = {}

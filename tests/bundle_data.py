@@ -8,7 +8,6 @@ from pathlib import Path
 import monai
 import nibabel
 import numpy as np
-import pytest
 import torch
 
 from ima_seg.data.phantom import write_phantom_dataset
@@ -30,6 +29,9 @@ METADATA = {
         },
     },
 }
+
+#: Where the metadata describe the output.
+PRED = ("network_data_format", "outputs", "pred")
 
 
 def transform(name, *, keys="@image_key", **options):
@@ -176,12 +178,6 @@ class Organs:
                 optimiser.step()
             torch.save({"model": network.state_dict()}, folder / "models" / "model.pt")
         return self._made[key]
-
-
-@pytest.fixture(scope="session")
-def organs(tmp_path_factory):
-    """Phantoms of two organs with bundles on demand."""
-    return Organs(tmp_path_factory.mktemp("organs"))
 
 
 def read(path):

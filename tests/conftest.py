@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -44,3 +45,11 @@ def _float32_by_default() -> Iterator[None]:
 def _seed() -> None:
     """Each test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def organs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Phantoms of two organs, with MONAI bundles for them on demand."""
+    from tests.bundle_data import Organs  # MONAI takes a while to import
+
+    return Organs(tmp_path_factory.mktemp("organs"))

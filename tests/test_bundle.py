@@ -1,9 +1,7 @@
 """MONAI bundles: their own inference reproduced with gradients, and evaluations of them."""
 
-import io
 import json
 import shutil
-import sys
 
 import monai
 import nibabel
@@ -16,9 +14,8 @@ from torch import nn
 from ima_seg.cli import main
 from ima_seg.errors import UserError
 from ima_seg.monai.bundle import load_bundle
-from ima_seg.monai.inputs import find_cases
 from ima_seg.monai.window import InfererWindow, make_window
-from tests.bundle_data import CLASSES, METADATA, altered, config, organs, read, transform, write_bundle  # noqa: F401
+from tests.bundle_data import CLASSES, METADATA, PRED, altered, config, read, write_bundle
 from tests.evaluation_runs import comparable, evaluated, failures, records, settings
 
 WINDOWS = {
@@ -105,7 +102,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_predictions_are_the_files_that_monai_bundle_run_writes(organs, tmp_path, name):  # noqa: F811
+def test_predictions_are_the_files_that_monai_bundle_run_writes(organs, tmp_path, name):
     pytest.importorskip("ignite")
     preprocessing, changes = RUNS[name]
     weights = torch.load(organs.bundle(preprocessing) / "models" / "model.pt")
@@ -134,7 +131,7 @@ def test_predictions_are_the_files_that_monai_bundle_run_writes(organs, tmp_path
 
 
 @pytest.mark.parametrize("preprocessing", ["plain", "coarse"])
-def test_native_units_are_measured_and_perturbations_go_there_and_back(organs, preprocessing):  # noqa: F811
+def test_native_units_are_measured_and_perturbations_go_there_and_back(organs, preprocessing):
     model = load_bundle(organs.bundle(preprocessing))
     case = model.prepare(organs.files())
     image = read(organs.files().images[0]).astype(float)
@@ -159,7 +156,7 @@ def test_native_units_are_measured_and_perturbations_go_there_and_back(organs, p
         assert torch.allclose(inside, torch.tensor(0.2), atol=1e-5)
 
 
-def test_only_the_image_is_perturbed_and_not_its_padding(organs):  # noqa: F811
+def test_only_the_image_is_perturbed_and_not_its_padding(organs):
     model = load_bundle(organs.bundle())
     case, window = model.prepare(organs.files()), model.window()
     assert case.base.shape[2:] == case.raw.reference.shape[::-1] and case.padded.shape[2:] == (28, 24, 26)
@@ -176,7 +173,7 @@ def test_only_the_image_is_perturbed_and_not_its_padding(organs):  # noqa: F811
     assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_the_reference_lies_where_the_bundles_own_transforms_would_put_it(organs, tmp_path):  # noqa: F811
+def test_the_reference_lies_where_the_bundles_own_transforms_would_put_it(organs, tmp_path):
     model = load_bundle(organs.bundle("coarse"))
     case = model.prepare(organs.files())
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacingd
@@ -188,7 +185,7 @@ def test_the_reference_lies_where_the_bundles_own_transforms_would_put_it(organs
     assert (case.reference[0] != own).float().mean() < 0.002 and case.reference.any()
 
 
-def test_an_evaluation_and_its_report(organs, tmp_path):  # noqa: F811
+def test_an_evaluation_and_its_report(organs, tmp_path):
     folder = organs.bundle()
     chosen = settings(
         attacks=["fgsm", "pgd", "patch-pgd", "gaussian", "disappear", "minimal"], eps=[0.02, 0.3], steps=4,
@@ -217,7 +214,7 @@ def test_an_evaluation_and_its_report(organs, tmp_path):  # noqa: F811
     assert "mirroring" not in text.split("Attacked system")[1][:600]
 
 
-def test_a_stopped_evaluation_goes_on_and_parts_add_up(organs, tmp_path):  # noqa: F811
+def test_a_stopped_evaluation_goes_on_and_parts_add_up(organs, tmp_path):
     chosen = settings(attacks=["pgd", "gaussian"], eps=[0.1], steps=2)
     models = {"a": organs.bundle(), "b": organs.bundle("coarse")}
     evaluated(models, organs.data, tmp_path / "whole", chosen)
@@ -233,7 +230,7 @@ def test_a_stopped_evaluation_goes_on_and_parts_add_up(organs, tmp_path):  # noq
     assert len(whole) == 3 * 2 * 3 and comparable(tmp_path / "cut") == whole == comparable(tmp_path / "parts")
 
 
-def test_without_a_line_to_original_intensities_their_units_are_refused(organs, tmp_path):  # noqa: F811
+def test_without_a_line_to_original_intensities_their_units_are_refused(organs, tmp_path):
     folder = organs.bundle("gamma")
     for changes in ({"save_adversarial": True}, {"unit": "percent"}):
         with pytest.raises(UserError, match="no line between original intensities"):
@@ -247,7 +244,7 @@ def test_without_a_line_to_original_intensities_their_units_are_refused(organs, 
     assert "Worst cases" not in text and "<td>0.1</td>" in text
 
 
-def test_several_channels_lie_in_one_file_or_in_one_each(organs, tmp_path):  # noqa: F811
+def test_several_channels_lie_in_one_file_or_in_one_each(organs, tmp_path):
     (image,), label = organs.files().images, organs.files().label
     stored = nibabel.load(image)
     first = np.asarray(stored.dataobj, np.float32)
@@ -283,140 +280,7 @@ def test_several_channels_lie_in_one_file_or_in_one_each(organs, tmp_path):  # n
     assert min(noise.size.percent_rms) <= 5 * 1.01 and len(noise.size.native_rms) == 2
 
 
-def test_names_of_cases(organs, tmp_path):  # noqa: F811
-    images, labels = tmp_path / "images", tmp_path / "labels"
-    images.mkdir()
-    labels.mkdir()
-    for name in ("a.nii.gz", "b_0000.nii.gz", "c.nii", "alone.nii.gz", "._d.nii.gz", "notes.txt"):
-        (images / name).touch()
-    for name in ("a.nii.gz", "b.nii.gz", "c.nii.gz", "lonely.nii.gz"):
-        (labels / name).touch()
-    found, problems = find_cases(images, labels, channels=1)
-    assert [(c.case, [p.name for p in c.images], c.label.name) for c in found] == [
-        ("a", ["a.nii.gz"], "a.nii.gz"), ("b", ["b_0000.nii.gz"], "b.nii.gz"), ("c", ["c.nii"], "c.nii.gz")
-    ]  # fmt: skip
-    assert [p.case for p in problems] == ["alone", "lonely"]
-    assert len(find_cases(images, labels, channels=1, limit=1)[0]) == 1
-    found, problems = find_cases(images, labels, channels=2)
-    assert [c.case for c in found] == ["a", "c"] and "b_0001" in next(p for p in problems if p.case == "b").message
-    with pytest.raises(UserError, match="found: nothing"):
-        (tmp_path / "empty").mkdir()
-        find_cases(tmp_path / "empty", labels, channels=1)
-
-
-CODE = {
-    "an expression": {"network": "$RAN.append(1) or @network_def"},
-    "an attribute": {"network": "$@network_def.__class__"},
-    "a target of monai": {"inferer": {"_target_": "monai.bundle.run"}},
-    "a target of the bundle": {"inferer": {"_target_": "scripts.inferer.make"}},
-    "a function of torch": {"network": {"_target_": "torch.load", "f": "x"}},
-    "a reader": {"preprocessing": {"_target_": "Compose", "transforms": [
-        transform("LoadImaged", keys="image", reader="builtins.RAN.append")]}},
-    "a reader by reference": {"reader": "builtins.RAN.append", "preprocessing": {"_target_": "Compose", "transforms": [
-        transform("LoadImaged", keys="image", reader="@reader")]}},
-    "a loss": {"network": {"_target_": "PerceptualLoss", "spatial_dims": 3}},
-    "a string with a reference": {"image_key": "$'@network_def'"},
-    "a nested one": {"image_key": "$str(print('image'))"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CODE)
-def test_code_of_a_bundle_runs_only_when_it_is_trusted(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("builtins.RAN", ran := [], raising=False)
-    folder = write_bundle(tmp_path / "bundle", config(**CODE[name]))
-    (folder / "scripts").mkdir()
-    (folder / "scripts" / "inferer.py").write_text(
-        "import builtins\nfrom monai.inferers import SimpleInferer\nbuiltins.RAN.append(1)\n"
-        "def make():\n    return SimpleInferer()\n"
-    )
-    (folder / "scripts" / "__init__.py").touch()
-    with pytest.raises(UserError, match="--trust-checkpoint"):
-        load_bundle(folder)
-    assert not ran
-    if name in ("an expression", "a target of the bundle", "a nested one"):
-        model = load_bundle(folder, trust=True)
-        assert model.inferer_name in ("SimpleInferer", "SlidingWindowInferer") and "scripts" not in sys.modules
-        assert ran == [1] or name == "a nested one"
-
-
-def test_weights_that_would_run_code_are_refused_unless_trusted(tmp_path):
-    folder = write_bundle(tmp_path / "bundle")
-    weights = torch.load(folder / "models" / "model.pt")
-    torch.save({"model": weights, "note": io.StringIO("x")}, folder / "models" / "best.pt")
-    with pytest.raises(UserError, match="--trust-checkpoint"):
-        load_bundle(folder, checkpoint="best.pt")
-    assert load_bundle(folder, checkpoint="best.pt", trust=True).weights.name == "best.pt"
-
-
-def truncate(folder):
-    path = folder / "models" / "model.pt"
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-PRED = ("network_data_format", "outputs", "pred")
-BAD = {
-    "no metadata": (lambda f: (f / "configs" / "metadata.json").unlink(), {}, "metadata.json does not exist"),
-    "no config": (lambda f: (f / "configs" / "inference.json").unlink(), {}, "has no configs/inference.json"),
-    "half a config": (lambda f: (f / "configs" / "inference.json").write_text('{"a": '), {}, "cannot be built"),
-    "no weights": (lambda f: (f / "models" / "model.pt").unlink(), {}, "model.pt does not exist"),
-    "other weights": (lambda f: torch.save({"a": torch.ones(2)}, f / "models" / "model.pt"), {}, "does not fit"),
-    "no state": (lambda f: torch.save([torch.ones(2)], f / "models" / "model.pt"), {}, "holds list"),
-    "truncated": (truncate, {}, "cannot be read"),
-    "labels of other classes": (lambda f: None, {"labels": {"liver": [1]}}, "but the classes in .* are organ"),
-    "background as a class": (lambda f: None, {"labels": {"organ": [0], "lesion": [2]}}, "which is the background"),
-    "sigmoid without labels": (lambda f: None, {"output": "sigmoid"}, "may overlap"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_bundles_are_refused(tmp_path, name):
-    spoil, options, message = BAD[name]
-    folder = write_bundle(tmp_path / "bundle")
-    spoil(folder)
-    with pytest.raises(UserError, match=message):
-        load_bundle(folder, **options)
-
-
-CONTENTS = {
-    "no inferer": ({"inferer": None}, METADATA, "has no 'inferer'"),
-    "unknown transform": ({"inferer": {"_target_": "SlidingWindow"}}, METADATA, "would run code"),
-    "bad argument": ({"inferer": {"_target_": "SlidingWindowInferer", "roi": 3}}, METADATA, "'inferer' cannot"),
-    "missing reference": ({"image_key": "@key"}, METADATA, "cannot be built"),
-    "not a network": ({"network": "$str(@network_def)"}, METADATA, "is str, not a torch.nn.Module"),
-    "no loader": (
-        {"preprocessing": {"_target_": "Compose", "transforms": [transform("NormalizeIntensityd", keys="image")]}},
-        METADATA,
-        "must be LoadImaged",
-    ),
-    "random": (
-        {"preprocessing": {"_target_": "Compose", "transforms": [
-            transform("LoadImaged", keys="image"), transform("RandFlipd", keys="image")]}},
-        METADATA,
-        "RandFlipd .* is random",
-    ),
-    "no activation": ({"postprocessing": {"_target_": "Compose", "transforms": []}}, METADATA, "--bundle-output"),
-    "no classes": ({}, altered(METADATA, *PRED, "channel_def", value=None), "--bundle-labels"),
-    "other count": ({}, altered(METADATA, *PRED, "num_channels", value=4), "num_channels is 4"),
-    "gap": ({}, altered(METADATA, *PRED, "channel_def", value={"0": "b", "2": "a"}), "does not name the channels"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONTENTS)
-def test_bad_configs_and_metadata_are_refused(tmp_path, name):
-    changes, metadata, message = CONTENTS[name]
-    folder = write_bundle(tmp_path / "bundle", config(**changes), metadata=metadata)
-    with pytest.raises(UserError, match=message):
-        load_bundle(folder)
-
-
-def test_classes_without_metadata_come_from_the_command_line(tmp_path):
-    metadata = altered(METADATA, *PRED, value=None)
-    folder = write_bundle(tmp_path / "bundle", metadata=metadata)
-    model = load_bundle(folder, labels={"organ": [1], "lesion": [2]})
-    assert model.classes == {"organ": (1,), "lesion": (2,)} and model.labels.outputs == 3
-
-
-def test_cases_that_do_not_fit_are_noted_and_the_others_go_on(organs, tmp_path):  # noqa: F811
+def test_cases_that_do_not_fit_are_noted_and_the_others_go_on(organs, tmp_path):
     shutil.copytree(organs.data[0], tmp_path / "images")
     shutil.copytree(organs.data[1], tmp_path / "labels")
     first, second, third = organs.names
@@ -436,7 +300,7 @@ def test_cases_that_do_not_fit_are_noted_and_the_others_go_on(organs, tmp_path):
     assert "2 channels, the bundle 1" in messages[first] and "--bundle-labels" in messages[second]
 
 
-def test_postprocessing_that_leaves_another_grid_is_refused(organs, tmp_path):  # noqa: F811
+def test_postprocessing_that_leaves_another_grid_is_refused(organs, tmp_path):
     contents = config("coarse")
     del contents["postprocessing"]["transforms"][1]
     model = load_bundle(write_bundle(tmp_path / "bundle", contents))
@@ -445,7 +309,7 @@ def test_postprocessing_that_leaves_another_grid_is_refused(organs, tmp_path):  
         case.predict(model.window(), case.base)
 
 
-def test_overlapping_classes_of_a_sigmoid_are_counted_by_themselves(organs, tmp_path):  # noqa: F811
+def test_overlapping_classes_of_a_sigmoid_are_counted_by_themselves(organs, tmp_path):
     weights = torch.load(organs.bundle() / "models" / "model.pt")
     channels = {"0": "body", "1": "organs", "2": "lesion"}
     metadata = altered(METADATA, *PRED, "channel_def", value=channels)
@@ -489,7 +353,7 @@ def test_a_bundle_beside_an_nnunet_model(phantoms, tmp_path):
         evaluated({**models, "other": other}, (images, labels), tmp_path / "third", chosen)
 
 
-def test_the_command_line(organs, tmp_path, capsys):  # noqa: F811
+def test_the_command_line(organs, tmp_path, capsys):
     images, labels = organs.data
     short = ["-i", images, "-gt", labels, "-o", tmp_path / "out", "-device", "cpu", "--limit", "1", "--steps", "1"]
     bundle = organs.bundle()
@@ -509,7 +373,7 @@ def test_the_command_line(organs, tmp_path, capsys):  # noqa: F811
     assert "MONAI bundle with its configs" in capsys.readouterr().err
 
 
-def test_hu_of_a_ct_bundle(organs, tmp_path):  # noqa: F811
+def test_hu_of_a_ct_bundle(organs, tmp_path):
     image = {"modality": "CT", "format": "hounsfield", "num_channels": 1}
     metadata = altered(METADATA, "network_data_format", "inputs", "image", value=image)
     folder = write_bundle(tmp_path / "bundle", config("coarse"), metadata=metadata)
