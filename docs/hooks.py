@@ -13,7 +13,10 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Files of the repository that are carried into the site, at their own path.
-CARRIED = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "benchmarks/README.md")
+CARRIED = (
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "benchmarks/README.md",
+    "examples/classification.py", "examples/monai_bundle/docs/README.md",
+)  # fmt: skip
 #: Folders of which all files are carried, and which get a page that lists them.
 FOLDERS = ("benchmarks/results", "benchmarks/results/robustness")
 
