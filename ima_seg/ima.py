@@ -175,7 +175,7 @@ class IMA:
         if len(case_ids) != len(x):
             raise UserError(f"{len(case_ids)} case ids for a batch of {len(x)}; every sample needs the id of its case")
         forward = forward or (lambda network, batch: network(batch))
-        beta = self.settings.beta
+        beta, network = self.settings.beta, inner_module(model) if victim is None else victim
         distributed = isinstance(model, DistributedDataParallel)
         # The first backward only accumulates; ranks exchange gradients in the second.
         accumulate: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -190,7 +190,7 @@ class IMA:
             target = Target.from_raw(y, self.labels)
             clean_logits = full_resolution(output).detach()
             if target.whole_image and model.training and beta > 0:
-                clean_logits = self._searched_logits(inner_module(model), x)
+                clean_logits = self._searched_logits(network, x)
             quality, threshold, background = self._criterion(clean_logits, target)
             below = ~background & (quality < threshold)
             resting = ~background & ~below & self.ledger.resting(case_ids, x.device)
@@ -207,9 +207,8 @@ class IMA:
         eps = self.ledger.get(case_ids, x.device)
         with contextlib.nullcontext() if self._graphs is None else self._graphs:
             found = self._perturb(
-                inner_module(model) if victim is None else victim,
-                x, target, eps, quality, threshold, clean.grad, searched, perturbed, generator,
-            )  # fmt: skip
+                network, x, target, eps, quality, threshold, clean.grad, searched, perturbed, generator
+            )
         self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
 
         output = forward(model, found.adversarial)

@@ -15,7 +15,7 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from monai.transforms import AsDiscreted
 
-from ima_seg import Labels, UserError
+from ima_seg import Classes, Labels, UserError
 from ima_seg.model import full_resolution
 from ima_seg.monai import case_name, compat
 from ima_seg.monai.trainer import make_ima
@@ -342,3 +342,25 @@ def test_full_resolution_of_stacked_heads_is_the_prediction():
     )
     stacked.run()
     assert shapes == [(2, 2, 2, 16, 16)] * 2
+
+
+def test_classifiers_train_through_the_engine():
+    answers = torch.arange(8) % 2
+    images = 0.3 * torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[answers == 1, :, 4:12, 4:12] += 1
+    data = [
+        {"image": image, "label": answer, "case": f"c{i}"}
+        for i, (image, answer) in enumerate(zip(images, answers, strict=True))
+    ]
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2),
+                                  torch.nn.Flatten(), torch.nn.Linear(16, 2))  # fmt: skip
+    trainer = make_trainer(
+        network, data, epochs=12, lr=1.0, loss_function=torch.nn.CrossEntropyLoss(), case_key="case",
+        ima={"labels": Classes(2), "delta": 0.02, "precision": "fp32"},
+    )  # fmt: skip
+    trainer.run()
+    report, ledger = trainer.state.ima_report, trainer.ima.ledger
+    assert trainer.state.output[0]["pred"].shape == (2,) and len(report.searched) == 2
+    assert sum(record.visits for record in ledger.cases.values()) > 0, "right images are searched"
+    assert max(record.margin for record in ledger.cases.values()) > ledger.delta
