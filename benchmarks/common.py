@@ -30,7 +30,11 @@ def wait(device: torch.device) -> None:
 
 
 def alternate(
-    jobs: dict[str, Callable[[], Any]], rounds: int, device: torch.device, between: Callable[[], Any] | None = None
+    jobs: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    between: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every job in each round, one job after the other in each, in an order that reverses every round.
 
@@ -42,15 +46,16 @@ def alternate(
         rounds: that are timed.
         device: that the jobs run on.
         between: called after each job, outside the timing.
+        clock: in seconds; ``time.process_time`` for those of the CPU, in which a busy machine's other work is not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name in jobs if turn % 2 else reversed(jobs):
             wait(device)
-            began = time.perf_counter()
+            began = clock()
             jobs[name]()
             wait(device)
-            took = time.perf_counter() - began
+            took = clock() - began
             if between is not None:
                 between()
             if turn:
