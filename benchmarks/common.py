@@ -67,9 +67,14 @@ def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
     """Median, least and largest of the ratios of two jobs' seconds, round by round."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ratio": rounded(statistics.median(ratios)),
+        "ratio_min_max": [rounded(min(ratios)), rounded(max(ratios))],
     }
+
+
+def rounded(value: float) -> float:
+    """To three decimals; what is smaller than 0.1 to three digits, for no measurement is zero."""
+    return round(value, 3) if value >= 0.1 else float(f"{value:.3g}")
 
 
 def status(field: str) -> float:

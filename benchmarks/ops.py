@@ -41,7 +41,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import RESULTS, alternate, cpu_info, provenance, ratio, store, wait
+from common import RESULTS, alternate, cpu_info, provenance, ratio, rounded, store, wait
 from op_cases import PLAIN, Problem, Results, Tensors, problems, rms
 from op_tables import bars, tables
 
@@ -217,7 +217,7 @@ def measure(problem: Problem, rounds: int, least: float, all_sets: int) -> list[
         row |= {
             "to_reference": ratio(seconds, decisive["reference"])["ratio"],
             "bytes": moved, "sets": len(sets),
-            "gb_per_s": round(moved / statistics.median(seconds) / 1e9, 3), "copy_gb_per_s": round(bandwidth, 3),
+            "gb_per_s": rounded(moved / statistics.median(seconds) / 1e9), "copy_gb_per_s": rounded(bandwidth),
             "share": share["ratio"], "share_min_max": share["ratio_min_max"],
         }  # fmt: skip
         rows.append(row)
