@@ -26,8 +26,8 @@ SHARED = ("versions", "sources", "plans", "pretrained", "profile")
 COLUMNS = (
     "Cost: passes of a standard training per patch. paper: Dice per slice under PGD, L2 of the slice. worst: Dice per "
     "volume under the worst of PGD, APGD, SegPGD and Square, budget per voxel (RMS, or L∞) in standard deviations. "
-    "pgdat-N: PGD training on fixed noise, L2 N on a slice of 56x40 or as much per voxel; half: mixed half and half with "
-    "the clean loss."
+    "pgdat-N: PGD training on fixed noise, L2 N on a slice of 56x40 or as much per voxel; half: mixed half and half "
+    "with the clean loss."
 )
 Records = list[dict[str, Any]]
 
