@@ -55,6 +55,7 @@ from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, read_checkpoint
 from ima_seg.nnunet.plans import preprocessed_folder, write_plans
 
 ROOT = Path(__file__).resolve().parents[1]
+STORE = RESULTS / "robustness"
 #: What does not decide how a training or an evaluation turns out, of our own sources.
 ASIDE = ("ima_seg/data/*", "ima_seg/demo.py", "ima_seg/plots.py", "ima_seg/nnunet/doctor.py", "ima_seg/*cli.py",
          "ima_seg/evaluate/report*", "ima_seg/evaluate/views.py", "ima_seg/evaluate/charts.py",
@@ -148,7 +149,24 @@ def sources() -> str:
 
 def store_folder(dataset: str, configuration: str, profile: str) -> Path:
     """Where the results of a table lie."""
-    return RESULTS / "robustness" / f"{dataset}_{configuration}_{profile}"
+    return STORE / f"{dataset}_{configuration}_{profile}"
+
+
+def stored_name(dataset: str, configuration: str, profile: str) -> str:
+    """The name of a data set, given by id or name, of which results are stored; the data themselves are not needed.
+
+    Raises:
+        SystemExit: there are no results of it.
+    """
+    ending = f"_{configuration}_{profile}"
+    names = sorted(folder.name.removesuffix(ending) for folder in STORE.glob(f"Dataset*{ending}"))
+    found = [name for name in names if dataset == name or dataset.zfill(3) == name[7:10]]
+    if len(found) != 1:
+        there = ", ".join(names) or "none"
+        sys.exit(
+            f"no results of data set {dataset!r}, {configuration}, {profile} in {STORE}; there are those of: {there}"
+        )
+    return found[0]
 
 
 def differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -354,7 +372,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.pretrained is not None and not options.pretrained.is_file():
         sys.exit(f"checkpoint {options.pretrained} does not exist")
-    dataset = preprocessed_folder(options.dataset).name
+    dataset = (
+        stored_name(options.dataset, options.configurations[0], options.profile)
+        if options.table
+        else preprocessed_folder(options.dataset).name
+    )
     if options.train:
         configuration, method, fold = options.train
         train_here(Job(dataset, configuration, options.profile, method, fold, options.work.resolve(),

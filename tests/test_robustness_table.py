@@ -145,3 +145,16 @@ def test_protocols_are_arguments_of_evaluate(profile):
         assert set(protocols) == names
         for arguments in protocols.values():
             _parser().parse_args(["evaluate", "-i", "i", "-gt", "g", "-o", "o", "-m", "m", *arguments])
+
+
+def test_a_stored_table_needs_no_data(tmp_path, monkeypatch):
+    import robustness_table as script
+
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    monkeypatch.setattr(script, "STORE", tmp_path)
+    for name in ("Dataset004_Left_Hippocampus_3d_fullres_quick", "Dataset014_Other_3d_fullres_quick"):
+        (tmp_path / name).mkdir()
+    for given in ("4", "004", "Dataset004_Left_Hippocampus"):
+        assert script.stored_name(given, "3d_fullres", "quick") == "Dataset004_Left_Hippocampus"
+    with pytest.raises(SystemExit, match=r"no results of data set '5', 3d_fullres, quick.*Dataset004_Left_Hippocampus"):
+        script.stored_name("5", "3d_fullres", "quick")
