@@ -128,6 +128,11 @@ def cpu_has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & set(cpu_info("flags").split()))
 
 
+def command_line(script: str) -> str:
+    """The command that runs, with file names only: a path says nothing to a reader."""
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *(Path(a).name for a in sys.argv[1:])])
+
+
 def provenance(script: str, device: torch.device) -> dict[str, Any]:
     """How a result came about: command, device, version of torch, date."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None

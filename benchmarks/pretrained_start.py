@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, provenance, table
-from search_settings import robust_dice, validation_slices
+from common import RESULTS, command_line, provenance, table
+from search_settings import robust_dice, seeded_trainer, validation_slices
 
 from ima_seg.files import write_text
 from ima_seg.types import Labels
@@ -33,18 +32,9 @@ STARTS = ("pretrained", "scratch")
 
 def train_here(options: argparse.Namespace) -> None:
     """Train in this process, whose environment names settings and folders, and attack on the way."""
-    from nnunetv2.run.run_training import get_trainer_from_args
-
-    for seeded in (random.seed, np.random.seed, torch.manual_seed):
-        seeded(0)
-    device = torch.device(options.device)
-    trainer = get_trainer_from_args(options.dataset, "2d", 0, "nnUNetTrainerIMA", options.plans, device=device)
-    trainer.initialize()
-    if options.start == "pretrained":
-        weights = torch.load(options.pretrained, map_location=device, weights_only=False)["network_weights"]
-        trainer.network.load_state_dict(weights)
+    trainer = seeded_trainer(options, 0, options.pretrained if options.start == "pretrained" else None)
     x, y, owners = validation_slices(options.dataset, trainer.configuration_manager, 0, options.cases)
-    x, y = x.to(device), y.to(device)
+    x, y = x.to(trainer.device), y.to(trainer.device)
     points: list[dict[str, Any]] = []
     end_of_epoch = trainer.on_epoch_end
 
@@ -121,8 +111,7 @@ def main() -> None:
         "slices": trainings["scratch"]["slices"], "points": points,
         "best_of_scratch": target, "first_at_least_that": sooner,
         **provenance(__file__, torch.device(options.device)),
-        # file names only: a path says nothing to a reader
-        "command": " ".join(["python", "benchmarks/pretrained_start.py", *(Path(a).name for a in sys.argv[1:])]),
+        "command": command_line(__file__),
     }  # fmt: skip
     write_text(RESULTS / "pretrained_start.json", json.dumps(document, indent=2) + "\n")
     text = table(["start", "epoch", "seconds of training", "clean", "L2 5"], rows)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, provenance
+from common import RESULTS, command_line, provenance
 from robustness_methods import (
     MATCHED,
     METHODS,
@@ -50,7 +50,7 @@ from robustness_report import report
 
 import ima_seg
 from ima_seg.evaluate.records import Record, read_lines
-from ima_seg.files import write_text
+from ima_seg.files import file_hash, write_text
 from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, read_checkpoint
 from ima_seg.nnunet.plans import preprocessed_folder, write_plans
 
@@ -108,7 +108,7 @@ class Job:
             "profile": digest([profile.training, profile.steps, protocols_of(self.configuration, profile)]),
             "plans": digest(json.loads(plans.read_text())["configurations"][self.configuration]),
             "split": digest(split(self.dataset, self.fold)),
-            "pretrained": None if self.pretrained is None else file_digest(self.pretrained),
+            "pretrained": None if self.pretrained is None else file_hash(self.pretrained)[:12],
             "versions": {name: importlib.metadata.version(name) for name in ("ima-seg", "nnunetv2", "torch")},
             "sources": sources(),
         }
@@ -131,11 +131,6 @@ def split(dataset: str, fold: str) -> dict[str, list[str]]:
 def digest(value: Any) -> str:
     """Short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def file_digest(path: Path) -> str:
-    """Short hash of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 @cache
@@ -311,8 +306,7 @@ def run(job: Job, rerun: bool) -> None:
     result = {
         "method": job.method, "fold": job.fold, "identity": identity, "cost": cost(job), "protocols": protocols,
         **provenance(__file__, torch.device(job.device)), "ima_seg": ima_seg.__version__,
-        # file names only: a path says nothing to a reader
-        "command": " ".join(["python", "benchmarks/robustness_table.py", *(Path(a).name for a in sys.argv[1:])]),
+        "command": command_line(__file__),
     }  # fmt: skip
     job.stored.parent.mkdir(parents=True, exist_ok=True)
     write_text(job.stored, json.dumps(result) + "\n")

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import command_line
 
 from ima_seg.attacks import pgd
 from ima_seg.files import write_text
@@ -86,18 +87,19 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
     return next(folder.glob(pattern))
 
 
-def train_here(options: argparse.Namespace) -> None:
-    """Train with the settings of the environment, from the pretrained network, heads included."""
+def seeded_trainer(options: argparse.Namespace, seed: int, pretrained: Path | None) -> Any:
+    """nnU-Net's trainer object with the settings of the environment, heads included where it starts ``pretrained``."""
     from nnunetv2.run.run_training import get_trainer_from_args
 
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
-        seeded(options.train_seed)
+        seeded(seed)
     device = torch.device(options.device)
     trainer = get_trainer_from_args(options.dataset, "2d", 0, "nnUNetTrainerIMA", options.plans, device=device)
     trainer.initialize()
-    weights = torch.load(options.pretrained, map_location=device, weights_only=False)["network_weights"]
-    trainer.network.load_state_dict(weights)
-    trainer.run_training()
+    if pretrained is not None:
+        weights = torch.load(pretrained, map_location=device, weights_only=False)["network_weights"]
+        trainer.network.load_state_dict(weights)
+    return trainer
 
 
 def validation_slices(
@@ -251,7 +253,7 @@ def main() -> None:
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train_seed is not None:
-        train_here(options)
+        seeded_trainer(options, options.train_seed, options.pretrained).run_training()
         return
     others = dict(each.split("=", 1) for each in options.others)
     rows = {
@@ -271,8 +273,7 @@ def main() -> None:
         "iterations": options.epochs * options.iterations,
         "default": IMASettings().model_dump(),
         "results": results,
-        # file names only: a path says nothing to a reader
-        "command": " ".join(["python", "benchmarks/search_settings.py", *(Path(a).name for a in sys.argv[1:])]),
+        "command": command_line(__file__),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": str(options.device),

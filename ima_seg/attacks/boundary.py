@@ -1,9 +1,8 @@
 """The boundary search of IMA training: the point of least Dice loss on the way out, found per sample.
 
 A sample *crosses* when its quality, as a rule its hard foreground Dice, of a classifier the lead of the right answer,
-falls below a threshold. The search walks
-outwards by PGD within each sample's own budget, keeps the last point that had not crossed and the first that had, and
-closes that bracket by a root finder. Method: Ma & Liang, arXiv 2005.09147.
+falls below a threshold. The search walks outwards by PGD within each sample's own budget, keeps the last point that had
+not crossed and the first that had, and closes that bracket by a root finder. Method: Ma & Liang, arXiv 2005.09147.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from ima_seg.attacks._gradient import Perturbed, all_finite, check_batch
 from ima_seg.attacks._rows import HostCount, assign, positions
 from ima_seg.attacks.base import UNTARGETED, Loss, wrong
+from ima_seg.attacks.losses import wrong_side
 from ima_seg.errors import UserError
 from ima_seg.losses import class_logits, dice_ce_loss
 from ima_seg.model import Precision, frozen
@@ -64,14 +64,9 @@ def class_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, t
     Multi-label: the least of z over the labels there are and -z over the others. Below 0 the answer is wrong. That it
     is continuous, other than right or wrong, is what finds the boundary in a few steps.
     """
-    flat = class_logits(logits, target).float()
-    if target.labels.regions:
-        lead = torch.where(target.onehot, flat, -flat).amin((1, 2))
-    else:
-        truth = flat.masked_fill(~target.onehot, -torch.inf).amax((1, 2))
-        lead = truth - flat.masked_fill(target.onehot, -torch.inf).amax((1, 2))
-    lead = lead.nan_to_num(-HOPELESS, HOPELESS, -HOPELESS)
-    return torch.where(wrong(logits, target).any(1), lead.clamp_max(-TIE), lead), all_finite(logits)
+    right = -wrong_side(class_logits(logits, target).float(), target).amax((1, 2))
+    right = right.nan_to_num(-HOPELESS, HOPELESS, -HOPELESS)
+    return torch.where(wrong(logits, target).any(1), right.clamp_max(-TIE), right), all_finite(logits)
 
 
 def hard_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ def _counted(target: Target) -> torch.Tensor:
     return target.valid.expand_as(target.onehot)
 
 
-def _lead(flat: torch.Tensor, target: Target) -> torch.Tensor:
+def wrong_side(flat: torch.Tensor, target: Target) -> torch.Tensor:
     """How far each decision is on the wrong side, (B, D, N): positive where it is wrong.
 
     Best other logit minus the reference's; regions: -z in the region, z outside.
@@ -92,7 +92,7 @@ def margin(logits: torch.Tensor, target: Target, progress: float) -> torch.Tenso
     networks", S&P 2017, arXiv 1608.04644). Unbounded, it does not saturate as the softmax does.
     """
     flat = _flat(logits)
-    return _Decisions.of(flat, target).mean(_lead(flat, target))
+    return _Decisions.of(flat, target).mean(wrong_side(flat, target))
 
 
 def dlr(logits: torch.Tensor, target: Target, progress: float) -> torch.Tensor:
@@ -102,7 +102,7 @@ def dlr(logits: torch.Tensor, target: Target, progress: float) -> torch.Tensor:
     logit; there it is the margin.
     """
     flat = _flat(logits)
-    lead = _lead(flat, target)
+    lead = wrong_side(flat, target)
     if not target.labels.regions and flat.shape[1] > 2:
         top = flat.topk(3, dim=1).values
         lead = lead / (top[:, :1] - top[:, 2:] + 1e-12)
@@ -117,7 +117,7 @@ def segpgd(logits: torch.Tensor, target: Target, progress: float) -> torch.Tenso
     """
     flat = _flat(logits)
     decisions = _Decisions.of(flat, target)
-    wrong = _lead(flat.detach(), target) > 0
+    wrong = wrong_side(flat.detach(), target) > 0
     share = progress / 2
     return decisions.mean(-decisions.log_probability * torch.where(wrong, share, 1 - share))
 
@@ -146,7 +146,7 @@ def masked_ce(logits: torch.Tensor, target: Target, progress: float) -> torch.Te
     """
     flat = _flat(logits)
     decisions = _Decisions.of(flat, target)
-    wrong = _lead(flat.detach(), target) > 0
+    wrong = wrong_side(flat.detach(), target) > 0
     return decisions.mean(-decisions.log_probability.masked_fill(wrong, 0.0))
 
 

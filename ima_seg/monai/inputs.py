@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ima_seg.errors import UserError
-from ima_seg.nnunet.inputs import CaseFiles, CaseProblem, list_files, some
+from ima_seg.nnunet.inputs import CaseFiles, CaseProblem, check_limit, list_files, some
 
 _ENDINGS = (".nii.gz", ".nii")
 
@@ -27,8 +27,7 @@ def find_cases(
     Raises:
         UserError: a folder is missing or unreadable, or there is not a single complete case.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit of cases {limit}: give at least 1, or none for all cases")
+    check_limit(limit)
     there, labelled = _by_case(images, "images"), _by_case(labels, "labels")
     found: list[CaseFiles] = []
     problems: list[CaseProblem] = []

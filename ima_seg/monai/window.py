@@ -71,14 +71,9 @@ class InfererWindow(SlidingWindow):
         tiles = dense_patch_slices(size, self.patch_size, interval, return_slice=False)
         return [sorted({int(tile[axis][0]) for tile in tiles}) for axis in range(len(size))]
 
-    def _pad(self, x: torch.Tensor) -> tuple[torch.Tensor, list[slice]]:
-        missing = [max(patch - size, 0) for patch, size in zip(self.patch_size, x.shape[2:], strict=True)]
-        inside = [slice(m // 2, m // 2 + size) for m, size in zip(missing, x.shape[2:], strict=True)]
-        if not any(missing):
-            return x, inside
-        widths = [width for m in reversed(missing) for width in (m // 2, m - m // 2)]
+    def _padding(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
         mode = str(getattr(self.inferer.padding_mode, "value", self.inferer.padding_mode))
-        return F.pad(x, widths, mode=mode, value=self.inferer.cval if mode == "constant" else None), inside
+        return F.pad(x, widths, mode=mode, value=self.inferer.cval if mode == "constant" else None)
 
     def _gaussian(self, device: torch.device) -> torch.Tensor:
         """The inferer's weights of a tile, Gaussian or constant."""

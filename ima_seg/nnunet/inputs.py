@@ -38,6 +38,12 @@ class CaseProblem:
     message: str
 
 
+def check_limit(limit: int | None) -> None:
+    """Refuse a number of cases that is none."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit of cases {limit}: give at least 1, or none for all cases")
+
+
 def find_cases(
     images: Path, labels: Path, dataset_json: Mapping[str, Any], *, limit: int | None = None
 ) -> tuple[list[CaseFiles], list[CaseProblem]]:
@@ -55,8 +61,7 @@ def find_cases(
     Raises:
         UserError: a folder is missing or unreadable, or there is not a single complete case.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit of cases {limit}: give at least 1, or none for all cases")
+    check_limit(limit)
     ending = dataset_json.get("file_ending")
     if not isinstance(ending, str) or not ending:
         raise UserError('dataset.json has no "file_ending"; add it, for example "file_ending": ".nii.gz"')

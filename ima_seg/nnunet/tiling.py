@@ -85,13 +85,16 @@ class SlidingWindow(nn.Module):
         return steps
 
     def _pad(self, x: torch.Tensor) -> tuple[torch.Tensor, list[slice]]:
-        """``x`` padded with zeros on both sides to at least the patch size, and where ``x`` lies in it."""
+        """``x`` padded on both sides to at least the patch size, and where ``x`` lies in it."""
         missing = [max(patch - size, 0) for patch, size in zip(self.patch_size, x.shape[2:], strict=True)]
         inside = [slice(m // 2, m // 2 + size) for m, size in zip(missing, x.shape[2:], strict=True)]
         if not any(missing):
             return x, inside
         widths = [width for m in reversed(missing) for width in (m // 2, m - m // 2)]
-        return F.pad(x, widths), inside
+        return self._padding(x, widths), inside
+
+    def _padding(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        return F.pad(x, widths)
 
     def _gaussian(self, device: torch.device) -> torch.Tensor:
         """nnU-Net's weights, rounded to half precision as it does."""
