@@ -33,9 +33,9 @@ from common import command_line
 
 from ima_seg.attacks import pgd
 from ima_seg.files import write_text
+from ima_seg.methods.settings import IMASettings
 from ima_seg.nnunet.folder import load_model
 from ima_seg.ops import hard_dice
-from ima_seg.settings import IMASettings
 from ima_seg.types import Labels, Target, ThreatModel
 
 LEVELS_L2 = (0.0, 1.0, 5.0, 10.0, 15.0)

@@ -38,8 +38,8 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import pgd
 from ima_seg.files import write_text
+from ima_seg.methods.settings import FAST
 from ima_seg.ops import hard_dice
-from ima_seg.settings import FAST
 
 LABELS = Labels(3)
 #: Bars: an IMA iteration may take so many standard ones.

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from ima_seg.errors import UserError
 
 if TYPE_CHECKING:
-    from ima_seg.ima import IMA, StepReport
-    from ima_seg.ledger import MarginLedger
-    from ima_seg.settings import IMASettings, load_settings
+    from ima_seg.methods.ima import IMA, StepReport
+    from ima_seg.methods.ledger import MarginLedger
+    from ima_seg.methods.settings import IMASettings, load_settings
     from ima_seg.types import Classes, Labels, Target, ThreatModel
 
 __version__ = "0.1.0"
@@ -30,14 +30,14 @@ __all__ = [
 # Imported at first use, for a report must be made where there is no torch.
 _HOMES = {
     "Classes": "types",
-    "IMA": "ima",
-    "IMASettings": "settings",
+    "IMA": "methods.ima",
+    "IMASettings": "methods.settings",
     "Labels": "types",
-    "MarginLedger": "ledger",
-    "StepReport": "ima",
+    "MarginLedger": "methods.ledger",
+    "StepReport": "methods.ima",
     "Target": "types",
     "ThreatModel": "types",
-    "load_settings": "settings",
+    "load_settings": "methods.settings",
 }
 
 

@@ -1,6 +1,6 @@
 """AMAT: IMA with a margin defined by the loss."""
 
-from ima_seg.settings import AMAT
+from ima_seg.methods.settings import AMAT
 from nnunet_trainers.ima import nnUNetTrainerIMA
 
 

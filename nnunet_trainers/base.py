@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from ima_seg.attacks.network import allow_recompiles
 from ima_seg.errors import UserError, show_plainly
 from ima_seg.files import replacing
-from ima_seg.model import allow_recompiles
+from ima_seg.methods.settings import TrainingSettings, load_settings
 from ima_seg.nnunet import compat
 from ima_seg.nnunet.training import Training
-from ima_seg.settings import TrainingSettings, load_settings
 
 #: So many batches in a row without a single usable patch end the training.
 PATIENCE_NONFINITE = 10

@@ -1,6 +1,6 @@
 """IMA training with a cheaper search."""
 
-from ima_seg.settings import FAST
+from ima_seg.methods.settings import FAST
 from nnunet_trainers.ima import nnUNetTrainerIMA
 
 

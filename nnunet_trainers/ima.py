@@ -1,7 +1,7 @@
 """The IMA trainer."""
 
+from ima_seg.methods.settings import IMASettings
 from ima_seg.nnunet.training import IMATraining
-from ima_seg.settings import IMASettings
 from nnunet_trainers.base import AdversarialTrainer
 
 

@@ -1,6 +1,6 @@
 """IMA training of other lengths, named as nnU-Net names its own."""
 
-from ima_seg.settings import IMASettings
+from ima_seg.methods.settings import IMASettings
 from nnunet_trainers.ima import nnUNetTrainerIMA
 
 

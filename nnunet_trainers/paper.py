@@ -6,7 +6,7 @@ number of values, so that the same size per voxel holds for any patch size, and 
 
 import math
 
-from ima_seg.settings import IMASettings
+from ima_seg.methods.settings import IMASettings
 from nnunet_trainers.ima import nnUNetTrainerIMA
 
 

@@ -37,7 +37,7 @@ def _few_threads() -> None:
 def _float32_by_default() -> Iterator[None]:
     """Automatic precision depends on the processor; tests that want bfloat16 ask for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ima_seg.model._cpu_has_bf16", lambda: False)
+        patch.setattr("ima_seg.attacks.network._cpu_has_bf16", lambda: False)
         yield
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ima_seg.attacks.sample_losses import dice_ce_loss
 from ima_seg.data.phantom import write_phantom_dataset
-from ima_seg.evaluate.problem import make_problem
-from ima_seg.losses import dice_ce_loss
+from ima_seg.evaluate.attack.problem import make_problem
 from ima_seg.nnunet.case import prepare_case, read_case
 from ima_seg.nnunet.folder import load_model
 from ima_seg.types import ThreatModel

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from ima_seg.attacks._gradient import Perturbed, forward
 from ima_seg.attacks.base import UNTARGETED, Goal
 from ima_seg.attacks.minimal import minimal_norm
 from ima_seg.attacks.noise import gaussian_noise, uniform_noise
+from ima_seg.attacks.passes import Perturbed, forward
 from ima_seg.attacks.square import _bump_pair, _edges, _Search, square
 from ima_seg.attacks.vafa import _Quantised, block_transform, join, split, vafa
 from ima_seg.errors import UserError

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ima_seg.attacks import SearchSettings, boundary_search, pgd
-from ima_seg.attacks._gradient import Perturbed
+from ima_seg.attacks.network import autocast, frozen
+from ima_seg.attacks.passes import Perturbed
 from ima_seg.errors import UserError
-from ima_seg.model import autocast, frozen
 from ima_seg.ops import hard_dice, perturbation_size
 from ima_seg.types import Labels, Target, ThreatModel
 from tests.models import Hyperplane, TinyUNet
@@ -35,7 +35,7 @@ def hyperplane_problem(shape, channels=1, batch=5):
 def no_random_start(monkeypatch):
     """Starts at the clean image, so that the walk is a function of the sample alone."""
     monkeypatch.setattr(
-        "ima_seg.attacks._gradient.random_start", lambda like, radius, norm, seeds, mask=None: torch.zeros_like(like)
+        "ima_seg.attacks.passes.random_start", lambda like, radius, norm, seeds, mask=None: torch.zeros_like(like)
     )
 
 
@@ -394,7 +394,7 @@ def test_pgd_on_a_network_is_as_strong_as_foolboxs(norm):
     foolbox = pytest.importorskip("foolbox")
     ep = pytest.importorskip("eagerpy")
     network, x, target = trained_unet(2)
-    from ima_seg.losses import dice_ce_loss
+    from ima_seg.attacks.sample_losses import dice_ce_loss
 
     eps = 0.3
     ours = pgd(network, x, target, eps=torch.full((6,), eps), steps=20, threat=ThreatModel(norm), start=False,

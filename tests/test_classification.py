@@ -24,9 +24,9 @@ from ima_seg.attacks import (
     uniform_noise,
     vafa,
 )
-from ima_seg.attacks._gradient import Perturbed
 from ima_seg.attacks.base import UNTARGETED
-from ima_seg.losses import class_ce_loss
+from ima_seg.attacks.passes import Perturbed
+from ima_seg.attacks.sample_losses import class_ce_loss
 from ima_seg.ops import perturbation_size
 from tests.models import Linear
 from tests.test_graphs import Replayed

@@ -10,8 +10,8 @@ import torch
 
 from ima_seg.data.phantom import draw_case
 from ima_seg.errors import UserError
-from ima_seg.evaluate import corruptions
-from ima_seg.evaluate.corruptions import CORRUPTIONS, SEVERITIES, corrupt, default_corruptions
+from ima_seg.evaluate.attack import corruptions
+from ima_seg.evaluate.attack.corruptions import CORRUPTIONS, SEVERITIES, corrupt, default_corruptions
 
 MR_NAMES = [name for name, item in CORRUPTIONS.items() if item.modality == "mr"]
 ALL = list(CORRUPTIONS)
@@ -196,5 +196,7 @@ def test_case_ids_may_hold_anything(small):
 
 
 def test_import_is_lazy():
-    code = "import sys, ima_seg.evaluate.corruptions; sys.exit('torchio' in sys.modules or 'monai' in sys.modules)"
+    code = (
+        "import sys, ima_seg.evaluate.attack.corruptions; sys.exit('torchio' in sys.modules or 'monai' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -6,9 +6,9 @@ import torch
 from ima_seg import IMASettings, UserError
 from ima_seg.attacks import SearchSettings, boundary_search
 from ima_seg.attacks.boundary import loss_quality
-from ima_seg.losses import dice_ce_loss
+from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.methods.settings import AMAT
 from ima_seg.ops import hard_dice
-from ima_seg.settings import AMAT
 from ima_seg.types import Labels, Target, ThreatModel
 from tests.test_boundary import hyperplane_problem, trained_unet
 from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima

@@ -15,9 +15,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ima_seg.data import decathlon, recipes
-from ima_seg.data.decathlon import convert_decathlon
+from ima_seg.data import recipes
 from ima_seg.errors import UserError
+from ima_seg.nnunet import decathlon
+from ima_seg.nnunet.decathlon import convert_decathlon
 
 TASK = "Task77_Tiny"
 

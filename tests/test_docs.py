@@ -25,10 +25,10 @@ from pathlib import Path
 import pytest
 
 from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
-from ima_seg.evaluate.corruptions import CORRUPTIONS
-from ima_seg.evaluate.flags import check
+from ima_seg.evaluate.attack.corruptions import CORRUPTIONS
+from ima_seg.evaluate.report.flags import check
 from ima_seg.methods import SETTINGS
-from ima_seg.settings import IMASettings, TrainingSettings, load_settings
+from ima_seg.methods.settings import IMASettings, TrainingSettings, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -325,6 +325,6 @@ def test_site_builds(tmp_path):
         cli(["build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path / "site")])
     assert not done.value.code
     page = (tmp_path / "site" / "api" / "training.html").read_text()
-    assert 'id="ima_seg.ima.IMA.step"' in page and ":class:" not in page
+    assert 'id="ima_seg.methods.ima.IMA.step"' in page and ":class:" not in page
     results = (tmp_path / "site" / "results.html").read_text()
     assert 'href="benchmarks/results/robustness/index.html"' in results

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ima_seg.cli import main
-from ima_seg.evaluate.sweep import Sweep
+from ima_seg.evaluate.attack.sweep import Sweep
 from tests.evaluation_runs import PROGRAM, STEPS, command, comparable, failures, names, records, some_cases, start
 
 RUNS = 10  # records of two cases with PGD and noise at two budgets

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ima_seg import IMASettings, UserError
-from ima_seg.history import EpochTally, history_row
-from ima_seg.ledger import MarginLedger
+from ima_seg.methods.history import EpochTally, history_row
+from ima_seg.methods.ledger import MarginLedger
+from ima_seg.methods.settings import FAST
 from ima_seg.ops import hard_dice, perturbation_size
-from ima_seg.settings import FAST
 from ima_seg.types import Labels, Target
 from tests.test_boundary import hyperplane_problem, trained_unet
 from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ima_seg.attacks import GraphedPasses, SearchSettings, apgd, boundary_search, pgd
-from ima_seg.attacks._gradient import LossScale, Perturbed
 from ima_seg.attacks.losses import GOALS
+from ima_seg.attacks.passes import LossScale, Perturbed
 from ima_seg.ops import hard_dice
 from ima_seg.types import Labels, Target, ThreatModel
 from tests.models import TinyUNet
@@ -129,7 +129,7 @@ def test_what_cannot_be_captured_runs_as_always_and_the_log_says_why(caplog):
 
 
 def test_the_number_of_graphs_is_bounded(monkeypatch, caplog):
-    monkeypatch.setattr("ima_seg.attacks._graphs.MOST_CAPTURES", 2)
+    monkeypatch.setattr("ima_seg.attacks.graphs.MOST_CAPTURES", 2)
     network, graphs = TinyUNet(2).eval(), Replayed()
     for size in (8, 12, 16):
         target = Target.from_raw(torch.ones(2, 1, size, size), Labels(3))

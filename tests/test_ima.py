@@ -151,7 +151,7 @@ def test_compiled_network_is_trained_and_attacked():
 def test_shrinking_batches_of_a_compiled_network_stay_compiled():
     import torch._dynamo.config as config
 
-    from ima_seg.model import RECOMPILE_LIMIT, allow_recompiles
+    from ima_seg.attacks.network import RECOMPILE_LIMIT, allow_recompiles
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     with config.patch({name: getattr(config, name)}):  # pytest's own patches leave the setting undefined

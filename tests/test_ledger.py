@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ima_seg.errors import UserError
-from ima_seg.ledger import RULES, MarginLedger
+from ima_seg.methods.ledger import RULES, MarginLedger
 from tests.models import leave
 
 

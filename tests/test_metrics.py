@@ -8,8 +8,8 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surf
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ima_seg.evaluate import metrics
-from ima_seg.evaluate.metrics import case_metrics, measure_size, ssim
+from ima_seg.evaluate.measure import metrics
+from ima_seg.evaluate.measure.metrics import case_metrics, measure_size, ssim
 
 ONE = {"organ": (1,)}
 

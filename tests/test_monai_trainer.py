@@ -16,7 +16,7 @@ from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from monai.transforms import AsDiscreted
 
 from ima_seg import Classes, Labels, UserError
-from ima_seg.model import full_resolution
+from ima_seg.attacks.network import full_resolution
 from ima_seg.monai import case_name, compat
 from ima_seg.monai.trainer import make_ima
 from tests.models import TinyUNet

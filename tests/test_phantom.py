@@ -14,8 +14,8 @@ import SimpleITK
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from ima_seg.cli.dataset import add_dataset_parser
 from ima_seg.data import recipes
-from ima_seg.data.cli import add_dataset_parser
 from ima_seg.data.phantom import draw_case, write_phantom_dataset
 from ima_seg.errors import UserError
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from ima_seg.errors import UserError
-from ima_seg.evaluate.collect import Evaluation, collect
-from ima_seg.evaluate.flags import Flag, check
+from ima_seg.evaluate.measure.collect import Evaluation, collect
+from ima_seg.evaluate.measure.summary import Summary, summarise
 from ima_seg.evaluate.records import Failure, Record, append_line
 from ima_seg.evaluate.report import write_report
+from ima_seg.evaluate.report.flags import Flag, check
+from ima_seg.evaluate.report.words import headline
 from ima_seg.evaluate.run import Run
-from ima_seg.evaluate.summary import Summary, summarise
-from ima_seg.evaluate.words import headline
 from tests.report_data import (
     CLASSES,
     EPS,

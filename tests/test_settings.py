@@ -3,7 +3,7 @@ import math
 import pytest
 
 from ima_seg.errors import UserError
-from ima_seg.settings import DEFAULT_EPS_MAX, IMASettings, load_settings, read_settings_file
+from ima_seg.methods.settings import DEFAULT_EPS_MAX, IMASettings, load_settings, read_settings_file
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ima_seg.evaluate.statistics import (
+from ima_seg.evaluate.measure.statistics import (
     Interval,
     area_under_dice,
     bootstrap_mean,

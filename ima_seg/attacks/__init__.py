@@ -1,9 +1,9 @@
 """Attacks: pure functions from (network, batch, target, budget) to perturbed batches."""
 
-from ima_seg.attacks._graphs import GraphedPasses
 from ima_seg.attacks.apgd import apgd
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
 from ima_seg.attacks.boundary import BoundaryResult, SearchSettings, boundary_search, class_quality
+from ima_seg.attacks.graphs import GraphedPasses
 from ima_seg.attacks.losses import GOALS, appear, disappear
 from ima_seg.attacks.minimal import MinimalResult, minimal_norm
 from ima_seg.attacks.noise import gaussian_noise, uniform_noise

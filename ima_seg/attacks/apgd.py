@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
-from ima_seg.model import Precision, frozen
+from ima_seg.attacks.network import Precision, frozen
+from ima_seg.attacks.passes import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.ops import gradient_step, per_row, perturbation_size, project
 from ima_seg.types import Network, Target, ThreatModel
 
@@ -77,7 +77,7 @@ def apgd(
         goal: what to climb and how to measure the damage.
         support: bool, broadcastable to the perturbable channels (B, image channels, *S); the perturbation is zero
             where it is False.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of the random starts.
         start: whether to start at a random point; without, further restarts would repeat the first and are not made.
         red_eps: stages of radius 2, 1.5 and 1 times ``eps`` with 3 : 3 : 4 of the steps, each from the projection of

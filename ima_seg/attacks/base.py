@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.losses import class_ce_loss, class_logits, dice_ce_loss
+from ima_seg.attacks.sample_losses import class_ce_loss, class_logits, dice_ce_loss
 from ima_seg.ops import hard_counts, mean_dice
 from ima_seg.types import PassCount, Target
 

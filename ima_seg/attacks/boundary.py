@@ -13,13 +13,13 @@ from typing import Literal, get_args
 
 import torch
 
-from ima_seg.attacks._gradient import Perturbed, all_finite, check_batch
-from ima_seg.attacks._rows import HostCount, assign, positions
 from ima_seg.attacks.base import UNTARGETED, Loss, wrong
 from ima_seg.attacks.losses import wrong_side
+from ima_seg.attacks.network import Precision, frozen
+from ima_seg.attacks.passes import Perturbed, all_finite, check_batch
+from ima_seg.attacks.rows import HostCount, assign, positions
+from ima_seg.attacks.sample_losses import class_logits, dice_ce_loss
 from ima_seg.errors import UserError
-from ima_seg.losses import class_logits, dice_ce_loss
-from ima_seg.model import Precision, frozen
 from ima_seg.ops import (
     gradient_step,
     hard_counts,
@@ -51,7 +51,7 @@ def dice_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, to
 def loss_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """Minus the sample's Dice + CE in excess of its least, which is 0 where all is right; (B,) float32, finite.
 
-    The Dice of :func:`ima_seg.losses.dice_ce_loss` is the mean over all foreground classes, of which those that the
+    The Dice of ``dice_ce_loss`` is the mean over all foreground classes, of which those that the
     reference lacks have none to gain.
     """
     gained = target.foreground.any(2).float().mean(1)
@@ -177,7 +177,7 @@ def boundary_search(
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
         start: perturbation to start from, (B, image channels, *S); it is projected onto the ball of ``eps``. Default:
             a random one (see ``SearchSettings.start_slack``). Give a finite one for every searched sample.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of the random start; not used with ``start``.
 
     Crossed samples leave the working batch at once; the network only sees those still under way. How many these are is

@@ -21,7 +21,7 @@ from ima_seg.attacks.base import UNTARGETED, Goal, Loss
 from ima_seg.errors import UserError
 from ima_seg.types import Target
 
-#: Soft Dice loss plus cross-entropy, see :func:`ima_seg.losses.dice_ce_loss`; of classifiers cross-entropy.
+#: Soft Dice loss plus cross-entropy, see ``dice_ce_loss``; of classifiers cross-entropy.
 dice_ce = UNTARGETED.loss
 
 #: Logits by which a targeted attack wants a voxel beyond the decision before it leaves it alone.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts, finish
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.attacks.boundary import SearchSettings, boundary_search
-from ima_seg.model import Precision, frozen
+from ima_seg.attacks.network import Precision, frozen
+from ima_seg.attacks.passes import Best, Perturbed, check_batch, check_counts, finish
 from ima_seg.ops import per_row
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
@@ -76,7 +76,7 @@ def minimal_norm(
         restarts: how often to make all rounds; later ones go on from the smallest crossing and forget the failures.
         goal: the loss that the searches climb; the damage that is reported. ``threshold`` alone says what is broken.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of the random starts, on the device of ``x``.
         gamma: share of the distance by which the next crossing must at least be nearer.
         step_factor: a step is ``step_factor * budget / steps`` long.

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
-from ima_seg.model import Precision, frozen
+from ima_seg.attacks.network import Precision, frozen
+from ima_seg.attacks.passes import Best, Perturbed, check_batch, check_counts
 from ima_seg.ops import per_row, perturbation_size
 from ima_seg.types import Network, Norm, Target, ThreatModel
 
@@ -45,7 +45,7 @@ def gaussian_noise(
             good is a finding too. The trace has a row for each draw.
         goal: what counts as damage.
         support: bool, broadcastable to the perturbable channels; the noise is zero outside and scaled after masking.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of the noise, on the device of ``x``.
     """
 

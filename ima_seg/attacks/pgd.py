@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts, finish
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
+from ima_seg.attacks.network import Precision, frozen
+from ima_seg.attacks.passes import Best, Perturbed, check_batch, check_counts, finish
 from ima_seg.errors import UserError
-from ima_seg.model import Precision, frozen
 from ima_seg.ops import gradient_step
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
@@ -105,7 +105,7 @@ def pgd(
         goal: what to climb and how to measure the damage.
         support: bool, broadcastable to the perturbable channels (B, image channels, *S); the perturbation is zero
             where it is False.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of the random starts.
         step_factor: each step is ``step_factor * eps / steps`` long. No step is too long: what leaves the ball is
             projected back.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
+from ima_seg.attacks.network import Precision, frozen
 from ima_seg.attacks.noise import scaled_to
-from ima_seg.model import Precision, frozen
+from ima_seg.attacks.passes import Best, Perturbed, all_finite, check_batch, check_counts
 from ima_seg.ops import per_row
 from ima_seg.types import Network, Target, ThreatModel
 
@@ -61,7 +61,7 @@ def square(
         restarts: how often to start anew.
         goal: the loss to raise, at progress 0 throughout, for its values are compared; the damage that is returned.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of all draws, on the device of ``x``.
         p_init: share of the voxels in the first windows; halved on the paper's schedule, scaled to ``queries``.
     """

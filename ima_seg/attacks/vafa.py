@@ -11,10 +11,10 @@ import math
 
 import torch
 
-from ima_seg.attacks._gradient import Best, Perturbed, check_batch, check_counts
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
+from ima_seg.attacks.network import Precision, frozen
+from ima_seg.attacks.passes import Best, Perturbed, check_batch, check_counts
 from ima_seg.errors import UserError
-from ima_seg.model import Precision, frozen
 from ima_seg.ops import per_row, perturbation_size
 from ima_seg.types import Network, Norm, Target, ThreatModel
 
@@ -69,7 +69,7 @@ def vafa(
         restarts: the first starts at q = q_max as the paper does, the others at random tables.
         goal: what to climb and how to measure the damage.
         support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of the random tables, on the device of ``x``.
         block: edge of a block, in voxels; an axis shorter than that is one block.
         headroom: see above. Above 1, for once the steps of the less harmful frequencies have shrunk the perturbation

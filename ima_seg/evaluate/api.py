@@ -13,24 +13,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ima_seg.attacks.network import resolve_precision
+from ima_seg.cases.files import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.evaluate.collect import read_run
-from ima_seg.evaluate.conditions import attack_names, check_settings
-from ima_seg.evaluate.describe import describe_run
-from ima_seg.evaluate.execution import Attacker
-from ima_seg.evaluate.files import check_writable
-from ima_seg.evaluate.problem import native_scale
-from ima_seg.evaluate.ranks import Share, pick_device, share_out
+from ima_seg.evaluate.attack.conditions import attack_names, check_settings
+from ima_seg.evaluate.attack.describe import describe_run
+from ima_seg.evaluate.attack.execution import Attacker
+from ima_seg.evaluate.attack.files import check_writable
+from ima_seg.evaluate.attack.problem import native_scale
+from ima_seg.evaluate.attack.share import Share, pick_device, share_out
+from ima_seg.evaluate.attack.sweep import Contestant, Sweep
+from ima_seg.evaluate.measure.collect import read_run
 from ima_seg.evaluate.records import Failure, Record, drop_half_line, read_lines
 from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, Run
 from ima_seg.evaluate.subject import Model
-from ima_seg.evaluate.sweep import Contestant, Sweep
 from ima_seg.files import write_text
-from ima_seg.model import resolve_precision
 from ima_seg.monai.bundle import BundleModel, load_bundle
 from ima_seg.nnunet.folder import SegmentationModel, load_model
-from ima_seg.nnunet.inputs import CaseFiles
 
 
 def evaluate(

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ima_seg.cases.files import CaseFiles, CaseProblem
 from ima_seg.nnunet.case import FloatArray, LabelArray, RawCase
-from ima_seg.nnunet.inputs import CaseFiles, CaseProblem
 from ima_seg.types import Labels, Target
 
 

@@ -6,8 +6,7 @@ All share this package's attacks, and the step of :class:`~ima_seg.methods.base.
 from ima_seg.methods.base import Method, MethodReport
 from ima_seg.methods.ensembling import TemporalEnsembling
 from ima_seg.methods.fixed import FGSMAT, PGDAT, NoiseAugmentation, SegPGDAT
-from ima_seg.methods.free import FreeAT
-from ima_seg.methods.settings import (
+from ima_seg.methods.fixed_settings import (
     FGSMATSettings,
     FixedBudgetSettings,
     FreeATSettings,
@@ -17,6 +16,7 @@ from ima_seg.methods.settings import (
     TemporalEnsemblingSettings,
     TRADESSettings,
 )
+from ima_seg.methods.free import FreeAT
 from ima_seg.methods.trades import TRADES
 
 #: The settings of all methods.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ima_seg.methods.settings import FixedBudgetSettings
+from ima_seg.methods.fixed_settings import FixedBudgetSettings
 from ima_seg.types import Labels, PassCount, Target, ThreatModel
 
 S = TypeVar("S", bound=FixedBudgetSettings)

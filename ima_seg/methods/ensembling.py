@@ -10,11 +10,11 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
-from ima_seg.attacks._gradient import forward
+from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.attacks.passes import forward
 from ima_seg.methods.base import Calls, Method, MethodReport
 from ima_seg.methods.fixed import attacked
-from ima_seg.methods.settings import TemporalEnsemblingSettings
-from ima_seg.model import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.methods.fixed_settings import TemporalEnsemblingSettings
 from ima_seg.types import Labels, PassCount, Target
 
 

@@ -9,15 +9,15 @@ import torch
 from ima_seg.attacks import pgd
 from ima_seg.attacks.base import UNTARGETED, Goal
 from ima_seg.attacks.losses import GOALS
+from ima_seg.attacks.network import inner_module
 from ima_seg.methods.base import Calls, Method, MethodReport
-from ima_seg.methods.settings import (
+from ima_seg.methods.fixed_settings import (
     FGSMATSettings,
     FixedBudgetSettings,
     NoiseSettings,
     PGDATSettings,
     SegPGDATSettings,
 )
-from ima_seg.model import inner_module
 from ima_seg.ops import per_row
 from ima_seg.types import PassCount, Target
 

@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from ima_seg.methods.base import Calls, Method, MethodReport
-from ima_seg.methods.settings import FreeATSettings
+from ima_seg.methods.fixed_settings import FreeATSettings
 from ima_seg.ops import gradient_step
 from ima_seg.types import Labels, PassCount, Target
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ima_seg.attacks._gradient import forward
 from ima_seg.attacks.base import Goal
+from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.attacks.passes import forward
 from ima_seg.methods.base import Calls, Method, MethodReport
 from ima_seg.methods.fixed import attacked
-from ima_seg.methods.settings import TRADESSettings
-from ima_seg.model import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.methods.fixed_settings import TRADESSettings
 from ima_seg.types import PassCount, Target
 
 

@@ -13,9 +13,9 @@ from monai.transforms import MapTransform, Randomizable
 from torch import nn
 
 from ima_seg.attacks import UNTARGETED, AttackResult, Goal
+from ima_seg.attacks.network import Precision
 from ima_seg.attacks.registry import ATTACKS
 from ima_seg.errors import UserError
-from ima_seg.model import Precision
 from ima_seg.monai.batch import plain, reference, with_meta
 from ima_seg.types import Labels, Norm, Target, ThreatModel
 
@@ -61,7 +61,7 @@ class Attack:
         image_channels: the first this many input channels may be perturbed; None means all.
         loss: to climb, a MONAI loss with ``reduction="none"``, (logits, reference) -> (B, ...); default: the attack's
             own.
-        precision: of the network passes, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the network passes, see :func:`ima_seg.attacks.network.resolve_precision`.
 
     Raises:
         UserError: an attack that does not exist.

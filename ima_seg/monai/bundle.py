@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from ima_seg.cases.files import CaseFiles, CaseProblem, check_case
 from ima_seg.errors import UserError
 from ima_seg.files import file_hash
 from ima_seg.monai.config import Parts, data_format, is_single_ct, load_parts, read_metadata
 from ima_seg.monai.inputs import find_cases
-from ima_seg.nnunet.inputs import CaseFiles, CaseProblem, check_case
 from ima_seg.types import Labels
 
 if TYPE_CHECKING:

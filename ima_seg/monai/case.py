@@ -14,11 +14,11 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from torch import nn
 
+from ima_seg.attacks.network import full_precision
+from ima_seg.cases.files import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.model import full_precision
 from ima_seg.monai.bundle import BundleModel
 from ima_seg.nnunet.case import FloatArray, LabelArray, RawCase
-from ima_seg.nnunet.inputs import CaseFiles
 from ima_seg.types import Target
 
 #: Share of the voxels that must lie on the line between original intensities and network units, within so much of the

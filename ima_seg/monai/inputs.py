@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ima_seg.cases.files import CaseFiles, CaseProblem, check_limit, list_files, some
 from ima_seg.errors import UserError
-from ima_seg.nnunet.inputs import CaseFiles, CaseProblem, check_limit, list_files, some
 
 _ENDINGS = (".nii.gz", ".nii")
 

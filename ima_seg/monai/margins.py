@@ -11,9 +11,9 @@ from typing import Any
 from ignite.engine import Events
 
 from ima_seg.errors import UserError
-from ima_seg.history import EpochTally, epoch_line, epoch_warnings, history_row, write_course
-from ima_seg.ima import IMA
-from ima_seg.settings import differences
+from ima_seg.methods.history import EpochTally, epoch_line, epoch_warnings, history_row, write_course
+from ima_seg.methods.ima import IMA
+from ima_seg.methods.settings import differences
 
 #: Columns of the history that also go to ``engine.state.metrics``, where MONAI's statistics handlers find them.
 METRICS = ("margin_q05", "margin_q50", "margin_q95", "expanding_share", "crossed_share", "passes_per_sample")

@@ -13,8 +13,8 @@ from monai.inferers import SimpleInferer
 from monai.metrics import DiceMetric
 from torch import nn
 
+from ima_seg.attacks.network import frozen, full_resolution, inner_module
 from ima_seg.errors import UserError
-from ima_seg.model import frozen, full_resolution, inner_module
 from ima_seg.monai.attack import Attack
 from ima_seg.monai.batch import plain, reference
 from ima_seg.monai.network import AsUsed

@@ -18,13 +18,13 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ima_seg.attacks.network import allow_recompiles, full_resolution, inner_module
 from ima_seg.errors import UserError
-from ima_seg.ima import IMA
-from ima_seg.model import allow_recompiles, full_resolution, inner_module
+from ima_seg.methods.ima import IMA
+from ima_seg.methods.settings import IMASettings
 from ima_seg.monai.batch import case_ids, plain, reference, with_meta
 from ima_seg.monai.margins import MarginLedgerHandler
 from ima_seg.monai.network import AsUsed, numbered
-from ima_seg.settings import IMASettings
 from ima_seg.types import Labels
 
 #: Settings of nnU-Net's trainers, and what says the same here.

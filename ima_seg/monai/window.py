@@ -13,8 +13,8 @@ from monai.utils import ensure_tuple_rep, fall_back_tuple
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ima_seg.attacks.network import full_resolution
 from ima_seg.errors import UserError
-from ima_seg.model import full_resolution
 from ima_seg.nnunet.tiling import SlidingWindow
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ima_seg.attacks.network import full_precision
+from ima_seg.cases.files import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.model import full_precision
 from ima_seg.nnunet.folder import SegmentationModel
-from ima_seg.nnunet.inputs import CaseFiles
 from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, channel_scales
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.types import Target

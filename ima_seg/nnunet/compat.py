@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from ima_seg.errors import UserError
+from ima_seg.methods.settings import TrainingSettings
 from ima_seg.nnunet.training import Training
-from ima_seg.settings import TrainingSettings
 from ima_seg.types import Labels
 
 #: The nnU-Net versions supported: from the first (inclusive) to the second (exclusive).

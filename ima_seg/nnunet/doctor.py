@@ -150,7 +150,7 @@ def _nnunet_location(version: str) -> Finding:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from ima_seg.model import resolve_precision
+    from ima_seg.attacks.network import resolve_precision
     from ima_seg.ops.backend import ENVIRONMENT_VARIABLE, describe_backend
 
     version = torch.__version__
@@ -306,7 +306,7 @@ def _folders() -> Iterator[Finding]:
 
 def _settings() -> Iterator[Finding]:
     from ima_seg import methods
-    from ima_seg.settings import ENVIRONMENT_VARIABLE, IMASettings, load_settings
+    from ima_seg.methods.settings import ENVIRONMENT_VARIABLE, IMASettings, load_settings
 
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     if not value:

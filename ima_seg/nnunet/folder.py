@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ima_seg.cases.files import CaseFiles, CaseProblem, allowed_labels, check_case, find_cases, ignore_value
 from ima_seg.errors import UserError
 from ima_seg.files import file_hash
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
 from ima_seg.nnunet.compat import channel_names, check_nnunet_version
-from ima_seg.nnunet.inputs import CaseFiles, CaseProblem, allowed_labels, check_case, find_cases, ignore_value
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.types import Labels
 

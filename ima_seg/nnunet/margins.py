@@ -13,12 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ima_seg.errors import UserError
-from ima_seg.history import PROGRESS_FILE, margin_rows, write_csv
-from ima_seg.ledger import MarginLedger
+from ima_seg.methods.history import PROGRESS_FILE, margin_rows, write_csv
+from ima_seg.methods.ledger import MarginLedger
+from ima_seg.methods.plots import plot_progress
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
 from ima_seg.nnunet.compat import shared_native_scale
 from ima_seg.nnunet.intensity import native_scale
-from ima_seg.plots import plot_progress
 
 #: The one that training goes on from comes first.
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")

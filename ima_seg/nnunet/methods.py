@@ -10,12 +10,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from typing_extensions import override
 
-from ima_seg.history import write_csv
 from ima_seg.methods.base import Method
-from ima_seg.methods.settings import FixedBudgetSettings
+from ima_seg.methods.fixed_settings import FixedBudgetSettings
+from ima_seg.methods.history import write_csv
+from ima_seg.methods.ranks import gather
 from ima_seg.nnunet.checkpoint import METHOD_KEY
 from ima_seg.nnunet.training import Training
-from ima_seg.ranks import gather
 
 S = TypeVar("S", bound=FixedBudgetSettings)
 

@@ -14,7 +14,7 @@ import yaml
 from ima_seg.data.naming import folders_with_id
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
-from ima_seg.settings import IMASettings
+from ima_seg.methods.settings import IMASettings
 
 
 def preprocessed_folder(dataset: str) -> Path:

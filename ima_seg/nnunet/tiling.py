@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from torch import nn
 
+from ima_seg.attacks.network import full_resolution
 from ima_seg.errors import UserError
-from ima_seg.model import full_resolution
 
 
 class SlidingWindow(nn.Module):

@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from typing_extensions import override
 
+from ima_seg.attacks.network import resolve_precision
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
-from ima_seg.history import EpochTally, epoch_line, epoch_warnings, history_row, write_course
-from ima_seg.ima import IMA
-from ima_seg.model import resolve_precision
+from ima_seg.methods.history import EpochTally, epoch_line, epoch_warnings, history_row, write_course
+from ima_seg.methods.ima import IMA
+from ima_seg.methods.settings import BEFORE, IMASettings, TrainingSettings, differences
 from ima_seg.nnunet.checkpoint import KEY
 from ima_seg.ops import describe_backend
-from ima_seg.settings import BEFORE, IMASettings, TrainingSettings, differences
 from ima_seg.types import Labels, ThreatModel
 
 S = TypeVar("S", bound=TrainingSettings)

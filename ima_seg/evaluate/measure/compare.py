@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ima_seg.evaluate.estimates import Estimate
-from ima_seg.evaluate.statistics import holm, non_inferiority, paired
+from ima_seg.evaluate.measure.estimates import Estimate
+from ima_seg.evaluate.measure.statistics import holm, non_inferiority, paired
 
 #: Largest loss of clean Dice that is not called a cost.
 CLEAN_MARGIN = 0.02

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ima_seg.attacks.base import AttackResult, lost_dice
+from ima_seg.attacks.network import Precision, full_resolution
 from ima_seg.attacks.pgd import pgd
-from ima_seg.model import Precision, full_resolution
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.ops import perturbation_size, project
 from ima_seg.types import Labels, Network, PassCount, Target, ThreatModel
@@ -48,7 +48,7 @@ def patch_pgd(
         steps: gradient steps.
         restarts: of each patch.
         support: where a perturbation may be.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         generator: source of the random starts.
     """
     network = window.networks[0]

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ima_seg.evaluate.collect import Evaluation
-from ima_seg.evaluate.estimates import mean
+from ima_seg.evaluate.measure.collect import Evaluation
+from ima_seg.evaluate.measure.estimates import mean
+from ima_seg.evaluate.measure.summary import WORST, WORST_OF, Condition, Summary
 from ima_seg.evaluate.records import Record
-from ima_seg.evaluate.summary import WORST, WORST_OF, Condition, Summary
-from ima_seg.evaluate.words import number
+from ima_seg.evaluate.report.words import number
 
 Status = Literal["PASS", "WARN", "SKIP"]
 

@@ -19,7 +19,7 @@ from ima_seg.ops import resolve_backend
 from ima_seg.types import Target
 
 if TYPE_CHECKING:
-    from ima_seg.attacks._gradient import Pass, Perturbed
+    from ima_seg.attacks.passes import Pass, Perturbed
 
 _log = logging.getLogger("ima_seg.attacks")
 _active: ContextVar[GraphedPasses | None] = ContextVar("ima_seg_graphs", default=None)
@@ -85,7 +85,7 @@ class GraphedPasses:
         self, batch: Perturbed, delta: torch.Tensor, target: Target, scale: torch.Tensor, progress: float
     ) -> Pass | None:
         """A pass by replay, its logits and gradient good until the next; None where there is no graph for it."""
-        from ima_seg.attacks._gradient import Pass
+        from ima_seg.attacks.passes import Pass
 
         obstacle = self._obstacle(batch)
         if obstacle is not None:
@@ -127,7 +127,7 @@ class GraphedPasses:
     def _capture(
         self, batch: Perturbed, delta: torch.Tensor, target: Target, scale: torch.Tensor, addresses: list[int]
     ) -> _Captured | None:
-        from ima_seg.attacks._gradient import Perturbed
+        from ima_seg.attacks.passes import Perturbed
 
         support = None if batch.support is None else batch.support.clone()
         held = Perturbed(batch.model, batch.x.clone(), batch.threat, batch.precision, batch.loss, support)

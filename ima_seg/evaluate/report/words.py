@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ima_seg.evaluate.compare import Comparison
-from ima_seg.evaluate.estimates import Estimate
+from ima_seg.evaluate.measure.compare import Comparison
+from ima_seg.evaluate.measure.estimates import Estimate
+from ima_seg.evaluate.measure.summary import WORST, Condition, Summary
 from ima_seg.evaluate.run import Run
-from ima_seg.evaluate.summary import WORST, Condition, Summary
 
 KINDS = {
     "clean": "unchanged images",

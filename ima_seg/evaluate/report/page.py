@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ima_seg.errors import UserError
-from ima_seg.evaluate import charts, views, words
-from ima_seg.evaluate.collect import Evaluation, collect
-from ima_seg.evaluate.flags import check
-from ima_seg.evaluate.summary import Summary, summarise
-from ima_seg.evaluate.tables import records_csv, summary_csv
+from ima_seg.evaluate.measure.collect import Evaluation, collect
+from ima_seg.evaluate.measure.summary import Summary, summarise
+from ima_seg.evaluate.measure.tables import records_csv, summary_csv
+from ima_seg.evaluate.report import charts, views, words
+from ima_seg.evaluate.report.flags import check
 from ima_seg.files import write_text
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ima_seg.evaluate.conditions import conditions
+from ima_seg.cases.files import CaseFiles
+from ima_seg.evaluate.attack.conditions import conditions
 from ima_seg.evaluate.run import EvaluationSettings, ModelInfo, Run
 from ima_seg.evaluate.subject import Model
 from ima_seg.monai.bundle import BundleModel
 from ima_seg.nnunet.folder import SegmentationModel
-from ima_seg.nnunet.inputs import CaseFiles
 from ima_seg.nnunet.margins import restore_ledger
 from ima_seg.ops import describe_backend
 

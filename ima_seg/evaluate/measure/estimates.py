@@ -9,7 +9,7 @@ from statistics import median as _median
 
 from pydantic import BaseModel, ConfigDict
 
-from ima_seg.evaluate.statistics import Interval, bootstrap_mean
+from ima_seg.evaluate.measure.statistics import Interval, bootstrap_mean
 
 
 class Estimate(BaseModel):

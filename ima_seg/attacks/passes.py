@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from ima_seg.attacks._graphs import active_graphs
 from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
+from ima_seg.attacks.graphs import active_graphs
+from ima_seg.attacks.network import Precision, autocast, full_resolution, resolve_precision
 from ima_seg.errors import UserError
-from ima_seg.model import Precision, autocast, full_resolution, resolve_precision
 from ima_seg.ops import draw_seeds, per_row, perturbation_size, project, random_start
 from ima_seg.types import Network, PassCount, Target, ThreatModel
 
@@ -64,7 +64,7 @@ class Perturbed:
         model: network (B, C, *S) -> logits.
         x: batch (B, C, *S).
         threat: norm and perturbable channels.
-        precision: of the passes; ``"auto"`` is bfloat16 where native, see :func:`ima_seg.model.resolve_precision`.
+        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
         loss: what the gradient climbs.
         support: bool, broadcastable to the perturbable channels; None for everywhere.
     """

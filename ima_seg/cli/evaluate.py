@@ -136,7 +136,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     # Of libraries that import torch's scripting; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")
     from ima_seg.evaluate.api import evaluate
-    from ima_seg.evaluate.corruptions import default_corruptions
+    from ima_seg.evaluate.attack.corruptions import default_corruptions
     from ima_seg.evaluate.run import EvaluationSettings
 
     models = _models(arguments)
@@ -263,7 +263,7 @@ def _is_ct(folder: Path) -> bool:
 
 def _list(attacks: bool) -> None:
     from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
-    from ima_seg.evaluate.corruptions import CORRUPTIONS
+    from ima_seg.evaluate.attack.corruptions import CORRUPTIONS
 
     if attacks:
         rows = {name: f"{spec.kind:5}  {spec.summary}" for name, spec in ATTACKS.items()}

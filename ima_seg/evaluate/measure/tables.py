@@ -7,10 +7,10 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from ima_seg.evaluate.estimates import Estimate
+from ima_seg.evaluate.measure.estimates import Estimate
+from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.run import Run
-from ima_seg.evaluate.summary import Condition, Summary
 
 _CLASS_FIELDS = (
     "state",

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ima_seg.files import write_text
-from ima_seg.ima import StepReport
-from ima_seg.ledger import EpochSummary, MarginLedger
-from ima_seg.plots import plot_progress
-from ima_seg.ranks import gather
-from ima_seg.settings import IMASettings
+from ima_seg.methods.ima import StepReport
+from ima_seg.methods.ledger import EpochSummary, MarginLedger
+from ima_seg.methods.plots import plot_progress
+from ima_seg.methods.ranks import gather
+from ima_seg.methods.settings import IMASettings
 from ima_seg.types import Norm
 
 MARGINS_FILE = "ima_margins.csv"

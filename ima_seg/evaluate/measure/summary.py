@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from ima_seg.evaluate.compare import CleanCost, Comparison, clean_costs, comparisons
-from ima_seg.evaluate.estimates import Estimate, estimate, mean, median
+from ima_seg.evaluate.measure.compare import CleanCost, Comparison, clean_costs, comparisons
+from ima_seg.evaluate.measure.estimates import Estimate, estimate, mean, median
+from ima_seg.evaluate.measure.saved import Saved, saved_files
+from ima_seg.evaluate.measure.statistics import area_under_dice, median_breaking, pooled_dice, wilson
 from ima_seg.evaluate.records import ClassMetrics, Failure, Record
 from ima_seg.evaluate.run import Run
-from ima_seg.evaluate.saved import Saved, saved_files
-from ima_seg.evaluate.statistics import area_under_dice, median_breaking, pooled_dice, wilson
 
 #: Kinds of attacks of which the worst per case is taken.
 WORST_OF = ("white", "black", "transfer")

@@ -1,4 +1,4 @@
-"""The folders of an evaluation, read and merged: what :mod:`ima_seg.evaluate.summary` and the report start from."""
+"""The folders of an evaluation, read and merged: what the summary and the report start from."""
 
 from __future__ import annotations
 

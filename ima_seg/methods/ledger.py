@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from ima_seg.errors import UserError
-from ima_seg.ranks import gather
+from ima_seg.methods.ranks import gather
 
 Rule = Literal["paper", "majority", "mean", "grow"]
 RULES: tuple[Rule, ...] = ("paper", "majority", "mean", "grow")

@@ -26,14 +26,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, boundary_search, pgd
-from ima_seg.attacks._gradient import forward as passed
-from ima_seg.attacks._rows import assign, chosen
 from ima_seg.attacks.boundary import class_quality, hard_quality, loss_quality, start_radius
+from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.attacks.passes import forward as passed
+from ima_seg.attacks.rows import assign, chosen
 from ima_seg.errors import UserError
-from ima_seg.ledger import EpochSummary, MarginLedger
-from ima_seg.model import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.methods.ledger import EpochSummary, MarginLedger
+from ima_seg.methods.settings import IMASettings
 from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
-from ima_seg.settings import IMASettings
 from ima_seg.types import Classes, Labels, Network, PassCount, Target, ThreatModel
 
 #: On accelerators the working batch of the search shrinks in at most this many sizes.

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ima_seg.evaluate import charts
-from ima_seg.evaluate.collect import Evaluation
-from ima_seg.evaluate.panels import CLASS_COLOURS, Panel, read_panel
+from ima_seg.evaluate.measure.collect import Evaluation
+from ima_seg.evaluate.measure.summary import WORST, WORST_OF, Condition, Summary, group_records, worst_groups
 from ima_seg.evaluate.records import Record
+from ima_seg.evaluate.report import charts
+from ima_seg.evaluate.report.panels import CLASS_COLOURS, Panel, read_panel
+from ima_seg.evaluate.report.words import KINDS, attack_name, describe, network_unit, unit_short
 from ima_seg.evaluate.run import Run
-from ima_seg.evaluate.summary import WORST, WORST_OF, Condition, Summary, group_records, worst_groups
-from ima_seg.evaluate.words import KINDS, attack_name, describe, network_unit, unit_short
 
 #: At most so many panels per model, and so many characters of pictures in all.
 PANELS_PER_MODEL = 3

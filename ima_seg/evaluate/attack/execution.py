@@ -11,16 +11,16 @@ from typing import TypeVar
 import torch
 
 from ima_seg.attacks import appear, disappear, minimal_norm, pgd
-from ima_seg.attacks._gradient import Perturbed
 from ima_seg.attacks.base import AttackResult
+from ima_seg.attacks.network import full_resolution
+from ima_seg.attacks.passes import Perturbed
 from ima_seg.attacks.registry import ATTACKS
 from ima_seg.errors import UserError
-from ima_seg.evaluate.conditions import Condition
-from ima_seg.evaluate.patchwise import patch_pgd
-from ima_seg.evaluate.problem import Problem, make_problem, native_scale, per_voxel
+from ima_seg.evaluate.attack.conditions import Condition
+from ima_seg.evaluate.attack.patchwise import patch_pgd
+from ima_seg.evaluate.attack.problem import Problem, make_problem, native_scale, per_voxel
 from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Window
-from ima_seg.model import full_resolution
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.ops import hard_dice, perturbation_size, project
 from ima_seg.types import PassCount, ThreatModel

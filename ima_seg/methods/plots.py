@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ima_seg.files import replacing
-from ima_seg.ledger import MarginLedger
+from ima_seg.methods.ledger import MarginLedger
 from ima_seg.types import Norm
 
 if TYPE_CHECKING:

@@ -91,7 +91,7 @@ def _run_phantom(args: argparse.Namespace) -> int:
 
 
 def _run_decathlon(args: argparse.Namespace) -> int:
-    from ima_seg.data.decathlon import convert_decathlon
+    from ima_seg.nnunet.decathlon import convert_decathlon
 
     folder = convert_decathlon(
         args.path, dataset_id=args.dataset_id, num_processes=args.num_processes, verify=not args.no_verify

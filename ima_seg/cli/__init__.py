@@ -12,8 +12,8 @@ from ima_seg.errors import UserError
 
 def _parser() -> argparse.ArgumentParser:
     from ima_seg import __version__
-    from ima_seg.data.cli import add_dataset_parser
-    from ima_seg.evaluate.cli import add_evaluate_parsers
+    from ima_seg.cli.dataset import add_dataset_parser
+    from ima_seg.cli.evaluate import add_evaluate_parsers
 
     parser = argparse.ArgumentParser(
         prog="ima-seg",
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from ima_seg.demo import run_demo
+    from ima_seg.cli.demo import run_demo
 
     run_demo(arguments.output)
     return 0

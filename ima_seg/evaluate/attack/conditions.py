@@ -8,8 +8,8 @@ from typing import Any
 
 from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
 from ima_seg.errors import UserError
-from ima_seg.evaluate.corruptions import CORRUPTIONS, SEVERITIES
-from ima_seg.evaluate.problem import check_units
+from ima_seg.evaluate.attack.corruptions import CORRUPTIONS, SEVERITIES
+from ima_seg.evaluate.attack.problem import check_units
 from ima_seg.evaluate.records import Kind
 from ima_seg.evaluate.run import EvaluationSettings
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from ima_seg.evaluate.estimates import mean
+from ima_seg.evaluate.measure.estimates import mean
 from ima_seg.evaluate.records import Record
 
 

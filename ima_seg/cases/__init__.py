@@ -1,0 +1,1 @@
+"""Volumes as people store them: found, checked, read, written. Knows neither nnU-Net nor MONAI."""

@@ -1,0 +1,1 @@
+"""Runs every condition on every case and model, and writes one record each."""

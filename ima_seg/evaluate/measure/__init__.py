@@ -1,0 +1,1 @@
+"""Numbers from predictions and from records: metrics, statistics, comparisons, the summary."""
