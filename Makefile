@@ -38,9 +38,9 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 # Those that need no data set.
-MEASUREMENTS := $(wildcard benchmarks/bench_*.py) $(addprefix benchmarks/,attack_speed.py monai_overhead.py ops.py train_cost.py)
+MEASUREMENTS := speed.ops speed.attack_speed speed.whole_volume cost.train_cost cost.step_overhead cost.monai_overhead
 bench: $(READY)
-	set -e; for script in $(MEASUREMENTS); do $(BIN)/python "$$script"; done
+	set -e; for script in $(MEASUREMENTS); do $(BIN)/python -m "benchmarks.$$script"; done
 
 clean:
 	rm -rf .venv build dist site demo_output .pytest_cache .mypy_cache .ruff_cache .coverage

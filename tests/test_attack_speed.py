@@ -1,34 +1,23 @@
 """The speed benchmark compares like with like, and refuses to time what is wrong."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmarks.shared import measuring
+from benchmarks.speed import attack_contenders, attack_speed
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """The script as a module; its siblings are importable while the tests run."""
-    before, threads = set(sys.modules), torch.get_num_threads()
+    """The script as a module."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # nothing here is large enough for more
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("attack_speed", BENCHMARKS / "attack_speed.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["attack_speed"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        torch.set_num_threads(threads)
-        sys.path.remove(str(BENCHMARKS))
-        for name in {"attack_speed", "attack_contenders", "attack_tables", "common"} - before:
-            sys.modules.pop(name, None)
+    yield attack_speed
+    torch.set_num_threads(threads)
 
 
 def contender(benchmark, name):
@@ -106,9 +95,9 @@ class Result:
     ],
 )
 def test_nothing_is_timed_or_written_when_ours_is_wrong(benchmark, broken, message, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys.modules["attack_contenders"], "pgd", broken)
+    monkeypatch.setattr(attack_contenders, "pgd", broken)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys.modules["common"], "RESULTS", tmp_path)
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match=message) as refused:
         benchmark.main(["--device", "cpu", "--quick"])
     assert refused.value.code not in (None, 0)
@@ -154,7 +143,7 @@ def test_bars_know_device_dimension_and_precision(benchmark):
 
 def test_quick_prints_the_tables_and_writes_nothing(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys.modules["common"], "RESULTS", tmp_path)
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path)
     chosen = [contender(benchmark, "ima-seg fp32"), contender(benchmark, "plain loop")]
     missing = benchmark.Contender("absent", None, "", "no-such-package")
     monkeypatch.setattr(benchmark, "CONTENDERS", [*chosen, missing])

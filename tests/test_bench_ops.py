@@ -1,39 +1,30 @@
 """The benchmark of the ops counts bytes as they are, and refuses to time what is wrong."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.shared import baselines, measuring
+from benchmarks.speed import op_cases
+from benchmarks.speed import ops as ops_script
 from ima_seg import ops
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
-    """The script as a module that writes to ``tmp_path``; its siblings are importable while a test runs."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("bench_ops", BENCHMARKS / "ops.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_ops", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys.modules["common"], "RESULTS", tmp_path)
-    yield module
-    for name in {"common", "op_cases", "op_tables"} - before:
-        sys.modules.pop(name, None)
+    """The script as a module that writes to ``tmp_path``."""
+    for module in (ops_script, measuring):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return ops_script
 
 
 @pytest.fixture
-def cases(benchmark):
+def cases():
     """The module of the ops that the script has imported."""
-    return sys.modules["op_cases"]
+    return op_cases
 
 
 def problem(cases, name, shape):
@@ -93,7 +84,7 @@ def test_a_wrong_gradient_or_composition_is_noticed(benchmark, cases, monkeypatc
         patched.setattr(ops.registered, "dice_ce_backward", lambda *a: right(*a) * 1.001)
         with pytest.raises(SystemExit, match=r"forward \+ backward, a case, reference: wrong"):
             benchmark.check(posed)
-    monkeypatch.setattr(cases, "rms", lambda image: torch.full((len(image), *(1,) * (image.ndim - 1)), 1e-6))
+    monkeypatch.setattr(baselines, "rms", lambda image: torch.full((len(image), *(1,) * (image.ndim - 1)), 1e-6))
     with pytest.raises(SystemExit, match="gradient_step l2, a case, plain: wrong"):
         benchmark.check(problem(cases, "gradient_step l2", (2, 1, 4, 5)))
     with pytest.raises(SystemExit, match="random_start l2, a case, plain: wrong, beyond its radius"):

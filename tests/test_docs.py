@@ -172,9 +172,12 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     if program == "python":
-        monkeypatch.syspath_prepend(str((ROOT / arguments[0]).parent))
-        monkeypatch.setattr(sys, "argv", arguments)
-        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+        if arguments[0] == "-m":
+            monkeypatch.setattr(sys, "argv", arguments[1:])
+            runpy.run_module(arguments[1], run_name="__main__")
+        else:
+            monkeypatch.setattr(sys, "argv", arguments)
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
     elif program == "ima-seg":
         from ima_seg.cli import main
 

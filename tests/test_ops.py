@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from benchmarks.shared.baselines import independent_dice_ce, plain_step
 from ima_seg.errors import UserError
 from ima_seg.ops import (
     dice_ce,
@@ -30,16 +31,10 @@ def test_step_equals_float64_reference_sample_by_sample(shape, norm):
     delta, gradient = torch.randn(shape) * 0.1, torch.randn(shape)
     alpha, eps = torch.rand(shape[0]) * 0.2, torch.rand(shape[0]) * 0.2
     ours, _ = gradient_step(delta.clone(), gradient, alpha=alpha, eps=eps, norm=norm)
+    inputs = {"delta": delta, "gradient": gradient, "alpha": alpha, "eps": eps}
     for i in range(shape[0]):
-        d, g = delta[i].double(), gradient[i].double()
-        voxels = d.numel()
-        if norm == "l2":
-            d = d + alpha[i].double() * math.sqrt(voxels) * g / g.norm()
-            radius = eps[i].double() * math.sqrt(voxels)
-            expected = d * min(1.0, float(radius / d.norm()))
-        else:
-            expected = (d + alpha[i].double() * g.sign()).clamp(-eps[i].double(), eps[i].double())
-        torch.testing.assert_close(ours[i].double(), expected, atol=1e-6, rtol=1e-5)
+        expected, _ = plain_step(norm, {name: value[i : i + 1].double() for name, value in inputs.items()})
+        torch.testing.assert_close(ours[i : i + 1].double(), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -243,26 +238,6 @@ def test_logits_that_do_not_fit_their_reference_are_refused(op, logits, message)
 
 
 # Loss and counts
-
-
-def independent_dice_ce(logits, raw, labels):
-    """Sample by sample, in float64, from the raw target; differentiable by torch alone."""
-    losses = []
-    for scores, truth in zip(logits.double().flatten(2), raw.flatten(2), strict=True):
-        if labels.regions:
-            known = truth[-1] == 0 if labels.ignore_label is not None else torch.ones_like(truth[0], dtype=torch.bool)
-            true = truth[: labels.outputs].double()
-            p = 1 / (1 + (-scores).exp())
-            entropy = -(true * p.log() + (1 - true) * (1 - p).log()).mean(0)
-        else:
-            known = truth[0] != labels.ignore_label if labels.ignore_label is not None else truth[0] >= 0
-            true = torch.stack([(truth[0] == k).double() for k in range(labels.outputs)])
-            p = scores.exp() / scores.exp().sum(0)
-            entropy = -(true * p.log()).sum(0)
-        p, true = (each[0 if labels.regions else 1 :, known] for each in (p, true))
-        dice = (2 * (p * true).sum(1) + 1e-5) / (p.sum(1) + true.sum(1) + 1e-5)
-        losses.append(entropy[known].mean() - dice.mean())
-    return torch.stack(losses)
 
 
 KINDS = {

@@ -1,17 +1,12 @@
 """The robustness table from stored results: numbers, and what is never mixed."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import robustness_report as report
-from robustness_methods import METHODS, PROFILES, matched_iterations, method_of, protocols_of, settings_of
-
 import nnunet_trainers
+from benchmarks.robustness import report
+from benchmarks.robustness.methods import METHODS, PROFILES, matched_iterations, method_of, protocols_of, settings_of
 
 
 def record(case, attack, eps, dice, slices=(0.5, 2), voxels=(10, 0, 0)):
@@ -148,7 +143,7 @@ def test_protocols_are_arguments_of_evaluate(profile):
 
 
 def test_a_stored_table_needs_no_data(tmp_path, monkeypatch):
-    import robustness_table as script
+    from benchmarks.robustness import table as script
 
     monkeypatch.delenv("nnUNet_preprocessed", raising=False)
     monkeypatch.setattr(script, "STORE", tmp_path)

@@ -301,7 +301,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(f"{n}: {old.get(n)} there, {new.get(n)} now" for n in names)
 
 
-#: About half of the default's search (``benchmarks/search_settings.py``).
+#: About half of the default's search (``benchmarks/robustness/search_settings.py``).
 FAST = IMASettings(steps=2, start="mixed", refine_steps=1)
 #: AMAT: the margin is defined by a loss, and never moved back.
 AMAT = IMASettings(criterion="loss", tau=0.5, rule="grow")

@@ -1,6 +1,6 @@
 """How near the fused ops come to the memory bandwidth, and what they gain over plain torch.
 
-    python benchmarks/ops.py [--device cpu|cuda] [--rounds 7] [--quick]
+    python -m benchmarks.speed.ops [--device cpu|cuda] [--rounds 7] [--quick]
 
 Each op runs through its public function under every backend that the device has, beside a plain composition: what is
 written without the op, with the same semantics. Random starts of the plain composition come from torch's generator, so
@@ -41,10 +41,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import RESULTS, alternate, cpu_info, provenance, ratio, rounded, store, wait
-from op_cases import PLAIN, Problem, Results, Tensors, problems, rms
-from op_tables import bars, tables
 
+from benchmarks.shared.baselines import Results, Tensors, rms
+from benchmarks.shared.measuring import RESULTS, alternate, cpu_info, provenance, ratio, rounded, store, wait
+from benchmarks.speed.op_cases import PLAIN, Problem, problems
+from benchmarks.speed.op_tables import bars, tables
 from ima_seg import ops
 from ima_seg.errors import UserError
 from ima_seg.files import write_text

@@ -1,6 +1,6 @@
 """What an IMA search costs beyond its bare network passes, and what an IMA step needs beyond a standard step's memory.
 
-    python benchmarks/bench_step_overhead.py [--device cpu|cuda]
+    python -m benchmarks.cost.step_overhead [--device cpu|cuda]
 
 Time: the boundary search at the paper's K = 20, with a threshold that no sample crosses, so that it makes all of its 20
 input gradients and one forward, against the same passes bare (forward, per-sample loss, ``autograd.grad``). The two
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import alternate, number_of_process, peak_memory, provenance, ratio, store
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
+from benchmarks.shared.measuring import alternate, number_of_process, peak_memory, provenance, ratio, store
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import SearchSettings, boundary_search
 from ima_seg.attacks.network import frozen

@@ -1,6 +1,6 @@
 """How much sooner is IMA robust when it starts from a standard model? One 2D training from it, one from scratch.
 
-    python benchmarks/pretrained_start.py 4 -p nnUNetPlans_small --pretrained .../checkpoint_final.pth -w WORK
+    python -m benchmarks.robustness.pretrained_start 4 -p nnUNetPlans_small --pretrained .../checkpoint_final.pth -w W
 
 Both train fold 0 with nnUNetTrainerIMA and the same settings; every ``--every`` epochs the network meets PGD-20 (L2 5
 per slice, float32) on slices with foreground of validation cases. The time of a point is that of the training alone,
@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, command_line, provenance, table
-from search_settings import robust_dice, seeded_trainer, validation_slices
 
+from benchmarks.robustness.search_settings import robust_dice, seeded_trainer, validation_slices
+from benchmarks.shared.measuring import RESULTS, again, command_line, provenance, table
 from ima_seg.files import write_text
 from ima_seg.types import Labels
 
@@ -69,7 +69,7 @@ def train(start: str, options: argparse.Namespace) -> dict[str, Any]:
         write_text(folder / "settings.toml", "".join(f"{key} = {value}\n" for key, value in values.items()))
         environment = {**os.environ, "nnUNet_results": str(folder), "IMA_CONFIG": str(folder / "settings.toml")}
         with (folder / "log.txt").open("w") as log:
-            command = [sys.executable, __file__, *sys.argv[1:], "--start", start]
+            command = again(__file__, *sys.argv[1:], "--start", start)
             subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     points: dict[str, Any] = json.loads(done.read_text())
     return points

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 
+from benchmarks.shared.baselines import (
+    Results,
+    Tensors,
+    plain_counts,
+    plain_dice_ce,
+    plain_interpolation,
+    plain_start,
+    plain_step,
+)
 from ima_seg import Labels, Target, ops
 from ima_seg.ops import reference
 from ima_seg.types import Norm
-
-Tensors = dict[str, torch.Tensor]
-Results = tuple[torch.Tensor, ...]
 
 #: Batch, channel and space; logits have as many channels as there are classes instead.
 IMAGES = {
@@ -106,29 +110,6 @@ def exact_step(norm: Norm, inputs: Tensors) -> Results:
     return reference.gradient_step(inputs["delta"], inputs["gradient"], inputs["alpha"], inputs["eps"], norm, *rest)
 
 
-def rms(image: torch.Tensor) -> torch.Tensor:
-    """Broadcasts over ``image`` (B, C, *S)."""
-    return ops.per_row(image.flatten(1).norm(dim=1) / math.sqrt(image[0].numel()), image)
-
-
-def plain_step(norm: Norm, inputs: Tensors) -> Results:
-    delta, gradient = inputs["delta"], inputs["gradient"]
-    alpha, eps = (ops.per_row(inputs[name], delta) for name in ("alpha", "eps"))
-    if "mask" in inputs:
-        gradient = gradient * inputs["mask"]
-    if norm == "l2":
-        size = rms(gradient)
-        delta = delta + alpha * (gradient / size.clamp_min(1e-12))
-        delta = delta * (eps / rms(delta).clamp_min(1e-12)).clamp_max(1)
-    else:
-        size = gradient.flatten(1).abs().amax(1)
-        delta = (delta + alpha * gradient.sign()).clamp(-eps, eps)
-    if "image" in inputs:
-        image, low, high = inputs["image"], *(ops.per_row(inputs[name], delta) for name in ("low", "high"))
-        delta = (image + delta).clamp(low, high) - image
-    return delta, size.flatten()
-
-
 def step(norm: Norm, masked: bool = False, boxed: bool = False) -> Op:
     """A gradient step. An L-infinity step needs one pass: where it goes does not depend on the whole gradient."""
     passes = 2 if norm == "l2" else 1
@@ -148,14 +129,6 @@ def make_start(shape: tuple[int, ...], generator: torch.Generator) -> Tensors:
     return {"like": torch.zeros(shape), "radius": torch.full(shape[:1], EPS), "seeds": seeds}
 
 
-def plain_start(norm: Norm, inputs: Tensors) -> Results:
-    like, radius = inputs["like"], ops.per_row(inputs["radius"], inputs["like"])
-    if norm == "linf":
-        return (torch.empty_like(like).uniform_(-1, 1) * radius,)
-    noise = torch.randn_like(like)
-    return (noise * (radius * torch.rand_like(radius) / rms(noise)),)
-
-
 def start(norm: Norm) -> Op:
     """Noise: no pass but the one that writes it, since it can be made twice."""
     return Op(
@@ -169,12 +142,6 @@ def start(norm: Norm) -> Op:
 def make_ends(shape: tuple[int, ...], generator: torch.Generator) -> Tensors:
     ends = {name: torch.randn(shape, generator=generator) * 0.1 for name in ("inner", "outer")}
     return ends | {"share": torch.rand(shape[:1], generator=generator)}
-
-
-def plain_interpolation(norm: Norm, inputs: Tensors) -> Results:
-    inner, outer = inputs["inner"], inputs["outer"]
-    point = inner + ops.per_row(inputs["share"], inner) * (outer - inner)
-    return point, rms(point).flatten() if norm == "l2" else point.flatten(1).abs().amax(1)
 
 
 def interpolation(norm: Norm) -> Op:
@@ -225,29 +192,10 @@ def slope(loss: Callable[[Tensors], torch.Tensor], inputs: Tensors) -> Results:
     return value.detach(), gradient
 
 
-def plain_dice_ce(inputs: Tensors) -> torch.Tensor:
-    logits, labels = inputs["logits"], inputs["labels"]
-    probabilities = logits.softmax(1).flatten(2)
-    truth = F.one_hot(labels, logits.shape[1]).movedim(-1, 1).flatten(2).to(logits.dtype)
-    overlap, total = (probabilities * truth).sum(2), probabilities.sum(2) + truth.sum(2)
-    dice = ((2 * overlap + ops.SMOOTH) / (total + ops.SMOOTH))[:, 1:].mean(1)
-    return F.cross_entropy(logits, labels, reduction="none").flatten(1).mean(1) - dice
-
-
 def exact_slope(inputs: Tensors) -> Results:
     arguments = inputs["logits"], inputs["reference"], None
     loss, sums, voxels = reference.dice_ce(*arguments)
     return loss, reference.dice_ce_backward(voxels, *arguments, sums, voxels)
-
-
-def plain_counts(inputs: Tensors) -> Results:
-    """Counts, and whether logits are finite, which an attack has to know as well."""
-    logits, classes = inputs["logits"], inputs["logits"].shape[1]
-    predicted, true = (
-        F.one_hot(each.flatten(1), classes)[..., 1:].bool() for each in (logits.argmax(1), inputs["labels"])
-    )
-    counts = torch.stack([(predicted & true).sum(1), predicted.sum(1), true.sum(1)], -1)
-    return counts, torch.isfinite(logits).flatten(1).all(1)
 
 
 LOGITS_OPS = [

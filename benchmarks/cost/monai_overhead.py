@@ -1,6 +1,6 @@
 """What MONAI's engine costs beyond the same IMA training in a plain loop of torch.
 
-    python benchmarks/monai_overhead.py [--device cpu|cuda]
+    python -m benchmarks.cost.monai_overhead [--device cpu|cuda]
 
 An epoch of ``IMASupervisedTrainer`` over batches of MetaTensors, against ``IMA.step``, optimiser step and ``end_epoch``
 over the same batches as plain tensors, with equal networks, seeds and settings; both make all passes of the search in
@@ -18,12 +18,12 @@ import time
 from typing import Any
 
 import torch
-from common import alternate, provenance, ratio, store
 from monai.data import MetaTensor
 from monai.data.utils import list_data_collate
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 
+from benchmarks.shared.measuring import alternate, provenance, ratio, store
 from ima_seg.monai import IMASupervisedTrainer
 from ima_seg.monai.trainer import make_ima
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import bar_table, table
+from benchmarks.shared.measuring import bar_table, table
 
 #: Float32 may cost this much more than the bare passes; what separates equal work in a run is noise of this size too.
 FP32_BAR = 1.03

@@ -1,11 +1,11 @@
 """IMA beside every other way to train, from a data set to the table and the figure.
 
-    python benchmarks/robustness_table.py 4 -c 2d --profile quick -w WORK [--methods ima pgdat-5 ...] [--folds 0]
+    python -m benchmarks.robustness.table 4 -c 2d --profile quick -w WORK [--methods ima pgdat-5 ...] [--folds 0]
 
 Trains every method on the same folds, for the same number of updates, from the same weights (``--pretrained``) or from
 scratch, and evaluates each on the validation cases of its fold with ``ima-seg evaluate``, by the paper's protocol (2D:
 budget per slice, PGD, mean Dice per slice with foreground and pooled Dice) and by ours (whole volumes, the worst case
-of PGD, APGD, SegPGD and Square, L2 and L-infinity). ``robustness_methods.py`` says what is trained and how long.
+of PGD, APGD, SegPGD and Square, L2 and L-infinity). ``methods.py`` says what is trained and how long.
 
 Every stage goes on where it stopped: trainings and evaluations live in WORK, and what they gave is stored in
 ``benchmarks/results/robustness/DATASET_CONFIGURATION_PROFILE/METHOD_foldN.json``, of which table and figure are made
@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, command_line, provenance
-from robustness_methods import (
+
+import ima_seg
+from benchmarks.robustness.methods import (
     MATCHED,
     METHODS,
     OURS,
@@ -46,15 +47,13 @@ from robustness_methods import (
     protocols_of,
     settings_of,
 )
-from robustness_report import report
-
-import ima_seg
+from benchmarks.robustness.report import report
+from benchmarks.shared.measuring import RESULTS, ROOT, again, command_line, provenance
 from ima_seg.evaluate.records import Record, read_lines
 from ima_seg.files import file_hash, write_text
 from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, read_checkpoint
 from ima_seg.nnunet.plans import preprocessed_folder, write_plans
 
-ROOT = Path(__file__).resolve().parents[1]
 STORE = RESULTS / "robustness"
 #: What does not decide how a training or an evaluation turns out, of our own sources.
 ASIDE = ("ima_seg/cli/*", "ima_seg/data/*", "ima_seg/evaluate/report/*", "ima_seg/evaluate/measure/tables.py",
@@ -189,7 +188,7 @@ def train(job: Job, identity: dict[str, Any]) -> None:
     write_text(settings, "".join(f"{key} = {json.dumps(value)}\n" for key, value in identity["settings"].items()))
     environment = {**os.environ, "nnUNet_results": str(job.folder / "results"), "IMA_CONFIG": str(settings)}
     began = time.monotonic()
-    command = [sys.executable, __file__, *sys.argv[1:], "--train", job.configuration, job.method, job.fold]
+    command = again(__file__, *sys.argv[1:], "--train", job.configuration, job.method, job.fold)
     call(command, job.folder / "train.log", environment)
     print(f"  {job.method}: trained in {time.monotonic() - began:.0f} s", flush=True)
 

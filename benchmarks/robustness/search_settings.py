@@ -1,9 +1,9 @@
 """What does robustness cost? Trains one 2D network once per variant of the search's settings and attacks the results.
 
-    python benchmarks/search_settings.py 4 -p nnUNetPlans_small --pretrained .../checkpoint_final.pth -w work_folder
+    python -m benchmarks.robustness.search_settings 4 -p nnUNetPlans_small --pretrained .../checkpoint_final.pth -w W
 
 Every variant starts from the same standard model, segmentation heads included, and trains fold 0 of a preprocessed data
-set for the same number of iterations with nnUNetTrainerIMA (in ``work_folder/VARIANT-SEED`` as nnUNet_results; a
+set for the same number of iterations with nnUNetTrainerIMA (in ``W/VARIANT-SEED`` as nnUNet_results; a
 finished training there is taken as it is). The network then meets PGD of 20 steps in float32, L2 per slice, on slices
 with foreground of validation cases. Confidence intervals come from a bootstrap over cases, slices of a case staying
 together; differences to the reference variant are paired by slice. They say nothing about how much another training of
@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import command_line
 
+from benchmarks.shared.measuring import RESULTS, again, command_line
 from ima_seg.attacks import pgd
 from ima_seg.files import write_text
 from ima_seg.methods.settings import IMASettings
@@ -82,7 +82,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
     # nnU-Net reads its folders and the number of its workers at import; without workers a seed decides every batch.
     environment = {**os.environ, "nnUNet_results": str(folder), "IMA_CONFIG": str(settings), "nnUNet_n_proc_DA": "0"}
     with (folder / "log.txt").open("w") as log:
-        command = [sys.executable, __file__, *sys.argv[1:], "--train-seed", str(seed)]
+        command = again(__file__, *sys.argv[1:], "--train-seed", str(seed))
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     return next(folder.glob(pattern))
 
@@ -249,7 +249,7 @@ def main() -> None:
     )
     parser.add_argument("--others", nargs="+", default=[], metavar="NAME=CHECKPOINT", help="attack these, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "search_settings.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "search_settings.json")
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train_seed is not None:

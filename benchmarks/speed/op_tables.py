@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import bar_table, table
-from op_cases import LARGE, NORMS, PLAIN
+from benchmarks.shared.measuring import bar_table, table
+from benchmarks.speed.op_cases import LARGE, NORMS, PLAIN
 
 #: Share of the copy bandwidth that a step is to reach on CUDA.
 BAR = 0.8

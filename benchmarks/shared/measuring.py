@@ -20,7 +20,18 @@ import torch
 
 from ima_seg.files import write_text
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def module_of(script: str) -> str:
+    """``benchmarks.speed.ops`` for the file of that script, as ``python -m`` takes it."""
+    return ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
+
+
+def again(script: str, *arguments: str) -> list[str]:
+    """The command that runs ``script`` with ``arguments`` in a process of its own, from :data:`ROOT`."""
+    return [sys.executable, "-m", module_of(script), *arguments]
 
 
 def wait(device: torch.device) -> None:
@@ -110,8 +121,10 @@ def number_of_process(script: str, *arguments: str) -> float:
     """The number that ``script`` prints when run with ``arguments`` in a process of its own: its peak memory."""
     # Every large tensor in a mapping of its own: the peak then counts tensors, not the heap's fragmentation.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, script, *arguments]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+    done = subprocess.run(
+        again(script, *arguments), check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+    return float(done.stdout)
 
 
 def cpu_info(field: str) -> str:
@@ -130,14 +143,14 @@ def cpu_has_bf16() -> bool:
 
 def command_line(script: str) -> str:
     """The command that runs, with file names only: a path says nothing to a reader."""
-    return " ".join(["python", f"benchmarks/{Path(script).name}", *(Path(a).name for a in sys.argv[1:])])
+    return " ".join(["python", "-m", module_of(script), *(Path(a).name for a in sys.argv[1:])])
 
 
 def provenance(script: str, device: torch.device) -> dict[str, Any]:
     """How a result came about: command, device, version of torch, date."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module_of(script), *sys.argv[1:]]),
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -1,6 +1,6 @@
 """What the gradient of a whole volume through nnU-Net's sliding window costs, in memory and in time.
 
-    python benchmarks/bench_whole_volume.py [--device cpu|cuda] [--sizes 64 96 128] [--patch 64]
+    python -m benchmarks.speed.whole_volume [--device cpu|cuda] [--sizes 64 96 128] [--patch 64]
 
 One step is the blended logits of a volume, their loss, and the loss's gradient with respect to the image. First the
 gradient is compared with that of one autograd graph over all tiles; nothing is reported where they differ. Memory:
@@ -21,9 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import alternate, number_of_process, peak_memory, provenance, ratio, store
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
+from benchmarks.shared.measuring import alternate, number_of_process, peak_memory, provenance, ratio, store
 from ima_seg import Labels, Target
 from ima_seg.attacks.sample_losses import dice_ce_loss
 from ima_seg.nnunet.tiling import SlidingWindow

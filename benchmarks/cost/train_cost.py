@@ -1,6 +1,6 @@
 """What an iteration of adversarial training costs, in standard iterations and in network passes.
 
-    python benchmarks/train_cost.py [--device cpu|cuda] [--quick]
+    python -m benchmarks.cost.train_cost [--device cpu|cuda] [--quick]
 
 Standard nnU-Net, fixed-noise adversarial training (SAT: PGD of 20 steps), and IMA with the paper's search, the default
 and the fast settings train the same network on the same batches, one after the other in every round of one process; a
@@ -29,12 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, alternate, provenance, ratio, store
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
+from benchmarks.shared.measuring import RESULTS, alternate, provenance, ratio, store
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import pgd
 from ima_seg.files import write_text

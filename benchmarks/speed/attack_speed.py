@@ -1,6 +1,6 @@
 """How fast PGD is: this package, other libraries and a plain loop beside the bare network passes.
 
-    python benchmarks/attack_speed.py [--device cpu|cuda] [--rounds 7] [--large] [--quick]
+    python -m benchmarks.speed.attack_speed [--device cpu|cuda] [--rounds 7] [--large] [--quick]
 
 All contenders (``attack_contenders.py``) attack nnU-Net's plain and residual-encoder U-Net, fitted to the batch of
 bright blobs that is attacked, with the same budget, steps, step length and loss, from the clean image. The floor is as
@@ -28,9 +28,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from attack_contenders import CONTENDERS, Contender, Problem, alters, floor, plain_loop
-from attack_tables import bars, tables
-from common import (
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+
+from benchmarks.shared.measuring import (
     RESULTS,
     alternate,
     cpu_has_bf16,
@@ -41,8 +41,8 @@ from common import (
     ratio,
     store,
 )
-from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-
+from benchmarks.speed.attack_contenders import CONTENDERS, Contender, Problem, alters, floor, plain_loop
+from benchmarks.speed.attack_tables import bars, tables
 from ima_seg import Labels, Target
 from ima_seg.attacks.network import full_precision
 from ima_seg.attacks.sample_losses import dice_ce_loss

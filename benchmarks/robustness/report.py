@@ -11,14 +11,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import table
-from robustness_methods import MATCHED, METHODS, OURS, STANDARD
 
+from benchmarks.robustness.methods import MATCHED, METHODS, OURS, STANDARD
+from benchmarks.shared.measuring import ROOT, table
 from ima_seg.evaluate.measure.statistics import holm, paired
 from ima_seg.files import replacing, write_text
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 2000
 #: What must be the same in all results of a table.
 SHARED = ("versions", "sources", "plans", "pretrained", "profile")
