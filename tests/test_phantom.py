@@ -14,7 +14,7 @@ import SimpleITK
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from ima_seg.cli.dataset import add_dataset_parser
+from ima_seg.cli.dataset import add_parsers
 from ima_seg.data import recipes
 from ima_seg.data.phantom import draw_case, write_phantom_dataset
 from ima_seg.errors import UserError
@@ -24,7 +24,7 @@ SMALL = (20, 18, 16)
 
 def run_cli(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    add_dataset_parser(parser.add_subparsers())
+    add_parsers(parser.add_subparsers())
     args = parser.parse_args(["dataset", *words])
     return int(args.run(args))
 

@@ -130,7 +130,7 @@ def test_every_method_has_a_trainer_that_takes_its_settings(name, profile):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_protocols_are_arguments_of_evaluate(profile):
-    from ima_seg.cli import _parser
+    from ima_seg.cli import make_parser
 
     for configuration, names in (
         ("2d", {"paper", "worst-l2", "worst-linf"}),
@@ -139,7 +139,7 @@ def test_protocols_are_arguments_of_evaluate(profile):
         protocols = protocols_of(configuration, PROFILES[profile])
         assert set(protocols) == names
         for arguments in protocols.values():
-            _parser().parse_args(["evaluate", "-i", "i", "-gt", "g", "-o", "o", "-m", "m", *arguments])
+            make_parser().parse_args(["evaluate", "-i", "i", "-gt", "g", "-o", "o", "-m", "m", *arguments])
 
 
 def test_a_stored_table_needs_no_data(tmp_path, monkeypatch):

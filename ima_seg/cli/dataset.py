@@ -1,36 +1,26 @@
-"""The command ``ima-seg dataset``: phantom, decathlon, list."""
+"""``ima-seg dataset``: phantom, decathlon, list."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ima_seg.data import recipes
-from ima_seg.data.naming import dataset_folder_name, raw_root, taken_by_other
 from ima_seg.errors import UserError
 
-if TYPE_CHECKING:
-    _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-
-def add_dataset_parser(subparsers: _Subparsers) -> None:
-    """Add ``dataset`` and its subcommands; each sets ``run``, a callable from the parsed arguments to an exit status.
-
-    Args:
-        subparsers: what ``ArgumentParser.add_subparsers`` returned.
-    """
+def add_parsers(subparsers: Any) -> None:
+    """Add ``dataset`` and its subcommands to ``subparsers``, the result of ``add_subparsers``."""
     text = "make or convert an nnU-Net data set"
     parser = subparsers.add_parser("dataset", help=text, description=text)
     commands = parser.add_subparsers(dest="dataset_command", metavar="COMMAND", required=True)
     _add_phantom(commands)
     _add_decathlon(commands)
     text = "list the known data sets"
-    listing = commands.add_parser("list", help=text, description=text)
-    listing.set_defaults(run=_run_list)
+    commands.add_parser("list", help=text, description=text).set_defaults(run=_run_list)
 
 
-def _add_phantom(commands: _Subparsers) -> None:
+def _add_phantom(commands: Any) -> None:
     text = "write a synthetic data set"
     parser = commands.add_parser("phantom", help=text, description=text)
     parser.add_argument("-d", "--dataset-id", type=int, default=990, metavar="ID", help="nnU-Net id (default: 990)")
@@ -48,7 +38,7 @@ def _add_phantom(commands: _Subparsers) -> None:
     parser.set_defaults(run=_run_phantom)
 
 
-def _add_decathlon(commands: _Subparsers) -> None:
+def _add_decathlon(commands: Any) -> None:
     text = "convert a downloaded task of the Medical Segmentation Decathlon into nnUNet_raw"
     parser = commands.add_parser("decathlon", help=text, description=text)
     parser.add_argument("path", type=Path, help="the folder TaskNN_Name or its .tar archive")
@@ -58,7 +48,9 @@ def _add_decathlon(commands: _Subparsers) -> None:
     parser.set_defaults(run=_run_decathlon)
 
 
-def _run_phantom(args: argparse.Namespace) -> int:
+def _run_phantom(args: argparse.Namespace) -> None:
+    from ima_seg.data import recipes
+    from ima_seg.data.naming import dataset_folder_name, raw_root, taken_by_other
     from ima_seg.data.phantom import write_phantom_dataset
 
     flavours = recipes.flavours()
@@ -87,10 +79,9 @@ def _run_phantom(args: argparse.Namespace) -> int:
     if args.output is not None:
         print(f"next: export nnUNet_raw={root.resolve()}")
     _print_next(args.dataset_id)
-    return 0
 
 
-def _run_decathlon(args: argparse.Namespace) -> int:
+def _run_decathlon(args: argparse.Namespace) -> None:
     from ima_seg.nnunet.decathlon import convert_decathlon
 
     folder = convert_decathlon(
@@ -98,16 +89,17 @@ def _run_decathlon(args: argparse.Namespace) -> int:
     )
     print(f"wrote {folder}")
     _print_next(int(folder.name[7:10]))
-    return 0
 
 
 def _print_next(dataset_id: int) -> None:
     print(f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} --verify_dataset_integrity")
 
 
-def _run_list(args: argparse.Namespace) -> int:
+def _run_list(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from ima_seg.data import recipes
 
     table = Table(title="data sets")
     for heading in ("name", "what", "cases", "licence", "cap and step of the noise (L2)", "the same (RMS per voxel)"):
@@ -123,4 +115,3 @@ def _run_list(args: argparse.Namespace) -> int:
     Console().print(table)
     print("phantoms: ima-seg dataset phantom --flavour NAME, without the prefix phantom_")
     print("decathlon tasks: download from http://medicaldecathlon.com, then ima-seg dataset decathlon PATH")
-    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -11,10 +12,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from rich.console import Console
-from rich.rule import Rule
 
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
@@ -42,6 +39,17 @@ class DemoSize:
     attack_steps: int = 10
 
 
+def add_parsers(commands: Any) -> None:
+    """Add the command to ``commands``, the result of ``add_subparsers``."""
+    demo = commands.add_parser("demo", help="the whole way on a phantom data set, in minutes")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"), help="default: demo_output")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    run_demo(arguments.output)
+
+
 def run_demo(output: Path, size: DemoSize | None = None) -> None:
     """Make a phantom data set, plan and preprocess it, train nnUNetTrainer and nnUNetTrainerIMA, attack both, report.
 
@@ -52,6 +60,10 @@ def run_demo(output: Path, size: DemoSize | None = None) -> None:
     Raises:
         UserError: ``output`` is a file, or holds something that is no demo.
     """
+    import torch
+    from rich.console import Console
+    from rich.rule import Rule
+
     size = size or DemoSize()
     console = Console()
     began = time.monotonic()
@@ -140,6 +152,7 @@ def _train_standard(size: DemoSize, device: str) -> Path:
 
     nnU-Net's command line has no option for the number of iterations, so its trainer is driven from here.
     """
+    import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
     trainer: Any = get_trainer_from_args(

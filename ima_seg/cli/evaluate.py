@@ -24,7 +24,7 @@ OUT gets records.jsonl, summary.json, CSV files and report.html.
 """
 
 
-def add_evaluate_parsers(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Add the two commands to ``commands``, the result of ``add_subparsers``."""
     evaluate = commands.add_parser(
         "evaluate",
@@ -68,9 +68,14 @@ def add_evaluate_parsers(commands: Any) -> None:
         "-prev_stage_predictions", dest="previous_stage", type=Path, metavar="FOLDER", help="of a cascade"
     )
     model.add_argument("-step_size", type=float, default=0.5, help="of the sliding window (default: 0.5)")
-    model.add_argument("--disable_tta", action="store_true", help="no mirroring, neither attacked nor predicted")
     model.add_argument(
-        "--trust-checkpoint", action="store_true", help="load checkpoints, plans and bundles that execute code"
+        "--disable_tta", dest="mirroring", action="store_false", help="no mirroring, neither attacked nor predicted"
+    )
+    model.add_argument(
+        "--trust-checkpoint",
+        dest="trust",
+        action="store_true",
+        help="load checkpoints, plans and bundles that execute code",
     )
     attack = evaluate.add_argument_group("attacks")
     attack.add_argument(
@@ -96,7 +101,12 @@ def add_evaluate_parsers(commands: Any) -> None:
     attack.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the attacks")
     report = evaluate.add_argument_group("metrics and files")
     report.add_argument(
-        "--nsd-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice (default: 2)"
+        "--nsd-tolerance",
+        dest="nsd_tolerance_mm",
+        type=float,
+        default=2.0,
+        metavar="MM",
+        help="of the surface Dice (default: 2)",
     )
     report.add_argument(
         "--broken-below", type=float, default=0.5, metavar="SHARE",
@@ -119,6 +129,10 @@ def add_evaluate_parsers(commands: Any) -> None:
 
 DEFAULT_ATTACKS = ["ifgsm", "pgd", "apgd-dice", "apgd-ce", "segpgd", "gaussian"]
 DEFAULT_EPS = [0.02, 0.05, 0.1, 0.2]
+#: Arguments of ``evaluate`` that are no settings: they do not change what is found.
+_RUNNING = (
+    "folds", "checkpoint", "previous_stage", "device", "tile_batch", "resume", "num_parts", "part_id", "trust",
+)  # fmt: skip
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -143,43 +157,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     corruptions = [] if arguments.corruptions is None else arguments.corruptions
     if arguments.corruptions == []:
         corruptions = default_corruptions(_is_ct(next(iter(models.values()))))
-    settings = EvaluationSettings(
-        attacks=DEFAULT_ATTACKS if arguments.attacks is None else arguments.attacks,
-        norm=arguments.norm,
-        eps=arguments.eps or DEFAULT_EPS,
-        unit=arguments.unit or ("rms" if arguments.norm == "l2" else "linf"),
-        budget=arguments.budget,
-        steps=arguments.steps,
-        restarts=arguments.restarts,
-        seed=arguments.seed,
-        targets=arguments.targets,
-        corruptions=corruptions,
-        broken_below=arguments.broken_below,
-        nsd_tolerance_mm=arguments.nsd_tolerance,
-        save_adversarial=arguments.save_adversarial,
-        step_size=arguments.step_size,
-        mirroring=not arguments.disable_tta,
-        precision=arguments.precision,
-        limit=arguments.limit,
-        bundle_labels=_label_values(arguments.bundle_labels),
-        bundle_output=arguments.bundle_output,
-    )
+    given = vars(arguments) | {
+        "attacks": DEFAULT_ATTACKS if arguments.attacks is None else arguments.attacks,
+        "eps": arguments.eps or DEFAULT_EPS,
+        "unit": arguments.unit or ("rms" if arguments.norm == "l2" else "linf"),
+        "corruptions": corruptions,
+        "bundle_labels": _label_values(arguments.bundle_labels),
+    }
     report, failed = evaluate(
         models,
         arguments.images,
         arguments.labels,
         arguments.output,
-        settings,
-        folds=arguments.folds,
-        checkpoint=arguments.checkpoint,
-        previous_stage=arguments.previous_stage,
-        device=arguments.device,
-        tile_batch=arguments.tile_batch,
-        resume=arguments.resume,
-        num_parts=arguments.num_parts,
-        part_id=arguments.part_id,
-        trust=arguments.trust_checkpoint,
+        EvaluationSettings(**{name: given[name] for name in EvaluationSettings.model_fields}),
         command=shlex.join(["ima-seg", *sys.argv[1:]]),
+        **{name: given[name] for name in _RUNNING},
     )
     if report is not None:
         print(f"wrote {report}")
