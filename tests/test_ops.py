@@ -1,26 +1,25 @@
+"""Steps, points between, masks and boxes; what torch is told of all ops."""
+
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
 
-from benchmarks.shared.baselines import independent_dice_ce, plain_step
+from benchmarks.shared.baselines import plain_step
 from ima_seg.errors import UserError
 from ima_seg.ops import (
     dice_ce,
     draw_seeds,
     gradient_step,
     hard_counts,
-    hard_dice,
     interpolate,
     perturbation_size,
     project,
     random_start,
 )
-from ima_seg.ops.philox import normal_field, philox
 from ima_seg.types import Labels, Target, ThreatModel
+from tests.test_ops_logits import KINDS, scene
 
 SHAPES = [(3, 1, 7), (1, 2, 5, 3), (4, 1, 3, 5, 2)]
 
@@ -66,62 +65,12 @@ def test_projection_keeps_what_is_inside_and_reaches_the_sphere_outside(norm):
     torch.testing.assert_close(perturbation_size(delta, norm)[1], torch.tensor(0.5))
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_random_start_is_seeded_and_within_its_radius(norm):
-    like, radius = torch.zeros(50, 1, 6, 6), torch.linspace(0.01, 0.5, 50)
-    first = random_start(like, radius, norm, draw_seeds(50, like.device, torch.Generator().manual_seed(3)))
-    again = random_start(like, radius, norm, draw_seeds(50, like.device, torch.Generator().manual_seed(3)))
-    assert torch.equal(first, again)
-    size = perturbation_size(first, norm)
-    assert (size <= radius * (1 + 1e-5)).all()
-    assert (size > 0).all()
-    # Spread over the ball, not all on its surface or at its centre.
-    share = size / radius
-    assert share.mean() > 0.3
-    assert norm == "linf" or share.min() < 0.2
-
-
 def test_size_is_root_mean_square_so_it_carries_over_between_patch_sizes():
     threat = ThreatModel("l2")
     assert threat.from_total(15, 56 * 40) == pytest.approx(0.317, abs=5e-4)
     assert threat.to_total(threat.from_total(15, 56 * 40), 40 * 56 * 40) == pytest.approx(94.87, abs=0.01)
     assert ThreatModel("linf").to_total(0.3, 1000) == 0.3
     assert perturbation_size(torch.full((1, 2, 9, 9), -0.2), "l2").item() == pytest.approx(0.2)
-
-
-def test_hard_dice_against_monai():
-    from monai.metrics import compute_dice
-
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(5, 4, 6, 7, 5, generator=generator)
-    labels = torch.randint(0, 4, (5, 1, 6, 7, 5), generator=generator)
-    labels[1][labels[1] == 2] = 0  # a class that sample lacks
-    labels[2] = 0  # no foreground
-    target = Target.from_raw(labels, Labels(4))
-    ours = hard_dice(logits, target)
-    prediction = torch.nn.functional.one_hot(logits.argmax(1), 4).movedim(-1, 1)
-    reference = torch.nn.functional.one_hot(labels[:, 0], 4).movedim(-1, 1)
-    # MONAI gives NaN for classes absent from the reference, the mean leaves them out.
-    expected = compute_dice(prediction, reference, include_background=False, ignore_empty=True).nanmean(1)
-    torch.testing.assert_close(ours, expected, equal_nan=True)
-    assert ours[2].isnan()
-
-
-def test_hard_dice_ignores_ignored_voxels_and_reads_regions():
-    labels = torch.tensor([[[0, 1, 1, 2, 2, 0]]])  # 2 is the ignore label
-    wrong_where_ignored = torch.tensor([[[5.0, -5, -5, -5, 5, 5], [-5, 5, 5, 5, -5, -5]]])
-    assert hard_dice(wrong_where_ignored, Target.from_raw(labels, Labels(2, ignore_label=2))).item() == 1
-    regions = torch.tensor([[[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]])  # whole, core, ignored
-    logits = torch.tensor([[[-1.0, 1, 1, -1], [-1, 1, 1, -1]]])
-    dice = hard_dice(logits, Target.from_raw(regions, Labels(2, regions=True, ignore_label=3)))
-    assert dice.item() == pytest.approx((1 + 2 / 3) / 2)
-
-
-def test_ties_go_to_the_first_class_as_with_argmax():
-    from ima_seg.ops.reference import _argmax
-
-    logits = torch.randint(0, 3, (2, 4, 50)).float()
-    assert torch.equal(_argmax(logits), logits.argmax(1))
 
 
 # What is refused. A value given instead of one of these is named.
@@ -182,29 +131,6 @@ def test_a_step_refuses_what_does_not_fit(name, value, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("like", torch.zeros(2, 1, 4, dtype=torch.int64), "like is torch.int64"),
-        ("like", torch.zeros(2, 4), r"like is torch.float32 of shape \(2, 4\)"),
-        ("radius", torch.ones(1), r"radius is torch.float32 of shape \(1,\) for a batch of 2"),
-        ("radius", torch.ones(2, dtype=torch.int64), "radius is torch.int64"),
-        ("radius", torch.ones(2, device="meta"), "radius is on meta"),
-        ("seeds", torch.zeros(2, dtype=torch.int32), "seeds are torch.int32"),
-        ("seeds", torch.zeros(2), "seeds are torch.float32"),
-        ("seeds", torch.zeros(3, dtype=torch.int64), r"seeds are torch.int64 of shape \(3,\)"),
-        ("seeds", torch.zeros(2, dtype=torch.int64, device="meta"), "seeds .* on meta"),
-        ("mask", torch.ones(2, 1, 4), "mask is torch.float32"),
-        ("mask", torch.ones(2, 1, 5, dtype=torch.bool), r"mask is torch.bool of shape \(2, 1, 5\)"),
-    ],
-)
-def test_a_random_start_refuses_what_does_not_fit(name, value, message):
-    arguments = {"like": torch.zeros(2, 1, 4), "radius": torch.ones(2), "norm": "l2", "seeds": torch.tensor([1, 2])}
-    random_start(**arguments)
-    with pytest.raises(UserError, match=message):
-        random_start(**{**arguments, name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
         ("inner", torch.zeros(2, 1, 4, dtype=torch.int64), "inner is torch.int64"),
         ("outer", torch.zeros(2, 1, 5), r"outer is torch.float32 of shape \(2, 1, 5\)"),
         ("outer", torch.zeros(2, 1, 4, device="meta"), "outer is on meta"),
@@ -218,240 +144,6 @@ def test_an_interpolation_refuses_what_does_not_fit(name, value, message):
     interpolate(**arguments)
     with pytest.raises(UserError, match=message):
         interpolate(**{**arguments, name: value})
-
-
-@pytest.mark.parametrize("op", [dice_ce, hard_counts, hard_dice])
-@pytest.mark.parametrize(
-    ("logits", "message"),
-    [
-        (torch.zeros(2, 3, 4, 5, dtype=torch.int64), "logits are torch.int64"),
-        (torch.zeros(2, 4, 4, 5), r"of shape \(2, 4, 4, 5\); the reference expects floating point \(2, 3, \*S\)"),
-        (torch.zeros(1, 3, 4, 5), r"of shape \(1, 3, 4, 5\)"),
-        (torch.zeros(2, 3, 4, 6), r"of shape \(2, 3, 4, 6\); .* with 20 voxels"),
-        (torch.zeros(2, 60), r"of shape \(2, 60\)"),
-        (torch.zeros(2, 3, 4, 5, device="meta"), "reference is on cpu, the batch on meta"),
-    ],
-)
-def test_logits_that_do_not_fit_their_reference_are_refused(op, logits, message):
-    with pytest.raises(UserError, match=message):
-        op(logits, Target.from_raw(torch.zeros(2, 1, 4, 5), Labels(3)))
-
-
-# Loss and counts
-
-
-KINDS = {
-    "classes": Labels(3),
-    "classes, ignore": Labels(3, ignore_label=3),
-    "regions": Labels(2, regions=True),
-    "regions, ignore": Labels(2, regions=True, ignore_label=9),
-}
-kinds = pytest.mark.parametrize("labels", KINDS.values(), ids=KINDS)
-spaces = pytest.mark.parametrize("space", [(11,), (4, 5), (3, 2, 4)], ids=str)
-
-
-def scene(labels, space, batch=3, dtype=torch.float64):
-    """Logits and raw target; one sample lacks a class, another has a value of no class."""
-    channels = labels.outputs + (labels.ignore_label is not None) if labels.regions else 1
-    raw = torch.randint(2 if labels.regions else labels.outputs + 1, (batch, channels, *space))
-    if labels.ignore_label is None and not labels.regions:
-        raw[1] = raw[1].clamp_max(labels.outputs - 1)
-    if labels.regions:
-        raw[0, 0] = 0
-    else:
-        raw[0][raw[0] == 1] = 0
-    return torch.randn(batch, labels.outputs, *space, dtype=dtype) * 2, raw
-
-
-@kinds
-@spaces
-def test_loss_and_gradient_equal_autograd_of_an_independent_float64_loss(labels, space):
-    logits, raw = scene(labels, space)
-    target, upstream = Target.from_raw(raw, labels), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    theirs = logits.clone().requires_grad_()
-    expected = independent_dice_ce(theirs, raw, labels)
-    (expected_gradient,) = torch.autograd.grad(expected, theirs, upstream)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        ours = logits.to(dtype).requires_grad_()
-        loss = dice_ce(ours, target)
-        (gradient,) = torch.autograd.grad(loss, ours, upstream.to(dtype))
-        assert loss.dtype == gradient.dtype == dtype
-        torch.testing.assert_close(loss.double(), expected.detach(), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
-
-
-@kinds
-@spaces
-def test_gradient_of_the_loss_by_differences(labels, space):
-    logits, raw = scene(labels, space, batch=2)
-    target = Target.from_raw(raw, labels)
-    assert torch.autograd.gradcheck(lambda each: dice_ce(each, target), logits.requires_grad_())
-
-
-def test_a_gradient_in_half_precision_keeps_its_dtype_and_layout():
-    logits, raw = scene(Labels(3), (4, 5), dtype=torch.bfloat16)
-    logits = logits.to(memory_format=torch.channels_last).requires_grad_()
-    dice_ce(logits, Target.from_raw(raw, Labels(3))).sum().backward()
-    assert logits.grad.dtype == torch.bfloat16 and logits.grad.stride() == logits.stride()
-
-
-@kinds
-@spaces
-def test_counts_against_a_loop(labels, space):
-    logits, raw = scene(labels, space, dtype=torch.float32)
-    logits.flatten(2)[:, :, 0] = 0.0  # a tie; a probability of one half
-    counts, finite = hard_counts(logits, Target.from_raw(raw, labels))
-    expected = np.zeros((len(raw), labels.outputs - (not labels.regions), 3), dtype=np.int64)
-    for b, (scores, truth) in enumerate(zip(logits.flatten(2).numpy(), raw.flatten(2).numpy(), strict=True)):
-        for v in range(scores.shape[1]):
-            if labels.regions:
-                if labels.ignore_label is not None and truth[-1, v]:
-                    continue
-                pairs = [(scores[k, v] > 0, truth[k, v] == 1) for k in range(labels.outputs)]
-            else:
-                if truth[0, v] == labels.ignore_label:
-                    continue
-                pairs = [(np.argmax(scores[:, v]) == k, truth[0, v] == k) for k in range(1, labels.outputs)]
-            for f, (predicted, true) in enumerate(pairs):
-                expected[b, f] += predicted and true, predicted, true
-    assert counts.dtype == torch.int64 and (counts.numpy() == expected).all()
-    assert finite.dtype == torch.bool and finite.all()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_counts_say_which_samples_have_logits_that_are_not_finite(bad):
-    logits, raw = scene(Labels(3), (4, 5), dtype=torch.float32)
-    logits[1, 0, 3, 4] = bad
-    assert hard_counts(logits, Target.from_raw(raw, Labels(3)))[1].tolist() == [True, False, True]
-
-
-# Random starts
-
-
-def scalar_philox(counter, key):
-    """Philox4x32-10 word by word in Python's integers, which never wrap."""
-    a, b, c, d = counter
-    k0, k1 = key
-    for _ in range(10):
-        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
-        a, b, c, d = second >> 32 ^ b ^ k0, second % 2**32, first >> 32 ^ d ^ k1, first % 2**32
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return [a, b, c, d]
-
-
-#: Counter, key and result; the known-answer tests of Random123.
-KNOWN_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
-
-
-def signed(low, high):
-    """Two words as one int64."""
-    whole = high << 32 | low
-    return whole - (whole >> 63 << 64)
-
-
-def test_philox_gives_the_known_answers():
-    for counter, key, words in KNOWN_ANSWERS:
-        assert scalar_philox(counter, key) == list(words)
-    zero = torch.zeros(1, dtype=torch.int64)
-    assert philox(zero, zero, 0).flatten().tolist() == list(KNOWN_ANSWERS[0][2])
-    # The last word of our counter is always zero, so the others are reached by way of the scalar version.
-    seeds = [(0, 0), *(key for _, key, _ in KNOWN_ANSWERS), (1, 0), (0, 1), (0xDEADBEEF, 0x7FFFFFFF)]
-    counters = [*(counter[:2] for counter, _, _ in KNOWN_ANSWERS), (1, 0), (0, 1), (2**31, 3)]
-    for stream in (0, 1, 0x13198A2E, 0xFFFFFFFF):
-        ours = philox(torch.tensor([signed(*s) for s in seeds]), torch.tensor([signed(*c) for c in counters]), stream)
-        assert ours.tolist() == [[scalar_philox((*c, stream, 0), s) for c in counters] for s in seeds]
-
-
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("space", [(9,), (4, 7), (3, 5, 4)], ids=str)
-def test_noise_of_a_sample_follows_from_its_own_seed_alone(norm, space):
-    like, radius = torch.zeros(6, 3, *space), torch.linspace(0.1, 0.6, 6)
-    seeds = torch.tensor([5, 2**62 - 1, 0, -7, 5, 2**40])
-    radius[4] = radius[0]
-    mask = torch.rand(6, 1, *space) < 0.7
-    for masked in (None, mask):
-        whole = random_start(like, radius, norm, seeds, masked)
-        assert torch.equal(whole[0], whole[4]) == (masked is None), "of equal seeds"
-        assert len({float(each.abs().sum()) for each in whole}) == 5 + (masked is not None)
-        order = torch.tensor([3, 1, 5, 0, 2, 4])
-        shuffled = random_start(like, radius[order], norm, seeds[order], None if masked is None else masked[order])
-        torch.testing.assert_close(shuffled, whole[order], rtol=1e-6, atol=0)
-        for i in range(6):
-            rows = slice(i, i + 1)
-            alone = random_start(like[rows], radius[rows], norm, seeds[rows], None if masked is None else masked[rows])
-            torch.testing.assert_close(alone, whole[rows], rtol=1e-6, atol=0)
-        if len(space) > 1:
-            last = torch.channels_last if len(space) == 2 else torch.channels_last_3d
-            other = random_start(like.to(memory_format=last), radius, norm, seeds, masked)
-            assert other.is_contiguous(memory_format=last) and torch.equal(other, whole)
-
-
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_noise_has_the_dtype_of_the_batch_and_the_values_of_float32(norm, dtype):
-    like, radius, seeds = torch.zeros(3, 2, 40), torch.full((3,), 0.5), torch.tensor([1, 2, 3])
-    expected = random_start(like, radius, norm, seeds)
-    ours = random_start(like.to(dtype), radius, norm, seeds)
-    assert ours.dtype == dtype
-    rtol = max(torch.finfo(dtype).eps, 1e-4)
-    torch.testing.assert_close(ours.float(), expected, rtol=rtol, atol=1e-6)
-
-
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_a_mask_zeroes_noise_and_leaves_its_size(norm):
-    like, radius, seeds = torch.zeros(2, 2, 6, 50), torch.tensor([0.2, 0.3]), torch.tensor([8, 9])
-    mask = torch.zeros(1, 1, 6, 1, dtype=torch.bool)
-    mask[:, :, :2] = True
-    whole, part = random_start(like, radius, norm, seeds), random_start(like, radius, norm, seeds, mask)
-    assert part[:, :, 2:].abs().max() == 0
-    if norm == "linf":
-        assert torch.equal(part[:, :, :2], whole[:, :, :2])
-    else:
-        torch.testing.assert_close(perturbation_size(part, norm), perturbation_size(whole, norm))
-    assert random_start(like, radius, norm, seeds, mask & False).abs().max() == 0
-
-
-def test_noise_is_distributed_as_it_should_be():
-    count, size = 2000, 200
-    like, radius, seeds = torch.zeros(count, 1, size), torch.full((count,), 0.5), torch.arange(count)
-    box = random_start(like, radius, "linf", seeds).double().flatten().numpy()
-    assert kstest(box, "uniform", args=(-0.5, 1)).pvalue > 0.01
-    assert abs(box.mean()) < 4 * 0.5 / math.sqrt(3 * box.size) and box.std() == pytest.approx(0.5 / math.sqrt(3), 0.01)
-    ball = random_start(like, radius, "l2", seeds)
-    share = perturbation_size(ball, "l2") / radius
-    assert kstest(share.double().numpy(), "uniform").pvalue > 0.01, "sizes are uniform"
-    # Divided by its size, each is a Gaussian direction: a coordinate is all but normal for so many.
-    direction = (ball / perturbation_size(ball, "l2")[:, None, None]).double().flatten(1).numpy()
-    assert kstest(direction.flatten(), "norm").pvalue > 0.01
-    assert abs(direction.mean(1)).max() < 5 / math.sqrt(size)
-    # Neighbours within and between samples have nothing to do with each other, to 4 standard deviations.
-    for first, second in ((direction[:, :-1], direction[:, 1:]), (direction[:-1], direction[1:])):
-        assert abs((first * second).mean()) < 4 / math.sqrt(first.size)
-    assert abs(np.corrcoef(share[1:], share[:-1])[0, 1]) < 4 / math.sqrt(count)
-    assert abs(np.corrcoef(share, direction[:, 0])[0, 1]) < 4 / math.sqrt(count), "size and direction"
-
-
-def test_normal_numbers_are_standard_before_they_are_scaled():
-    field = normal_field(torch.arange(100), 2001, torch.float64).numpy()
-    assert kstest(field.flatten(), "norm").pvalue > 0.01
-    # Each pair of uniform numbers makes two, which must be independent; so must their squares be, hence the radius.
-    first, second = field[:, :-1:2].flatten(), field[:, 1::2].flatten()
-    for a, b in ((first, second), (first**2, second**2)):
-        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(a.size)
-
-
-def test_draws_of_seeds_follow_the_generator():
-    first, again, other = (draw_seeds(5, torch.device("cpu"), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert first.dtype == torch.int64 and first.shape == (5,) and len(set(first.tolist())) == 5
-    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 # Masks, boxes, points between
