@@ -14,12 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ima_seg.attacks.network import resolve_precision
-from ima_seg.cases.files import CaseFiles
+from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import attack_names, check_settings
 from ima_seg.evaluate.attack.describe import describe_run
 from ima_seg.evaluate.attack.execution import Attacker
-from ima_seg.evaluate.attack.files import check_writable
 from ima_seg.evaluate.attack.problem import native_scale
 from ima_seg.evaluate.attack.share import Share, pick_device, share_out
 from ima_seg.evaluate.attack.sweep import Contestant, Sweep
@@ -29,8 +28,8 @@ from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, Run
 from ima_seg.evaluate.subject import Model
 from ima_seg.files import write_text
-from ima_seg.monai.bundle import BundleModel, load_bundle
-from ima_seg.nnunet.folder import SegmentationModel, load_model
+from ima_seg.monai.bundle import load_bundle
+from ima_seg.nnunet.folder import load_model
 
 
 def evaluate(
@@ -113,7 +112,7 @@ def evaluate(
             for name, model in loaded.items()
         ]
         # Bundles read nnU-Net's naming too.
-        finder = next((model for model in loaded.values() if isinstance(model, SegmentationModel)), first)
+        finder = next((model for model in loaded.values() if not _is_bundle(model.folder)), first)
         cases, problems = finder.find_cases(Path(images), Path(labels), limit=settings.limit)
         _require_native(loaded, settings, cases)
         run = describe_run(
@@ -152,7 +151,7 @@ def _load(
     trust: bool,
 ) -> Model:
     """A MONAI bundle (a folder with ``configs``) or an nnU-Net model folder."""
-    if (Path(folder) / "configs").is_dir():
+    if _is_bundle(folder):
         return load_bundle(
             folder,
             checkpoint=checkpoint,
@@ -165,10 +164,14 @@ def _load(
     return replace(model, previous_stage=None if previous_stage is None else Path(previous_stage))
 
 
+def _is_bundle(folder: str | Path) -> bool:
+    return (Path(folder) / "configs").is_dir()
+
+
 def _compatible(loaded: Mapping[str, Model], settings: EvaluationSettings) -> Model:
     """The first model; all others segment the same classes in the same channels."""
     first = next(iter(loaded.values()))
-    bundles = [name for name, model in loaded.items() if isinstance(model, BundleModel)]
+    bundles = [name for name, model in loaded.items() if _is_bundle(model.folder)]
     mixed = 0 < len(bundles) < len(loaded)
     for name, model in loaded.items():
         # nnU-Net knows its channels by name, bundles often do not.
@@ -182,15 +185,7 @@ def _compatible(loaded: Mapping[str, Model], settings: EvaluationSettings) -> Mo
             raise UserError(f"budget 'slice' is for 2D models, {name!r} sees volumes: --budget volume")
         if settings.unit == "hu" and not model.is_single_ct:
             raise UserError(f"unit 'hu' is for models of a single CT channel, {name!r} is not: --unit percent or rms")
-        if isinstance(model, SegmentationModel):
-            stage = model.configuration.previous_stage_name
-            if stage is not None and model.previous_stage is None:
-                raise UserError(
-                    f"model {name!r} is the second stage of a cascade; name the folder with the segmentations of "
-                    f"{stage!r} with -prev_stage_predictions"
-                )
-            if settings.save_adversarial:
-                check_writable(model)
+        model.check_use(writing=settings.save_adversarial)
     if bundles and settings.step_size != 0.5:
         raise UserError(
             f"step_size is {settings.step_size}, but {bundles[0]!r} is a bundle: its inferer has the overlap"
@@ -212,7 +207,7 @@ def _require_native(loaded: Mapping[str, Model], settings: EvaluationSettings, c
     """
     if not (settings.save_adversarial or settings.unit in ("hu", "percent") or "transfer" in settings.attacks):
         return
-    for model in (model for model in loaded.values() if isinstance(model, BundleModel)):
+    for model in (model for model in loaded.values() if _is_bundle(model.folder)):
         for files in cases:
             try:
                 model.check_case(files)

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ima_seg.cases.files import CaseFiles, CaseProblem
-from ima_seg.nnunet.case import FloatArray, LabelArray, RawCase
+from ima_seg.cases.raw import CaseFiles, CaseProblem, FloatArray, LabelArray, RawCase
 from ima_seg.types import Labels, Target
 
 
@@ -23,14 +22,14 @@ class Window(Protocol):
 
 
 class Case(Protocol):
-    """A case as one model sees it; see :class:`ima_seg.nnunet.case.PreparedCase` for the shapes."""
+    """A case as one model sees it."""
 
     @property
     def raw(self) -> RawCase:
         """The case in its original geometry."""
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Loaded:
         """The model."""
 
     @property
@@ -91,7 +90,7 @@ class Case(Protocol):
         """The same case with another image (C, Z, Y, X) float32, original intensities: a corrupted one."""
 
 
-class Model(Protocol):
+class Loaded(Protocol):
     """A trained model with the pre-processing, inference and post-processing that it was made for."""
 
     @property
@@ -115,14 +114,25 @@ class Model(Protocol):
         """Whether a volume is a stack of independent slices to it."""
 
     @property
+    def files(self) -> list[Path]:
+        """The files that define it."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set that it was trained for; may be empty."""
+
+    @property
     def is_single_ct(self) -> bool:
         """Whether there is one channel, in HU."""
 
     def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> Any:
         """Its :class:`Window`."""
 
-    def sha256(self) -> dict[str, str]:
-        """Hash of each file that defines it."""
+    def card(self) -> dict[str, Any]:
+        """Fields of :class:`ima_seg.evaluate.run.ModelInfo`, beside name, folder and hashes."""
+
+    def check_use(self, *, writing: bool = False) -> None:
+        """Refuse what cannot be evaluated as it was loaded, or (``writing``) whose adversarial files cannot be."""
 
     def find_cases(
         self, images: Path, labels: Path, *, limit: int | None = None
@@ -131,6 +141,10 @@ class Model(Protocol):
 
     def check_case(self, files: CaseFiles) -> None:
         """Refuse files that cannot be evaluated."""
+
+
+class Model(Loaded, Protocol):
+    """The same, and it prepares cases."""
 
     def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> Case:
         """Read and pre-process a case."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from ima_seg.cases.files import CaseFiles, CaseProblem, check_case
+from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.files import file_hash
 from ima_seg.monai.config import Parts, data_format, is_single_ct, load_parts, read_metadata
-from ima_seg.monai.inputs import find_cases
+from ima_seg.monai.model import LoadedBundle
 from ima_seg.types import Labels
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it imports MONAI, which takes seconds
     from ima_seg.monai.case import BundleCase
 
 Output = Literal["softmax", "sigmoid"]
@@ -27,82 +25,8 @@ Output = Literal["softmax", "sigmoid"]
 _KEYS = ("model", "network", "state_dict", "model_state_dict", "net")
 
 
-@dataclass(frozen=True)
-class BundleModel:
-    """One bundle with its weights.
-
-    Attributes:
-        folder: of the bundle.
-        name: in the metadata, else of the folder.
-        version: in the metadata.
-        network: on the device, frozen.
-        preprocessing: MONAI's Compose, which reads the image first.
-        postprocessing: the same, without what saves files.
-        inferer: MONAI's Inferer.
-        image_key: of the image in the dictionaries of the transforms.
-        labels: how outputs are read.
-        classes: foreground class -> label values, in the order of the outputs.
-        channels: names of the image channels.
-        is_single_ct: whether there is one channel, of CT.
-        weights: the checkpoint.
-        files: the files that define the bundle.
-    """
-
-    folder: Path
-    name: str
-    version: str
-    network: nn.Module
-    preprocessing: Any
-    postprocessing: Any
-    inferer: Any
-    image_key: str
-    labels: Labels
-    classes: dict[str, tuple[int, ...]]
-    channels: list[str]
-    is_single_ct: bool
-    weights: Path
-    files: list[Path]
-
-    @property
-    def is_2d(self) -> bool:
-        """Bundles are attacked as a whole, also where their inferer cuts slices."""
-        return False
-
-    @property
-    def inferer_name(self) -> str:
-        """Class of the inferer."""
-        return type(self.inferer).__name__
-
-    @property
-    def patch_size(self) -> list[int]:
-        """Voxels of a tile; empty for whole images."""
-        from ima_seg.monai.window import patch_size
-
-        return patch_size(self.inferer)
-
-    def window(self, *, step_size: float = 0.5, mirroring: bool = False, tile_batch: int | None = None) -> nn.Module:
-        """The inferer as a differentiable network; ``step_size`` and ``mirroring`` are nnU-Net's alone."""
-        from ima_seg.monai.window import make_window
-
-        return make_window(self.network, self.inferer, outputs=self.labels.outputs, tile_batch=tile_batch)
-
-    def sha256(self) -> dict[str, str]:
-        """Hash of each file of the bundle, by its path in the folder."""
-        return {
-            str(file.relative_to(self.folder) if file.is_relative_to(self.folder) else file): file_hash(file)
-            for file in self.files
-        }
-
-    def find_cases(
-        self, images: Path, labels: Path, *, limit: int | None = None
-    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-        """The complete and the incomplete cases of two folders."""
-        return find_cases(images, labels, channels=len(self.channels), limit=limit)
-
-    def check_case(self, files: CaseFiles) -> None:
-        """Refuse files that cannot be evaluated."""
-        allowed = {0}.union(*self.classes.values())
-        check_case(files, labels_allowed=allowed, stacked=True, source="the bundle (metadata.json or --bundle-labels)")
+class BundleModel(LoadedBundle):
+    """A bundle that prepares its cases; see :class:`LoadedBundle` for the rest."""
 
     def prepare(self, files: CaseFiles, *, device: torch.device | str | None = None) -> BundleCase:
         """Read and pre-process a case; the device is that of the network."""

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ima_seg.attacks.network import full_resolution
+from ima_seg.attacks.tiling import Tiling
 from ima_seg.errors import UserError
-from ima_seg.nnunet.tiling import SlidingWindow
 
 
 class Logits(nn.Module):
@@ -45,7 +45,7 @@ class Logits(nn.Module):
         return logits
 
 
-class InfererWindow(SlidingWindow):
+class InfererWindow(Tiling):
     """MONAI's SlidingWindowInferer: its tiles, padding and weights; also a whole image as one tile (SimpleInferer).
 
     Args:
@@ -75,7 +75,7 @@ class InfererWindow(SlidingWindow):
         mode = str(getattr(self.inferer.padding_mode, "value", self.inferer.padding_mode))
         return F.pad(x, widths, mode=mode, value=self.inferer.cval if mode == "constant" else None)
 
-    def _gaussian(self, device: torch.device) -> torch.Tensor:
+    def _importance(self, device: torch.device) -> torch.Tensor:
         """The inferer's weights of a tile, Gaussian or constant."""
         mode, sigma = getattr(self.inferer, "mode", "constant"), getattr(self.inferer, "sigma_scale", 0.125)
         weights = compute_importance_map(self.patch_size, mode=mode, sigma_scale=sigma, device=device)

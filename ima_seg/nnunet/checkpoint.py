@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ima_seg.errors import UserError
 from ima_seg.files import replacing
+from ima_seg.methods.ledger import MarginLedger
 
 #: Key of the state of an IMA training in a checkpoint. Stock nnU-Net ignores keys that it does not know.
 KEY = "ima"
@@ -85,3 +87,11 @@ def checkpoint_files(model_folder: str | Path) -> list[Path]:
     if not files:
         raise UserError(f"model folder {folder} has no fold_*/checkpoint_*.pth; name the folder that holds plans.json")
     return files
+
+
+def restore_ledger(state: Mapping[str, Any]) -> MarginLedger:
+    """The ledger in our state of a checkpoint, its :data:`KEY`."""
+    settings = state["settings"]
+    ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"], rule=settings["rule"])
+    ledger.load_state_dict(state["ledger"])
+    return ledger

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from ima_seg.cases.files import CaseFiles
+from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray
+from ima_seg.cases.write import save_adversarial, slug
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import Condition, conditions
 from ima_seg.evaluate.attack.corruptions import corrupt
 from ima_seg.evaluate.attack.execution import Attacker, Found, within_memory
-from ima_seg.evaluate.attack.files import save_adversarial, slug, write_panel
+from ima_seg.evaluate.attack.panel import write_panel
 from ima_seg.evaluate.measure.metrics import CaseMetrics, case_metrics, measure_size
 from ima_seg.evaluate.records import Disk, Failure, Record, append_line
 from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Model, Window
-from ima_seg.nnunet.case import FloatArray, LabelArray
 from ima_seg.ops import perturbation_size
 
 #: ``report(text)`` for messages, ``step()`` after each record.
