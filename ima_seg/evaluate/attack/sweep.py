@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +85,10 @@ class Sweep:
     log: Log = print
     step: Callable[[str], None] = lambda what: None
     failed: set[str] = field(default_factory=set)
-    _names: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._names = [contestant.name for contestant in self.contestants]
 
     def conditions(self, contestant: Contestant) -> list[Condition]:
         """All conditions of one model."""
-        return conditions(self.settings, model=contestant.name, models=self._names)
+        return conditions(self.settings, model=contestant.name, models=[other.name for other in self.contestants])
 
     def is_done(self, case: str) -> bool:
         """Whether every record of ``case`` is there."""
@@ -122,20 +117,25 @@ class Sweep:
                 subjects.append(self._clean(contestant, files))
         for subject in subjects:
             for condition in self.conditions(subject.contestant):
-                if condition.kind == "corruption":
-                    self._unless_done(condition, subject, partial(self._corruption, condition, subject))
-                elif condition.kind != "clean":
-                    work = partial(self._attack, condition, subject, subjects, files)
-                    self._unless_done(condition, subject, work)
+                if condition.kind != "clean":
+                    self._unless_done(condition, subject, subjects, files)
 
-    def _unless_done(self, condition: Condition, subject: _Subject, work: Callable[[], Record | None]) -> None:
-        case, name = subject.case.raw.case, subject.contestant.name
-        if condition.key(case, name, self.settings) not in self.done:
-            with self._noting(case, name, condition.attack):
+    def _unless_done(
+        self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject], files: CaseFiles
+    ) -> None:
+        name = subject.contestant.name
+
+        def work() -> Record | None:
+            if condition.kind == "corruption":
+                return self._corruption(condition, subject)
+            return self._attack(condition, subject, subjects, files)
+
+        if condition.key(files.case, name, self.settings) not in self.done:
+            with self._noting(files.case, name, condition.attack):
                 record = within_memory(subject.contestant.window, work, self.log)
                 if record is not None:
                     self._write(record)
-        self.step(f"{case}  {name}  {condition.attack}")
+        self.step(f"{files.case}  {name}  {condition.attack}")
 
     @contextlib.contextmanager
     def _noting(self, case: str, model: str, attack: str) -> Iterator[None]:
@@ -167,10 +167,8 @@ class Sweep:
             return case, case.predict(contestant.window, case.base)
 
         case, before = within_memory(contestant.window, predicted, self.log)
-        condition = Condition("clean", "clean")
-        seconds = time.perf_counter() - began
+        condition, seconds = Condition("clean", "clean"), time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, before)
-        clean_dice = metrics.dice
         if condition.key(files.case, contestant.name, self.settings) not in self.done:
             repeat = None
             if all(name != contestant.name for _, name, *_ in self.done):
@@ -179,20 +177,12 @@ class Sweep:
                     repeat = within_memory(
                         contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
                     )
+            times = {"seconds": seconds, "metric_seconds": metric_seconds}
             self._write(
-                self._record(
-                    condition,
-                    files.case,
-                    contestant,
-                    metrics,
-                    repeat_difference=repeat,
-                    forwards=1,
-                    seconds=seconds,
-                    metric_seconds=metric_seconds,
-                )
+                self._record(condition, files.case, contestant, metrics, repeat_difference=repeat, forwards=1, **times)
             )
         self.step(f"{files.case}  {contestant.name}  clean")
-        return _Subject(contestant, case, before, clean_dice)
+        return _Subject(contestant, case, before, metrics.dice)
 
     def _attack(
         self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject], files: CaseFiles
@@ -226,24 +216,17 @@ class Sweep:
         metric_seconds += time.perf_counter() - started
         pictured = case.scale is not None and self._is_worst(condition, subject, metrics)
         saved = self.settings.save_adversarial
-        native = case.native_delta(case.delta(found.perturbed)) if pictured or saved else None
+        panel = disk = None
+        if pictured or saved:
+            native = case.native_delta(case.delta(found.perturbed))
+            panel = self._panel(condition, subject, native, after) if pictured else None
+            disk = self._disk(condition, subject, native, files) if saved else None
         return self._record(
-            condition,
-            files.case,
-            contestant,
-            metrics,
-            size=size,
-            eps_network=found.eps_network,
-            breaking_rms=found.breaking_rms,
-            trace=found.trace,
-            zero_gradient=found.zero_gradient,
-            forwards=found.passes.forwards + 1,
-            gradients=found.passes.gradients,
-            seconds=seconds,
-            metric_seconds=metric_seconds,
-            panel=None if native is None or not pictured else self._panel(condition, subject, native, after),
-            disk=None if native is None or not saved else self._disk(condition, subject, native, files),
-        )
+            condition, files.case, contestant, metrics, size=size, eps_network=found.eps_network,
+            breaking_rms=found.breaking_rms, trace=found.trace, zero_gradient=found.zero_gradient,
+            forwards=found.passes.forwards + 1, gradients=found.passes.gradients, seconds=seconds,
+            metric_seconds=metric_seconds, panel=panel, disk=disk,
+        )  # fmt: skip
 
     def _verified(
         self, subject: _Subject, found: Found, after: LabelArray, metrics: CaseMetrics
@@ -254,18 +237,18 @@ class Sweep:
         """
         case, threshold = subject.case, self.settings.broken_below * (subject.clean_dice or 0)
         delta = found.perturbed - case.base
-        length = float(perturbation_size(delta[:, : case.image_channels], self.settings.norm))
-        for factor in (factor for factor in _LARGER if factor * length <= found.eps_network):
+        image = delta[:, : case.image_channels]
+        length, rms = float(perturbation_size(image, self.settings.norm)), image.square().mean().sqrt()
+        for factor in (1.0, *_LARGER):
+            if factor > 1:
+                if factor * length > found.eps_network:
+                    break
+                larger = case.base + factor * delta
+                found = replace(found, perturbed=larger, breaking_rms=float(factor * rms))
+                after = case.predict(subject.contestant.window, larger)
+                metrics, _ = self._metrics(case, after)
             if metrics.dice is not None and metrics.dice < threshold:
                 return found, after, metrics
-            assert found.breaking_rms is not None
-            larger = replace(found, perturbed=case.base + factor * delta)
-            after = case.predict(subject.contestant.window, larger.perturbed)
-            metrics, _ = self._metrics(case, after)
-            size = float((factor * delta)[:, : case.image_channels].square().mean().sqrt())
-            found = replace(larger, breaking_rms=size)
-        if metrics.dice is not None and metrics.dice < threshold:
-            return found, after, metrics
         return replace(found, breaking_rms=None), after, metrics
 
     def _corruption(self, condition: Condition, subject: _Subject) -> Record:
