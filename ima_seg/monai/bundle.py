@@ -115,20 +115,21 @@ def _image_key(parts: Parts) -> str:
 
 def _output(parts: Parts) -> Output:
     """How outputs are read: the activation, or else the discretisation, of the post-processing."""
-    found = {"softmax": False, "sigmoid": False}
     steps = parts.postprocessing.flatten().transforms
-    for pair in (("softmax", "sigmoid"), ("argmax", "threshold")):
-        if not any(found.values()):
-            for step in steps:
-                for name, attribute in zip(found, pair, strict=True):
-                    values = getattr(step, attribute, None)
-                    found[name] |= isinstance(values, tuple | list) and any(v not in (None, False) for v in values)
-    if found["softmax"] == found["sigmoid"]:
-        raise UserError(
-            f"{parts.file}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it "
-            "with --bundle-output"
-        )
-    return "softmax" if found["softmax"] else "sigmoid"
+
+    def has(attribute: str) -> bool:
+        values = [getattr(step, attribute, None) for step in steps]
+        return any(v not in (None, False) for value in values if isinstance(value, tuple | list) for v in value)
+
+    for softmax, sigmoid in (("softmax", "sigmoid"), ("argmax", "threshold")):
+        if has(softmax) != has(sigmoid):
+            return "softmax" if has(softmax) else "sigmoid"
+        if has(softmax):
+            break
+    raise UserError(
+        f"{parts.file}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it with "
+        "--bundle-output"
+    )
 
 
 def _classes(

@@ -27,25 +27,18 @@ _PREDICTION = "pred"
 
 @dataclass(frozen=True)
 class BundleCase:
-    """A case as a bundle sees it.
+    """A case as a bundle sees it; what :class:`ima_seg.evaluate.subject.Case` has, and:
 
     Perturbations are added to the pre-processed image, where it is image: what the pre-processing padded is in no file.
 
     Attributes:
-        raw: the case in its original geometry.
-        model: the bundle.
         loaded: what the bundle's LoadImaged returned.
         data: what its pre-processing returned, with the image's MetaTensor.
         padded: (1, C, *P) the pre-processed image, the input of the inferer.
-        box: where the image lies in it.
-        base: (1, C, *S) the pre-processed image without its padding.
+        box: where the image lies in it; :attr:`base` (1, C, *S) is the image without its padding.
         reference: (1, 1, *S) label map on the same grid.
         affine: (4, 4) voxels of the original image to mm.
-        scale: (C,) original intensity units per network unit; ``None`` where no line connects them.
-        native_range: (C,) range from the 0.5 to the 99.5 percentile; original intensities, or network units without a
-            scale.
         resampled: whether the network's grid is not the image's, cropped, padded or turned.
-        image_voxels: voxels of the image that the network's grid covers.
     """
 
     raw: RawCase
@@ -83,19 +76,20 @@ class BundleCase:
 
     def target(self, *, slices: bool = False) -> Target:
         """The reference of the whole volume."""
-        masks = [torch.isin(self.reference, self.reference.new_tensor(v)) for v in self.model.classes.values()]
-        if self.model.labels.regions:
-            return Target.from_raw(torch.cat(masks, 1), self.model.labels)
-        channels = torch.zeros_like(self.reference)
+        model, reference = self.model, self.reference
+        masks = [torch.isin(reference, reference.new_tensor(values)) for values in model.classes.values()]
+        if model.labels.regions:
+            return Target.from_raw(torch.cat(masks, 1), model.labels)
+        channels = torch.zeros_like(reference)
         for channel, mask in enumerate(masks, 1):
             channels[mask] = channel
-        return Target.from_raw(channels, self.model.labels)
+        return Target.from_raw(channels, model.labels)
 
     def network(self, window: nn.Module, *, whole: bool) -> nn.Sequential:
         """(1, C, *S) -> logits (1, K, *S) through the padded image; a part of it (not ``whole``) as it is."""
         if not whole:
             return nn.Sequential(nn.Identity(), window).eval()
-        return nn.Sequential(_Frame(self.padded, self.box), window, _Cut(self.box)).eval()
+        return nn.Sequential(_Frame(self.padded, self.box), window, _Cut(self.padded, self.box)).eval()
 
     @torch.no_grad()
     def predict(self, window: nn.Module, perturbed: torch.Tensor) -> LabelArray:
@@ -107,9 +101,8 @@ class BundleCase:
         with full_precision():
             logits = window(_Frame(self.padded, self.box)(perturbed))
         model, image = self.model, self.data[self.model.image_key]
-        prediction = MetaTensor(
-            logits[0], meta=deepcopy(image.meta), applied_operations=deepcopy(image.applied_operations)
-        )
+        meta, applied = deepcopy(image.meta), deepcopy(image.applied_operations)
+        prediction = MetaTensor(logits[0], meta=meta, applied_operations=applied)
         with _reporting(model, self.raw.case, "post"):
             result = model.postprocessing({**self.data, _PREDICTION: prediction})[_PREDICTION]
         values = np.asarray(torch.as_tensor(result).detach().cpu())
@@ -188,15 +181,11 @@ class _Frame(nn.Module):
         return framed
 
 
-class _Cut(nn.Module):
-    """The logits at ``box``."""
+class _Cut(_Frame):
+    """The part of the logits that belongs to the image."""
 
-    def __init__(self, box: tuple[slice, ...]) -> None:
-        super().__init__()
-        self.index = (slice(None), slice(None), *box)
-
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits[self.index]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.index]
 
 
 def prepare_case(model: LoadedBundle, files: CaseFiles) -> BundleCase:
