@@ -120,13 +120,11 @@ def _open_nifti(path: Path) -> tuple[_Header, str]:
     handle: Any = nibabel.load(path)
     if not isinstance(handle, nibabel.Nifti1Pair):
         raise ValueError(f"it is {type(handle).__name__}")
-    names = [name for name, code in (("sform", "sform_code"), ("qform", "qform_code")) if int(handle.header[code]) > 0]
-    dtype = handle.get_data_dtype()
+    forms = [form for form in ("sform", "qform") if int(handle.header[f"{form}_code"]) > 0]
+    dtype, source = handle.get_data_dtype(), forms[0] if forms else "no sform or qform"
     kind = "colour (RGB)" if dtype.fields else "complex" if dtype.kind == "c" else ""
-    affine = np.asarray(handle.affine, np.float64)
-    return _Header(
-        path, tuple(map(int, handle.shape)), affine, names[0] if names else "no sform or qform", handle
-    ), kind
+    shape, affine = tuple(map(int, handle.shape)), np.asarray(handle.affine, np.float64)
+    return _Header(path, shape, affine, source, handle), kind
 
 
 def _open_itk(path: Path) -> tuple[_Header, str]:
@@ -146,7 +144,7 @@ def _open_itk(path: Path) -> tuple[_Header, str]:
 
 
 def _require_same_grid(image: _Header, label: _Header) -> None:
-    if (image.shape[:3] if len(image.shape) == 4 else image.shape) != label.shape:
+    if image.shape[:3] != label.shape:
         raise UserError(
             f"{image.path} has shape {image.shape}, but {label.path} has {label.shape}; put all files of the case on "
             "one grid (labels with nearest-neighbour interpolation)"
@@ -166,15 +164,14 @@ def _require_same_grid(image: _Header, label: _Header) -> None:
 
 def _check_image(image: _Header) -> None:
     values = image.read()
-    if values.dtype.kind == "f":
-        _refuse_not_finite(image.path, values)
+    _refuse_not_finite(image.path, values)
     low, high = values.min(), values.max()
     if low == high:
         raise UserError(f"{image.path}: all voxels have the value {low:g}; replace the image or remove the case")
 
 
 def _refuse_not_finite(path: Path, values: Array) -> None:
-    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+    bad = int(values.size - np.count_nonzero(np.isfinite(values))) if values.dtype.kind == "f" else 0
     if bad:
         raise UserError(
             f"{path}: {bad} of {values.size} voxels are NaN or infinite; replace them by the value of the background"
@@ -183,8 +180,8 @@ def _refuse_not_finite(path: Path, values: Array) -> None:
 
 def _check_label(label: _Header, allowed: Collection[int], ignore: int | None, source: str) -> None:
     values = label.read()
+    _refuse_not_finite(label.path, values)
     if values.dtype.kind == "f":
-        _refuse_not_finite(label.path, values)
         broken = values != np.rint(values)
         if broken.any():
             raise UserError(

@@ -61,23 +61,17 @@ def read_previous_stage(model: LoadedFolder, files: CaseFiles, raw: RawCase) -> 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A case as one model sees it; see :class:`ima_seg.evaluate.subject.Case`.
+    """A case as nnU-Net sees it; what :class:`ima_seg.evaluate.subject.Case` has, and:
 
     Attributes:
-        raw: the case in its original geometry.
-        model: the model.
-        base: (1, C + extra, *S) clean image in network units **before** clipping, which perturbations are added to;
-            then extra channels that are never perturbed. :class:`Renormalise` turns it into the network's input.
+        base: the clean image **before** clipping; :class:`Renormalise` turns it into the network's input.
         clean: (1, C + cascade, *S) the network's input of the clean image, as nnU-Net computes it.
-        image_channels: C.
-        support: (1, 1, *S) bool where a perturbation may be, the nonzero region; ``None``: everywhere.
-        nonzero: the nonzero region of the cropped image on its own grid; ``None`` with ``support``.
+        support: the nonzero region, where a channel is normalised over it alone.
+        nonzero: that region of the cropped image on its own grid; ``None`` with ``support``.
         reference: (1, 1, *S) label map on the network's grid.
         scales: normalisation per channel.
-        native_range: (C,) range from the 0.5 to the 99.5 percentile, original intensities.
         offsets: see :class:`Renormalise`.
         properties: of nnU-Net's preprocessing, for the export.
-        resampled: whether the network's grid is not the image's.
         previous_stage: (Z, Y, X) segmentation of the previous stage, of a cascade.
     """
 

@@ -128,7 +128,11 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
     for name in ("imagesTr", "labelsTr"):
         if not (source / name).is_dir():
             raise UserError(f"{source}: the folder {name} is missing: download or unpack the task again")
-    images, labels = _nifti_names(source / "imagesTr"), _nifti_names(source / "labelsTr")
+    # Those that nnU-Net's converter will take, not those that begin with a dot or an underscore.
+    images, labels = (
+        {path.name for path in (source / name).glob(f"*{_NIFTI}") if path.is_file() and path.name[0] not in "._"}
+        for name in ("imagesTr", "labelsTr")
+    )
     if not images:
         raise UserError(f"{source / 'imagesTr'}: no {_NIFTI} files: download or unpack the task again")
     unpaired = sorted(images ^ labels)
@@ -142,10 +146,13 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
     staged = into / source.name
     staged.mkdir(parents=True)
     for name in ("imagesTr", "labelsTr", "imagesTs"):
-        if (source / name).is_dir():
-            _link(source / name, staged / name)
-        else:
+        if not (source / name).is_dir():
             (staged / name).mkdir()
+            continue
+        try:
+            (staged / name).symlink_to(source / name, target_is_directory=True)
+        except OSError:  # no right to make links, as on a plain Windows account
+            shutil.copytree(source / name, staged / name)
     content |= {"numTraining": len(images), "training": [], "test": []}
     (staged / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return staged
@@ -172,11 +179,6 @@ def _read_description(source: Path) -> dict[str, Any]:
     return content
 
 
-def _nifti_names(folder: Path) -> set[str]:
-    """Return the names that nnU-Net's converter will take: not those that begin with a dot or an underscore."""
-    return {path.name for path in folder.glob(f"*{_NIFTI}") if path.is_file() and path.name[0] not in "._"}
-
-
 def _check_listed(source: Path, content: dict[str, Any], images: set[str]) -> None:
     listed = content.get("training")
     if not isinstance(listed, list):
@@ -198,13 +200,6 @@ def _check_channels(path: Path, channels: int) -> None:
     found = shape[3] if len(shape) == 4 else 1
     if len(shape) not in (3, 4) or found != channels:
         raise UserError(f"{path}: shape {shape} holds {found} channels, dataset.json names {channels}: repair either")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.symlink_to(source, target_is_directory=True)
-    except OSError:  # no right to make links, as on a plain Windows account
-        shutil.copytree(source, target)
 
 
 def _run_nnunet(staged: Path, raw: Path, dataset_id: int, num_processes: int) -> None:
