@@ -46,10 +46,10 @@ def check_nnunet_version() -> str:
     return found
 
 
-def _release(version: str) -> tuple[int, int]:
-    """Major and minor number; (0, 0) for a version that does not start with two numbers."""
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number; empty for a version that does not start with two numbers."""
     match = re.match(r"(\d+)\.(\d+)", version)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+    return tuple(map(int, match.groups())) if match else ()
 
 
 T = TypeVar("T", bound=Training[Any])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ima_seg.cases.raw import FloatArray, LabelArray
 from ima_seg.evaluate.subject import Case
@@ -27,29 +25,21 @@ def write_panel(path: Path, case: Case, *, delta: FloatArray, before: LabelArray
         after: prediction of the perturbed one.
     """
     before, after = _label_map(before, case), _label_map(after, case)
-    spacing = case.raw.spacing_mm
+    spacing, reference, image = case.raw.spacing_mm, case.raw.reference, case.raw.image[0]
     axis = int(np.argmax(spacing))
     others = tuple(other for other in range(3) if other != axis)
-    index = int(np.argmax((before != after).sum(others)))
-    if (before == after).all():
-        index = int(np.argmax((case.raw.reference > 0).sum(others)))
-
-    def cut(volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        taken: npt.NDArray[Any] = np.take(volume, index, axis)
-        return taken
-
-    image = case.raw.image[0]
+    shown = before != after
+    index = int(np.argmax((shown if shown.any() else reference > 0).sum(others)))
+    clean, change, *maps = (np.take(volume, index, axis) for volume in (image, delta[0], before, after, reference))
+    clean, change = clean.astype(np.float32), change.astype(np.float32)
     window = _CT_WINDOW if case.shows_hu else tuple(float(value) for value in np.percentile(image, (0.5, 99.5)))
-    clean, change = cut(image).astype(np.float32), cut(delta[0]).astype(np.float32)
     with replacing(path) as temporary:
         np.savez_compressed(
             temporary,
             clean=clean,
             delta=change,
             adversarial=clean + change,
-            before=cut(before).astype(np.uint8),
-            after=cut(after).astype(np.uint8),
-            truth=cut(case.raw.reference).astype(np.uint8),
+            **{name: flat.astype(np.uint8) for name, flat in zip(("before", "after", "truth"), maps, strict=True)},
             spacing=np.array([spacing[other] for other in others], dtype=np.float32),
             window=np.array(window, dtype=np.float32),
             index=index,
@@ -62,9 +52,8 @@ def _label_map(prediction: LabelArray, case: Case) -> LabelArray:
     if prediction.ndim == 3:
         return prediction
     flat: LabelArray = np.zeros(prediction.shape[1:], np.int16)
-    everything = [value for values in case.model.classes.values() for value in values]
-    for mask, values in sorted(
-        zip(prediction, case.model.classes.values(), strict=True), key=lambda item: -len(item[1])
-    ):
+    classes = case.model.classes.values()
+    everything = [value for values in classes for value in values]
+    for mask, values in sorted(zip(prediction, classes, strict=True), key=lambda item: -len(item[1])):
         flat[mask] = min(values, key=everything.count)
     return flat
