@@ -81,14 +81,13 @@ def test_nnunet_is_imported_in_its_own_rooms_alone():
 
 
 def test_the_installation_asks_for_the_versions_that_are_supported():
-    first, end = SUPPORTED_NNUNET
-    assert f'"nnunetv2>={first},<{end}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"nnunetv2{SUPPORTED_NNUNET}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_the_oldest_supported_version(tmp_path):
     """Needs the package index. Cases, windows and a training, with the oldest release in front of the installed one."""
-    oldest = f"nnunetv2=={SUPPORTED_NNUNET[0]}.0"
+    oldest = f"nnunetv2=={SUPPORTED_NNUNET.removeprefix('>=').partition(',')[0]}.0"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), oldest]
     subprocess.run(pip, check=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}

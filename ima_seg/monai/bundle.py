@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,8 +62,10 @@ def load_bundle(
     root, place = Path(folder).resolve(), torch.device(device)
     metadata = read_metadata(root)
     parts = load_parts(root, device=place, trust=trust)
-    weights = parts.weights if checkpoint is None else root / "models" / checkpoint
-    _load_weights(parts.network, weights, trust=trust)
+    if checkpoint is not None:
+        parts = replace(parts, weights=root / "models" / checkpoint)
+    _load_weights(parts.network, parts.weights, trust=trust)
+    parts.network.to(place).eval().requires_grad_(False)
     sigmoid = (output or _output(parts)) == "sigmoid"
     outputs, classes = _classes(metadata, {name: tuple(v) for name, v in (labels or {}).items()}, root, sigmoid=sigmoid)
     image = data_format(metadata, "inputs", "image")
@@ -70,20 +73,14 @@ def load_bundle(
     names = image.get("channel_def")
     names = names if isinstance(names, dict) else {}
     return BundleModel(
+        **vars(parts),
         folder=root,
-        name=str(metadata.get("name") or root.name),
-        version=str(metadata.get("version") or "without version"),
-        network=parts.network.to(place).eval().requires_grad_(False),
-        preprocessing=parts.preprocessing,
-        postprocessing=parts.postprocessing,
-        inferer=parts.inferer,
+        title=f"{metadata.get('name') or root.name} {metadata.get('version') or 'without version'}",
         image_key=_image_key(parts),
         labels=Labels(outputs=outputs, regions=sigmoid),
         classes=classes,
         channels=[str(names.get(str(index), f"channel {index}" if count > 1 else "image")) for index in range(count)],
         is_single_ct=is_single_ct(metadata),
-        weights=weights,
-        files=[parts.file, root / "configs" / "metadata.json", weights],
     )
 
 
@@ -103,13 +100,13 @@ def _image_key(parts: Parts) -> str:
     keys = list(getattr(steps[0], "keys", ())) if steps and isinstance(steps[0], LoadImaged) else []
     if len(keys) != 1:
         raise UserError(
-            f"{parts.file}: the first transform of 'preprocessing' must be LoadImaged with the key of one image; it is "
-            f"{type(steps[0]).__name__ if steps else 'missing'} with the keys {keys}"
+            f"{parts.config}: the first transform of 'preprocessing' must be LoadImaged with the key of one image; it "
+            f"is {type(steps[0]).__name__ if steps else 'missing'} with the keys {keys}"
         )
     if random := [
         type(step).__name__ for step in parts.preprocessing.flatten().transforms if isinstance(step, RandomizableTrait)
     ]:
-        raise UserError(f"{parts.file}: {', '.join(random)} in 'preprocessing' is random; inference must not be")
+        raise UserError(f"{parts.config}: {', '.join(random)} in 'preprocessing' is random; inference must not be")
     return str(keys[0])
 
 
@@ -127,8 +124,8 @@ def _output(parts: Parts) -> Output:
         if has(softmax):
             break
     raise UserError(
-        f"{parts.file}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it with "
-        "--bundle-output"
+        f"{parts.config}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it "
+        "with --bundle-output"
     )
 
 

@@ -38,15 +38,15 @@ _REFERENCE, _WEIGHTS = "ima_seg_reference", "ima_seg_weights"
 
 @dataclass(frozen=True)
 class Parts:
-    """What inference needs of a bundle.
+    """What inference needs of a bundle, as its config says.
 
     Attributes:
-        network: without its weights.
+        network: without its weights at first.
         preprocessing: MONAI's Compose.
         postprocessing: the same, without what saves files.
         inferer: MONAI's Inferer.
         weights: the file that the config loads, or ``models/model.pt``.
-        file: the config.
+        config: the file that says all this.
     """
 
     network: nn.Module
@@ -54,7 +54,7 @@ class Parts:
     postprocessing: Any
     inferer: Any
     weights: Path
-    file: Path
+    config: Path
 
 
 def read_metadata(root: Path) -> dict[str, Any]:

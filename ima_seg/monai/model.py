@@ -11,46 +11,38 @@ from torch import nn
 from ima_seg.cases.check import check_case
 from ima_seg.cases.find import find_cases
 from ima_seg.cases.raw import CaseFiles, CaseProblem
+from ima_seg.monai.config import Parts
 from ima_seg.types import Labels
 
 _ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
-class LoadedBundle:
-    """One bundle with its weights.
+class LoadedBundle(Parts):
+    """One bundle with its weights; its network is on the device, frozen.
 
     Attributes:
         folder: of the bundle.
-        name: in the metadata, else of the folder.
-        version: in the metadata.
-        network: on the device, frozen.
-        preprocessing: MONAI's Compose, which reads the image first.
-        postprocessing: the same, without what saves files.
-        inferer: MONAI's Inferer.
+        title: name and version.
         image_key: of the image in the dictionaries of the transforms.
         labels: how outputs are read.
         classes: foreground class -> label values, in the order of the outputs.
         channels: names of the image channels.
         is_single_ct: whether there is one channel, of CT.
-        weights: the checkpoint.
-        files: the files that define the bundle.
     """
 
     folder: Path
-    name: str
-    version: str
-    network: nn.Module
-    preprocessing: Any
-    postprocessing: Any
-    inferer: Any
+    title: str
     image_key: str
     labels: Labels
     classes: dict[str, tuple[int, ...]]
     channels: list[str]
     is_single_ct: bool
-    weights: Path
-    files: list[Path]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that define it."""
+        return [self.config, self.folder / "configs" / "metadata.json", self.weights]
 
     @property
     def is_2d(self) -> bool:
@@ -67,7 +59,7 @@ class LoadedBundle:
         from ima_seg.monai.window import patch_size
 
         return {
-            "bundle": f"{self.name} {self.version}",
+            "bundle": self.title,
             "configuration": type(self.inferer).__name__,
             "checkpoint": self.weights.name,
             "patch_size": patch_size(self.inferer),

@@ -8,9 +8,7 @@ latter with the oldest version supported, too.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,33 +21,15 @@ from ima_seg.nnunet.dataset import channel_names
 from ima_seg.nnunet.intensity import shared_native_scale
 from ima_seg.nnunet.training import Training
 from ima_seg.types import Labels
+from ima_seg.versions import check_version
 
-#: The nnU-Net versions supported: from the first (inclusive) to the second (exclusive).
-SUPPORTED_NNUNET = ("2.8", "2.9")
+#: The nnU-Net versions supported; pyproject.toml says the same.
+SUPPORTED_NNUNET = ">=2.8,<2.9"
 
 
 def check_nnunet_version() -> str:
-    """The version of the installed nnU-Net, which is a supported one.
-
-    Raises:
-        UserError: nnU-Net is not installed, or is of a version that this package was not written for; names the
-            version found and how to install a supported one.
-    """
-    first, end = SUPPORTED_NNUNET
-    remedy = f'pip install "nnunetv2>={first},<{end}"'
-    try:
-        found = importlib.metadata.version("nnunetv2")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"nnU-Net v2 is not installed in this environment; {remedy}") from None
-    if not _release(first) <= _release(found) < _release(end):
-        raise UserError(f"nnU-Net {found} is installed, supported is >={first},<{end}; {remedy}")
-    return found
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Major and minor number; empty for a version that does not start with two numbers."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return tuple(map(int, match.groups())) if match else ()
+    """The version of the installed nnU-Net; see :func:`ima_seg.versions.check_version`."""
+    return check_version("nnunetv2", SUPPORTED_NNUNET, title="nnU-Net")
 
 
 T = TypeVar("T", bound=Training[Any])

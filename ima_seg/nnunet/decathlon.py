@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,12 @@ def convert_decathlon(
         raise UserError(f"{path} does not exist: give the downloaded folder TaskNN_Name or its .tar archive")
     if path.is_file() and not is_archive(path):
         raise UserError(f"{path} is no archive ({', '.join(ARCHIVE_ENDINGS)}) and no folder: give one of these")
-    with _scratch(root) as scratch:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".decathlon.", suffix=".tmp", dir=root, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"nnUNet_raw: cannot write in {root} ({error.strerror}): name a writable folder") from error
+    with folder as name:
+        scratch = Path(name)
         source = _unpack(path, scratch / "unpacked", verify) if path.is_file() else path
         target = root / _target_name(source, path, dataset_id)
         staged = _stage(source, scratch / "staged", verify)
@@ -77,18 +80,6 @@ def convert_decathlon(
             raise UserError(f"{target} has appeared meanwhile: remove it or choose another id")
         made.rename(target)
     return target
-
-
-@contextmanager
-def _scratch(root: Path) -> Iterator[Path]:
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".decathlon.", suffix=".tmp", dir=root))
-    except OSError as error:
-        raise UserError(f"nnUNet_raw: cannot write in {root} ({error.strerror}): name a writable folder") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unpack(archive: Path, into: Path, verify: bool) -> Path:

@@ -97,9 +97,8 @@ def examine() -> list[Finding]:
 def _versions() -> Iterator[Finding]:
     yield _version_of("ima-seg", "pip install ima-seg")
     yield Finding("Python", f"{platform.python_version()} ({sys.executable})")
-    first, end = SUPPORTED_NNUNET
     try:
-        yield _nnunet_location(f"{check_nnunet_version()} (supported: >={first},<{end})")
+        yield _nnunet_location(f"{check_nnunet_version()} (supported: {SUPPORTED_NNUNET})")
     except UserError as error:
         found, _, remedy = str(error).partition("; ")
         yield Finding("nnU-Net", found, "wrong", remedy)
