@@ -33,13 +33,7 @@ _LARGER = (1.01, 1.03, 1.1)
 
 @dataclass
 class Contestant:
-    """A model under evaluation.
-
-    Attributes:
-        name: in the records.
-        model: the model.
-        window: its sliding window.
-    """
+    """A model under evaluation, its name in the records, and its window."""
 
     name: str
     model: Model
@@ -51,6 +45,7 @@ class _Subject:
     """A case as one model sees it, and the prediction of its clean image."""
 
     contestant: Contestant
+    files: CaseFiles
     case: Case
     before: LabelArray
     clean_dice: float | None
@@ -118,24 +113,22 @@ class Sweep:
         for subject in subjects:
             for condition in self.conditions(subject.contestant):
                 if condition.kind != "clean":
-                    self._unless_done(condition, subject, subjects, files)
+                    self._unless_done(condition, subject, subjects)
 
-    def _unless_done(
-        self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject], files: CaseFiles
-    ) -> None:
-        name = subject.contestant.name
+    def _unless_done(self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject]) -> None:
+        case, name = subject.files.case, subject.contestant.name
 
         def work() -> Record | None:
             if condition.kind == "corruption":
                 return self._corruption(condition, subject)
-            return self._attack(condition, subject, subjects, files)
+            return self._attack(condition, subject, subjects)
 
-        if condition.key(files.case, name, self.settings) not in self.done:
-            with self._noting(files.case, name, condition.attack):
+        if condition.key(case, name, self.settings) not in self.done:
+            with self._noting(case, name, condition.attack):
                 record = within_memory(subject.contestant.window, work, self.log)
                 if record is not None:
                     self._write(record)
-        self.step(f"{files.case}  {name}  {condition.attack}")
+        self.step(f"{case}  {name}  {condition.attack}")
 
     @contextlib.contextmanager
     def _noting(self, case: str, model: str, attack: str) -> Iterator[None]:
@@ -182,11 +175,9 @@ class Sweep:
                 self._record(condition, files.case, contestant, metrics, repeat_difference=repeat, forwards=1, **times)
             )
         self.step(f"{files.case}  {contestant.name}  clean")
-        return _Subject(contestant, case, before, metrics.dice)
+        return _Subject(contestant, files, case, before, metrics.dice)
 
-    def _attack(
-        self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject], files: CaseFiles
-    ) -> Record | None:
+    def _attack(self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject]) -> Record | None:
         case, contestant = subject.case, subject.contestant
         began = time.perf_counter()
         if condition.kind == "transfer":
@@ -220,9 +211,9 @@ class Sweep:
         if pictured or saved:
             native = case.native_delta(case.delta(found.perturbed))
             panel = self._panel(condition, subject, native, after) if pictured else None
-            disk = self._disk(condition, subject, native, files) if saved else None
+            disk = self._disk(condition, subject, native) if saved else None
         return self._record(
-            condition, files.case, contestant, metrics, size=size, eps_network=found.eps_network,
+            condition, case.raw.case, contestant, metrics, size=size, eps_network=found.eps_network,
             breaking_rms=found.breaking_rms, trace=found.trace, zero_gradient=found.zero_gradient,
             forwards=found.passes.forwards + 1, gradients=found.passes.gradients, seconds=seconds,
             metric_seconds=metric_seconds, panel=panel, disk=disk,
@@ -314,9 +305,9 @@ class Sweep:
         subject.panel = path
         return path.relative_to(self.folder).as_posix()
 
-    def _disk(self, condition: Condition, subject: _Subject, native: FloatArray, files: CaseFiles) -> Disk:
+    def _disk(self, condition: Condition, subject: _Subject, native: FloatArray) -> Disk:
         """Write the adversarial files, read them again and predict them from the start."""
-        case, contestant = subject.case, subject.contestant
+        case, contestant, files = subject.case, subject.contestant, subject.files
         budget = "" if condition.eps is None else f"_{condition.eps:g}{self.settings.unit}"
         folder = self.folder / "adversarial" / slug(contestant.name) / slug(f"{condition.attack}{budget}")
         images, differences = save_adversarial(files.images, native, folder)
