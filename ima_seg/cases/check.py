@@ -17,7 +17,6 @@ Array = npt.NDArray[Any]
 
 #: Two files lie at the same place when no corner of the volume is further apart than this, or 1% of a voxel edge.
 TOLERANCE_MM = 1e-3
-_SHOWN = 5
 
 
 def check_case(
@@ -186,7 +185,7 @@ def _check_label(label: _Header, allowed: Collection[int], ignore: int | None, s
         if broken.any():
             raise UserError(
                 f"{label.path}: {int(broken.sum())} voxels have values that are no whole numbers "
-                f"({_list(np.unique(values[broken]))}); resample labels with nearest-neighbour interpolation"
+                f"({listed(np.unique(values[broken]))}); resample labels with nearest-neighbour interpolation"
             )
         if max(-float(values.min()), float(values.max())) < 2**15:
             values = values.astype(np.int16)  # sorted much faster
@@ -194,16 +193,18 @@ def _check_label(label: _Header, allowed: Collection[int], ignore: int | None, s
     unknown = sorted(present - set(allowed))
     if unknown:
         raise UserError(
-            f"{label.path} has the value {_list(unknown)}, {source} has {_list(sorted(allowed), 20)}; correct the "
+            f"{label.path} has the value {listed(unknown)}, {source} has {listed(sorted(allowed), 20)}; correct the "
             f"file, or the labels in {source}"
         )
     if not present - {0, ignore}:
         raise UserError(
-            f"{label.path}: the label has no foreground (values: {_list(sorted(present))}); Dice is undefined, remove "
+            f"{label.path}: the label has no foreground (values: {listed(sorted(present))}); Dice is undefined, remove "
             "the case or correct its label"
         )
 
 
-def _list(values: Iterable[Any], most: int = _SHOWN) -> str:
+def listed(values: Iterable[Any], most: int = 5) -> str:
+    """The first few of some values, for messages."""
     items = [f"{value:g}" if isinstance(value, float | np.floating) else str(value) for value in values]
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    shown = ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    return shown or "nothing"

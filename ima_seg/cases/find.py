@@ -6,10 +6,9 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ima_seg.cases.check import listed
 from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
-
-_SHOWN = 5
 
 
 def find_cases(
@@ -69,8 +68,8 @@ def find_cases(
         if one_name:
             expected, remedy = f"CASE{ending}, or CASE_0000{ending} for each channel,", ""
         raise UserError(
-            f"no case with images and label: expected {expected} in {images} (found: {_some(image_files)}) and "
-            f"CASE{ending} in {labels} (found: {_some(label_files)}); check the folders and the names of the "
+            f"no case with images and label: expected {expected} in {images} (found: {listed(image_files)}) and "
+            f"CASE{ending} in {labels} (found: {listed(label_files)}); check the folders and the names of the "
             f"files{remedy}"
         )
     return found, problems
@@ -120,9 +119,3 @@ def _list_files(folder: Path, content: str) -> list[str]:
         raise UserError(f"{folder} is a file; name the folder with the {content}") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be listed ({error.strerror}); give yourself permission to read it") from None
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, for messages."""
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "nothing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
+from ima_seg.files import load_tensors
 from ima_seg.monai.config import Parts, data_format, is_single_ct, load_parts, read_metadata
 from ima_seg.monai.model import LoadedBundle
 from ima_seg.types import Labels
@@ -183,21 +183,7 @@ def _load_weights(network: nn.Module, file: Path, *, trust: bool) -> None:
         raise UserError(
             f"{file} does not exist; download the bundle with its weights, or name a file in models with -chk"
         )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "Unsupported" in line), "unsupported contents"
-        )
-        raise UserError(
-            f"{file} holds more than tensors and plain values ({reason}); reading it would run code from the file. If "
-            "you trust its origin, pass --trust-checkpoint"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{file} cannot be read ({reason}); a scripted model or a truncated file cannot be used"
-        ) from None
+    state = load_tensors(file, trust=trust)
     if isinstance(state, dict) and not any(isinstance(value, torch.Tensor) for value in state.values()):
         state = next((state[key] for key in _KEYS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict):
