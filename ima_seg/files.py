@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -50,6 +51,23 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(path: Path, *, missing: str, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file, UTF-8.
+
+    Raises:
+        UserError: there is no such file (the message goes on with ``missing``), or not an object in JSON (``remedy``).
+    """
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} {missing}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds no JSON object; {remedy}")
+    return contents
 
 
 def load_tensors(path: Path, *, trust: bool = False, allowed: Sequence[Any] = ()) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import pydoc
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from ima_seg.errors import UserError
+from ima_seg.files import read_json
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 _FUNCTIONS = {"abs", "bool", "dict", "float", "int", "len", "list", "max", "min", "range", "round", "str", "sum",
@@ -63,16 +63,8 @@ def read_metadata(root: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is no JSON object.
     """
-    path = root / "configs" / "metadata.json"
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name the folder of a MONAI bundle, which has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); correct it") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds {type(contents).__name__}, not an object; correct it")
-    return contents
+    missing = "does not exist; name the folder of a MONAI bundle, which has one"
+    return read_json(root / "configs" / "metadata.json", missing=missing, remedy="correct it")
 
 
 def data_format(metadata: Mapping[str, Any], side: str, name: str) -> dict[str, Any]:

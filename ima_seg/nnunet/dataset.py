@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,17 @@ from typing import Any
 from ima_seg.cases import find
 from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
+from ima_seg.files import read_json
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file of a model folder.
+def read_description(path: Path) -> dict[str, Any]:
+    """Contents of plans.json or dataset.json of a model folder.
 
     Raises:
         UserError: there is no such file, or it is not JSON.
     """
-    try:
-        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; copy it from where nnUNetv2_train wrote it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again from where it was trained") from None
-    return contents
+    missing = "does not exist; copy it from where nnUNetv2_train wrote it"
+    return read_json(path, missing=missing, remedy="copy it again from where it was trained")
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from ima_seg.data.archives import ARCHIVE_ENDINGS, check_md5, is_archive, unpack
 from ima_seg.data.naming import dataset_folder_name, raw_root, taken_by_other
 from ima_seg.data.recipes import Recipe, recipe_of_task
 from ima_seg.errors import UserError
+from ima_seg.files import read_json
 
 _TASK = re.compile(r"Task(\d{2,3})_([A-Za-z0-9-]+)")
 _NIFTI = ".nii.gz"
@@ -151,14 +152,8 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
 
 def _read_description(source: Path) -> dict[str, Any]:
     path = source / "dataset.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {source.name} is no complete Decathlon task, download it again")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download the task again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: download the task again")
+    missing = f"is missing: {source.name} is no complete Decathlon task, download it again"
+    content = read_json(path, missing=missing, remedy="download the task again")
     if "channel_names" in content and "modality" not in content:
         raise UserError(f"{path} is in nnU-Net's own format already: put the folder into nnUNet_raw as it is")
     for key, example in (("modality", '{"0": "MRI"}'), ("labels", '{"0": "background", "1": "organ"}')):

@@ -15,7 +15,7 @@ from ima_seg.errors import UserError
 from ima_seg.nnunet import case
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
 from ima_seg.nnunet.compat import check_nnunet_version, find_trainer
-from ima_seg.nnunet.dataset import channel_names, foreground_classes, read_json
+from ima_seg.nnunet.dataset import channel_names, foreground_classes, read_description
 from ima_seg.nnunet.model import LoadedFolder
 from ima_seg.types import Labels
 
@@ -59,7 +59,7 @@ def load_model(
     root = Path(folder)
     plans_file, dataset_file = (_required(root, name) for name in ("plans.json", "dataset.json"))
     checkpoints = _fold_checkpoints(root, folds, checkpoint)
-    plans, dataset_json = read_json(plans_file), read_json(dataset_file)
+    plans, dataset_json = read_description(plans_file), read_description(dataset_file)
     read = [read_checkpoint(file, trust=trust) for file in checkpoints]
     first = read[0]
     name, trainer = str(first["init_args"]["configuration"]), str(first["trainer_name"])

@@ -16,7 +16,7 @@ from ima_seg.methods.history import PROGRESS_FILE, margin_rows, write_csv
 from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.plots import plot_progress
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, restore_ledger
-from ima_seg.nnunet.dataset import read_json
+from ima_seg.nnunet.dataset import read_description
 from ima_seg.nnunet.intensity import native_scale, shared_native_scale
 
 #: The one that training goes on from comes first.
@@ -82,7 +82,7 @@ def show_margins(
         console: where to print.
     """
     console = console or Console()
-    plans, dataset_json = (read_json(fold.folder.parent / name) for name in ("plans.json", "dataset.json"))
+    plans, dataset_json = (read_description(fold.folder.parent / name) for name in ("plans.json", "dataset.json"))
     native = shared_native_scale(plans, fold.configuration, dataset_json)
     rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native=native)
     if images is not None:
