@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ima_seg.data.naming import folders_with_id
 from ima_seg.errors import UserError
 
 
@@ -29,32 +30,21 @@ def model_folder(dataset: str, configuration: str, trainer: str, plans: str) -> 
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
     if dataset.isdigit():
-        found = sorted(folder.name for folder in Path(root).glob(f"Dataset{int(dataset):03d}_*"))
+        found = folders_with_id(int(dataset), Path(root))
         if len(found) != 1:
-            there = ", ".join(found) or "none"
+            there = ", ".join(folder.name for folder in found) or "none"
             raise UserError(f"data set {dataset}: {root} holds {there} of that id; name the folder")
-        dataset = found[0]
+        dataset = found[0].name
     return Path(get_output_folder(dataset, trainer, plans, configuration))
 
 
 def train_standard(
     dataset: str, configuration: str, plans: str, *, epochs: int, iterations: int, validation: int, device: str
 ) -> Path:
-    """Train fold 0 as ``nnUNetv2_train -tr nnUNetTrainer`` does, but shorter.
+    """Train fold 0 as ``nnUNetv2_train -tr nnUNetTrainer`` does, but shorter; returns the fold's folder.
 
-    nnU-Net's command line has no option for the number of iterations, so its trainer is driven from here.
-
-    Args:
-        dataset: name of the data set.
-        configuration: such as ``3d_fullres``.
-        plans: name of the plans.
-        epochs: how many.
-        iterations: of each epoch.
-        validation: batches of the validation of each epoch.
-        device: ``cpu``, ``cuda`` or ``mps``.
-
-    Returns:
-        The fold's folder.
+    nnU-Net's command line has no option for the number of ``iterations`` of an epoch and batches of its
+    ``validation``, so its trainer is driven from here.
     """
     from nnunetv2.run.run_training import get_trainer_from_args
 
