@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,14 +119,11 @@ class RecomputedInferer(nn.Module):
         return logits.float()
 
     def _recomputed(self, tiles: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        def run(part: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.network(part, *arguments).float()
-            return logits
-
-        if not torch.is_grad_enabled():
-            return run(tiles)
-        logits: torch.Tensor = checkpoint(run, tiles, use_reentrant=False, preserve_rng_state=False)
-        return logits
+        network: Any = self.network
+        if torch.is_grad_enabled():
+            network = partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False)
+        logits: torch.Tensor = network(tiles, *arguments)
+        return logits.float()
 
 
 def make_window(network: nn.Module, inferer: Any, *, outputs: int, tile_batch: int | None = None) -> nn.Module:
