@@ -1,8 +1,8 @@
-"""What is private to nnU-Net and may change with its version: the range supported, its trainers' attributes, its files.
+"""What is private to nnU-Net: the versions supported, attributes of its trainers, pickled files of its preprocessing.
 
-``nnunetv2`` itself is imported in :mod:`ima_seg.nnunet` and ``nnunet_trainers`` alone, and there by its documented
-names; whatever reads the inside of its objects and files is here. ``tests/test_nnunet_versions.py`` checks both, the
-latter with the oldest version supported, too.
+``nnunetv2`` is imported in :mod:`ima_seg.nnunet` and ``nnunet_trainers`` alone. What is public in it (managers of plans
+and labels, readers, preprocessors, keys of checkpoints) is used there where it is needed, what is private is read here.
+``tests/test_nnunet_versions.py`` lists all of it, and checks it with the oldest version supported, too.
 """
 
 from __future__ import annotations
