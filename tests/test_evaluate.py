@@ -10,11 +10,11 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from ima_seg.cases.write import save_adversarial
 from ima_seg.errors import UserError
 from ima_seg.evaluate import api
 from ima_seg.evaluate.attack import sweep
 from ima_seg.evaluate.attack.conditions import conditions
-from ima_seg.evaluate.attack.files import save_adversarial
 from ima_seg.evaluate.measure.metrics import case_metrics
 from ima_seg.nnunet import case as nnunet_case
 from ima_seg.nnunet.folder import load_model

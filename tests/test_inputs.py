@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from ima_seg.cases.files import CaseFiles, allowed_labels, check_case, find_cases, ignore_value
+from ima_seg.cases.check import check_case
+from ima_seg.cases.raw import CaseFiles
 from ima_seg.data.phantom import write_phantom_dataset
 from ima_seg.errors import UserError
+from ima_seg.nnunet.dataset import allowed_labels, find_cases, ignore_value
 
 SHAPE = (9, 8, 7)
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, 1.5, 0, -200.5], [0, 0, 3, 12.25], [0, 0, 0, 1]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ima_seg.attacks.tiling import Tiling
 from ima_seg.errors import UserError
 from ima_seg.nnunet.tiling import SlidingWindow
 from tests.models import TinyUNet
@@ -137,6 +138,19 @@ def test_autocast_of_the_forward_pass_holds_in_the_backward_pass():
         logits = sliding(x)
     torch.autograd.grad(logits.sum(), x)
     assert set(seen) == {torch.bfloat16} and logits.dtype == torch.float32
+
+
+def test_tiles_without_overlap_lie_evenly_and_average_without_weights():
+    network = TinyUNet(3)
+    tiling, sliding = (kind([network], patch_size=(8, 8, 8), step_size=1.0) for kind in (Tiling, SlidingWindow))
+    for size in ((8, 13, 31), (24, 9, 17), (100, 16, 8)):
+        assert tiling._steps(size) == sliding._steps(size)
+    x = torch.randn(1, 1, 16, 8, 12, requires_grad=True)
+    logits = tiling(x)
+    halves = network(x[:, :, :8, :, :8]), network(x[:, :, :8, :, 4:])
+    expected = torch.cat([halves[0][..., :4], (halves[0][..., 4:] + halves[1][..., :4]) / 2, halves[1][..., 4:]], -1)
+    assert torch.allclose(logits[:, :, :8], expected, atol=1e-5)
+    assert tiling.tiles(x.shape) == 4 and torch.autograd.grad(logits.sum(), x)[0].abs().min() > 0
 
 
 def test_flags_and_bad_arguments():

@@ -1,1 +1,1 @@
-"""Volumes as people store them: found, checked, read, written. Knows neither nnU-Net nor MONAI."""
+"""Cases that are evaluated: found, checked, held in memory and written, whatever model sees them."""

@@ -106,7 +106,12 @@ def run_demo(output: Path, size: DemoSize | None = None) -> None:
           "--features", str(size.features), "--max-features", str(4 * size.features), "--batch-size", "2")  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stage(3, f"nnUNetTrainer: {size.standard_epochs} epochs of {size.standard_iterations} iterations")
-    standard = _train_standard(size, device)
+    from ima_seg.nnunet.runs import train_standard
+
+    standard = train_standard(
+        f"Dataset{DATASET_ID}_{DATASET_NAME}", CONFIGURATION, PLANS, epochs=size.standard_epochs,
+        iterations=size.standard_iterations, validation=VALIDATION, device=device,
+    )  # fmt: skip
     stage(4, f"nnUNetTrainerIMA from its weights: {size.ima_epochs} epochs of {size.ima_iterations} iterations")
     settings = output / "ima.toml"
     lines = {
@@ -145,20 +150,3 @@ def _call(program: str, *arguments: str) -> None:
     status = subprocess.run([command, *arguments], check=False).returncode
     if status:
         raise UserError(f"{program} {' '.join(arguments)} ended with status {status}; see its message above")
-
-
-def _train_standard(size: DemoSize, device: str) -> Path:
-    """Train fold 0 as ``nnUNetv2_train -tr nnUNetTrainer`` does, but shorter; returns the fold's folder.
-
-    nnU-Net's command line has no option for the number of iterations, so its trainer is driven from here.
-    """
-    import torch
-    from nnunetv2.run.run_training import get_trainer_from_args
-
-    trainer: Any = get_trainer_from_args(
-        f"Dataset{DATASET_ID}_{DATASET_NAME}", CONFIGURATION, 0, "nnUNetTrainer", PLANS, device=torch.device(device)
-    )
-    trainer.num_epochs, trainer.num_iterations_per_epoch = size.standard_epochs, size.standard_iterations
-    trainer.num_val_iterations_per_epoch = VALIDATION
-    trainer.run_training()
-    return Path(trainer.output_folder)

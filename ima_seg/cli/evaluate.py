@@ -193,12 +193,10 @@ def _models(arguments: argparse.Namespace) -> dict[str, Path]:
     else:
         if arguments.configuration is None:
             raise UserError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
-        if not os.environ.get("nnUNet_results"):
-            raise UserError("-d needs the variable nnUNet_results; set it, or name the folder with -m")
-        from nnunetv2.utilities.file_path_utilities import get_output_folder
+        from ima_seg.nnunet.runs import model_folder
 
         folders = [
-            Path(get_output_folder(_dataset_name(arguments.dataset), trainer, arguments.plans, arguments.configuration))
+            model_folder(arguments.dataset, arguments.configuration, trainer, arguments.plans)
             for trainer in arguments.trainers
         ]
     names = arguments.names or _short_names(folders)
@@ -225,17 +223,6 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
         return trainers
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(folders) else [str(folder) for folder in folders]
-
-
-def _dataset_name(dataset: str) -> str:
-    """Folder name in nnUNet_results; an id is looked up there, so that nnUNet_raw is not needed."""
-    if not dataset.isdigit():
-        return dataset
-    root = Path(os.environ["nnUNet_results"])
-    found = sorted(folder.name for folder in root.glob(f"Dataset{int(dataset):03d}_*"))
-    if len(found) != 1:
-        raise UserError(f"data set {dataset}: {root} holds {', '.join(found) or 'none'} of that id; name the folder")
-    return found[0]
 
 
 def _is_ct(folder: Path) -> bool:

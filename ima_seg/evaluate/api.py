@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,12 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ima_seg.attacks.network import resolve_precision
-from ima_seg.cases.files import CaseFiles
+from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import attack_names, check_settings
 from ima_seg.evaluate.attack.describe import describe_run
 from ima_seg.evaluate.attack.execution import Attacker
-from ima_seg.evaluate.attack.files import check_writable
 from ima_seg.evaluate.attack.problem import native_scale
 from ima_seg.evaluate.attack.share import Share, pick_device, share_out
 from ima_seg.evaluate.attack.sweep import Contestant, Sweep
@@ -29,8 +29,8 @@ from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, Run
 from ima_seg.evaluate.subject import Model
 from ima_seg.files import write_text
-from ima_seg.monai.bundle import BundleModel, load_bundle
-from ima_seg.nnunet.folder import SegmentationModel, load_model
+from ima_seg.monai.bundle import load_bundle
+from ima_seg.nnunet.folder import load_model
 
 
 def evaluate(
@@ -87,33 +87,24 @@ def evaluate(
     settings = settings.model_copy(update={"attacks": attack_names(settings.attacks), "eps": sorted(set(settings.eps))})
     with share_out(num_parts, part_id) as share:
         place = pick_device(device)
-        loaded = {
-            name: _load(
-                folder,
-                settings,
-                folds=folds,
-                checkpoint=checkpoint,
-                previous_stage=previous_stage,
-                device=place,
-                trust=trust,
-            )
-            for name, folder in models.items()
-        }
+        load = partial(
+            _load, settings=settings, folds=folds, checkpoint=checkpoint, previous_stage=previous_stage, device=place,
+            trust=trust,
+        )  # fmt: skip
+        loaded = {name: load(folder) for name, folder in models.items()}
         first = _compatible(loaded, settings)
         if {"disappear", "appear"} & set(settings.attacks) and not settings.targets:
             settings = settings.model_copy(update={"targets": list(first.classes)})
         check_settings(settings, models=list(loaded), classes=list(first.classes))
         dtype = resolve_precision(settings.precision, place)
-        contestants = [
-            Contestant(
-                name,
-                model,
-                model.window(step_size=settings.step_size, mirroring=settings.mirroring, tile_batch=tile_batch),
-            )
-            for name, model in loaded.items()
-        ]
+        window: dict[str, Any] = {
+            "step_size": settings.step_size,
+            "mirroring": settings.mirroring,
+            "tile_batch": tile_batch,
+        }
+        contestants = [Contestant(name, model, model.window(**window)) for name, model in loaded.items()]
         # Bundles read nnU-Net's naming too.
-        finder = next((model for model in loaded.values() if isinstance(model, SegmentationModel)), first)
+        finder = next((model for model in loaded.values() if not _is_bundle(model.folder)), first)
         cases, problems = finder.find_cases(Path(images), Path(labels), limit=settings.limit)
         _require_native(loaded, settings, cases)
         run = describe_run(
@@ -142,33 +133,25 @@ def evaluate(
 
 
 def _load(
-    folder: str | Path,
-    settings: EvaluationSettings,
-    *,
-    folds: Sequence[str] | None,
-    checkpoint: str | None,
-    previous_stage: str | Path | None,
-    device: torch.device,
-    trust: bool,
-) -> Model:
-    """A MONAI bundle (a folder with ``configs``) or an nnU-Net model folder."""
-    if (Path(folder) / "configs").is_dir():
-        return load_bundle(
-            folder,
-            checkpoint=checkpoint,
-            labels=settings.bundle_labels,
-            output=settings.bundle_output,
-            device=device,
-            trust=trust,
-        )
+    folder: str | Path, settings: EvaluationSettings, *, folds: Sequence[str] | None, checkpoint: str | None,
+    previous_stage: str | Path | None, device: torch.device, trust: bool,
+) -> Model:  # fmt: skip
+    """A MONAI bundle or an nnU-Net model folder."""
+    if _is_bundle(folder):
+        labels, output = settings.bundle_labels, settings.bundle_output
+        return load_bundle(folder, checkpoint=checkpoint, labels=labels, output=output, device=device, trust=trust)
     model = load_model(folder, folds=folds, checkpoint=checkpoint or "checkpoint_final.pth", device=device, trust=trust)
     return replace(model, previous_stage=None if previous_stage is None else Path(previous_stage))
+
+
+def _is_bundle(folder: str | Path) -> bool:
+    return (Path(folder) / "configs").is_dir()
 
 
 def _compatible(loaded: Mapping[str, Model], settings: EvaluationSettings) -> Model:
     """The first model; all others segment the same classes in the same channels."""
     first = next(iter(loaded.values()))
-    bundles = [name for name, model in loaded.items() if isinstance(model, BundleModel)]
+    bundles = [name for name, model in loaded.items() if _is_bundle(model.folder)]
     mixed = 0 < len(bundles) < len(loaded)
     for name, model in loaded.items():
         # nnU-Net knows its channels by name, bundles often do not.
@@ -182,15 +165,7 @@ def _compatible(loaded: Mapping[str, Model], settings: EvaluationSettings) -> Mo
             raise UserError(f"budget 'slice' is for 2D models, {name!r} sees volumes: --budget volume")
         if settings.unit == "hu" and not model.is_single_ct:
             raise UserError(f"unit 'hu' is for models of a single CT channel, {name!r} is not: --unit percent or rms")
-        if isinstance(model, SegmentationModel):
-            stage = model.configuration.previous_stage_name
-            if stage is not None and model.previous_stage is None:
-                raise UserError(
-                    f"model {name!r} is the second stage of a cascade; name the folder with the segmentations of "
-                    f"{stage!r} with -prev_stage_predictions"
-                )
-            if settings.save_adversarial:
-                check_writable(model)
+        model.check_use(writing=settings.save_adversarial)
     if bundles and settings.step_size != 0.5:
         raise UserError(
             f"step_size is {settings.step_size}, but {bundles[0]!r} is a bundle: its inferer has the overlap"
@@ -212,7 +187,7 @@ def _require_native(loaded: Mapping[str, Model], settings: EvaluationSettings, c
     """
     if not (settings.save_adversarial or settings.unit in ("hu", "percent") or "transfer" in settings.attacks):
         return
-    for model in (model for model in loaded.values() if isinstance(model, BundleModel)):
+    for model in (model for model in loaded.values() if _is_bundle(model.folder)):
         for files in cases:
             try:
                 model.check_case(files)
@@ -221,11 +196,6 @@ def _require_native(loaded: Mapping[str, Model], settings: EvaluationSettings, c
                 continue
             native_scale(case)
             break
-
-
-def _decisive(run: Run) -> list[str]:
-    """The packages on which numbers depend."""
-    return ["ima-seg", "nnunetv2", *(["monai"] if any(model.bundle for model in run.models) else [])]
 
 
 def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
@@ -251,13 +221,15 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         for name, new in run.settings.model_dump().items()
         if (old := there.settings.model_dump()[name]) != new
     ]
+    # The packages on which numbers depend.
+    decisive = ["ima-seg", "nnunetv2", *(["monai"] if any(model.bundle for model in run.models) else [])]
     differing += [
         f"{what} are others"
         for what, new, old in (
             ("the models", [(m.name, m.sha256) for m in run.models], [(m.name, m.sha256) for m in there.models]),
             ("the cases", run.cases, there.cases),
             ("the folders of images and labels", (run.images, run.labels), (there.images, there.labels)),
-            ("the versions", *({k: r.versions[k] for k in _decisive(run)} for r in (run, there))),
+            ("the versions", *({k: r.versions[k] for k in decisive} for r in (run, there))),
         )
         if new != old
     ]
@@ -268,11 +240,8 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         )
     # Files of the other parts of the same array are no reason to stop.
     own = f"records{share.suffix}.jsonl"
-    begun = [
-        path.name
-        for path in _record_files(out)
-        if path.name == own or not path.name.endswith(f"-of-{share.count}.jsonl")
-    ]
+    names = [path.name for path in _record_files(out)]
+    begun = [name for name in names if name == own or not name.endswith(f"-of-{share.count}.jsonl")]
     if begun and not resume:
         raise UserError(f"{out} holds this evaluation already, in part or whole; go on with --resume, or name another")
 
@@ -295,21 +264,6 @@ def _record_files(out: Path) -> list[Path]:
     return sorted(out.glob("records*.jsonl"))
 
 
-@contextmanager
-def _shown(total: int, console: Console) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal; nothing elsewhere, where a line per case is written instead."""
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda what: progress.update(task, advance=1, description=escape(what))
-
-
 def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
     """Evaluate ``cases``, with the remaining time."""
     todo = [case for case in cases if not sweep.is_done(case.case)]
@@ -317,9 +271,13 @@ def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are done already")
     conditions = sum(len(sweep.conditions(contestant)) for contestant in sweep.contestants)
     began = time.monotonic()
-    with _shown(len(todo) * conditions, console) as step:
+    columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True)]
+    text = TextColumn("{task.description}")
+    # A progress bar on a terminal; nothing elsewhere, where a line per case is written instead.
+    with Progress(*columns, text, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(todo) * conditions)
         sweep.log = lambda text: console.print(escape(text), soft_wrap=True)
-        sweep.step = step
+        sweep.step = lambda what: progress.update(task, advance=1, description=escape(what))
         for number, case in enumerate(todo, 1):
             started = time.monotonic()
             sweep.evaluate(case)

@@ -7,70 +7,115 @@ from typing import Any, Protocol
 
 import torch
 
-from ima_seg.cases.files import CaseFiles, CaseProblem
-from ima_seg.nnunet.case import FloatArray, LabelArray, RawCase
+from ima_seg.cases.raw import CaseFiles, CaseProblem, FloatArray, LabelArray, RawCase
 from ima_seg.types import Labels, Target
 
 
 class Window(Protocol):
-    """(B, C, *S) network input -> logits (B, K, *S) of the whole, with exact gradients."""
+    """(B, C, *S) network input -> logits (B, K, *S) of the whole, with exact gradients.
 
-    #: How many tiles the network sees at once; halved when the memory does not suffice.
+    Attributes:
+        tile_batch: how many tiles the network sees at once; halved when the memory does not suffice.
+    """
+
     tile_batch: int
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         """Logits in float32."""
 
 
+class Loaded(Protocol):
+    """A trained model with the inference that it was made for.
+
+    Attributes:
+        folder: where it lies.
+        files: those that define it.
+        labels: how outputs are read.
+        classes: foreground class (or region) -> label values, in the order of the outputs.
+        channels: names of the image channels.
+        dataset: name of the data set that it was trained for; may be empty.
+        is_2d: whether a volume is a stack of independent slices to it.
+        is_single_ct: whether there is one channel, in HU.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def files(self) -> list[Path]: ...
+    @property
+    def labels(self) -> Labels: ...
+    @property
+    def classes(self) -> dict[str, tuple[int, ...]]: ...
+    @property
+    def channels(self) -> list[str]: ...
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def is_2d(self) -> bool: ...
+    @property
+    def is_single_ct(self) -> bool: ...
+
+    def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> Any:
+        """Its :class:`Window`."""
+
+    def card(self) -> dict[str, Any]:
+        """Fields of :class:`ima_seg.evaluate.run.ModelInfo`, beside name, folder and hashes."""
+
+    def check_use(self, *, writing: bool = False) -> None:
+        """Refuse what cannot be evaluated as it was loaded, or (``writing``) whose adversarial files cannot be."""
+
+    def find_cases(
+        self, images: Path, labels: Path, *, limit: int | None = None
+    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
+        """The complete and the incomplete cases of two folders."""
+
+    def check_case(self, files: CaseFiles) -> None:
+        """Refuse files that cannot be evaluated."""
+
+
 class Case(Protocol):
-    """A case as one model sees it; see :class:`ima_seg.nnunet.case.PreparedCase` for the shapes."""
+    """A case as one model sees it.
+
+    Attributes:
+        raw: the case in its original geometry.
+        model: the model.
+        base: (1, C + extra, *S) what perturbations are added to, network units; extra channels are never perturbed.
+        image_channels: C.
+        support: (1, 1, *S) bool where a perturbation may be; ``None``: everywhere.
+        scale: (C,) original intensity units per network unit; ``None`` where no such line connects them.
+        native_range: (C,) range from the 0.5 to the 99.5 percentile; original intensities, or network units without a
+            scale.
+        resampled: whether the network's grid is not the image's.
+        image_voxels: voxels of the image, per channel, that the network's grid covers.
+        slice_axis: slice direction of the per-slice Dice, an axis of (Z, Y, X).
+        shows_hu: whether the first channel is in HU.
+    """
 
     @property
-    def raw(self) -> RawCase:
-        """The case in its original geometry."""
-
+    def raw(self) -> RawCase: ...
     @property
-    def model(self) -> Model:
-        """The model."""
-
+    def model(self) -> Loaded: ...
     @property
-    def base(self) -> torch.Tensor:
-        """(1, C + extra, *S) what perturbations are added to, network units; extra channels are never perturbed."""
-
+    def base(self) -> torch.Tensor: ...
     @property
-    def image_channels(self) -> int:
-        """C."""
-
+    def image_channels(self) -> int: ...
     @property
-    def support(self) -> torch.Tensor | None:
-        """(1, 1, *S) bool where a perturbation may be; ``None``: everywhere."""
-
+    def support(self) -> torch.Tensor | None: ...
     @property
-    def scale(self) -> FloatArray | None:
-        """(C,) original intensity units per network unit; ``None`` where no such line connects them."""
-
+    def scale(self) -> FloatArray | None: ...
     @property
-    def native_range(self) -> FloatArray:
-        """(C,) range from the 0.5 to the 99.5 percentile; original intensities, or network units without a scale."""
-
+    def native_range(self) -> FloatArray: ...
     @property
-    def resampled(self) -> bool:
-        """Whether the network's grid is not the image's."""
-
+    def resampled(self) -> bool: ...
     @property
-    def image_voxels(self) -> int:
-        """Voxels of the image, per channel, that the network's grid covers."""
-
+    def image_voxels(self) -> int: ...
     @property
-    def slice_axis(self) -> int:
-        """Slice direction of the per-slice Dice, an axis of (Z, Y, X)."""
-
+    def slice_axis(self) -> int: ...
     @property
-    def shows_hu(self) -> bool:
-        """Whether the first channel is in HU."""
+    def shows_hu(self) -> bool: ...
 
     def target(self, *, slices: bool = False) -> Target:
-        """The reference on the network's grid."""
+        """The reference on the network's grid; with ``slices`` those along the first axis as a batch."""
 
     def network(self, window: Any, *, whole: bool) -> torch.nn.Sequential:
         """Perturbed image in the layout of :attr:`base` -> input of the network -> logits."""
@@ -79,7 +124,7 @@ class Case(Protocol):
         """The segmentation in the original geometry: (Z, Y, X) label map, or one mask per class (classes, Z, Y, X)."""
 
     def delta(self, perturbed: torch.Tensor) -> torch.Tensor:
-        """The perturbation (C, *S) in network units."""
+        """The perturbation (C, *S) in network units of an image in the layout of :attr:`base`."""
 
     def native_delta(self, delta: torch.Tensor) -> FloatArray:
         """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities; needs a scale."""
@@ -91,46 +136,8 @@ class Case(Protocol):
         """The same case with another image (C, Z, Y, X) float32, original intensities: a corrupted one."""
 
 
-class Model(Protocol):
-    """A trained model with the pre-processing, inference and post-processing that it was made for."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-
-    @property
-    def labels(self) -> Labels:
-        """How outputs are read."""
-
-    @property
-    def classes(self) -> dict[str, tuple[int, ...]]:
-        """Foreground class (or region) -> label values, in the order of the outputs."""
-
-    @property
-    def channels(self) -> list[str]:
-        """Names of the image channels."""
-
-    @property
-    def is_2d(self) -> bool:
-        """Whether a volume is a stack of independent slices to it."""
-
-    @property
-    def is_single_ct(self) -> bool:
-        """Whether there is one channel, in HU."""
-
-    def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> Any:
-        """Its :class:`Window`."""
-
-    def sha256(self) -> dict[str, str]:
-        """Hash of each file that defines it."""
-
-    def find_cases(
-        self, images: Path, labels: Path, *, limit: int | None = None
-    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-        """The complete and the incomplete cases of two folders."""
-
-    def check_case(self, files: CaseFiles) -> None:
-        """Refuse files that cannot be evaluated."""
+class Model(Loaded, Protocol):
+    """The same, and it prepares cases."""
 
     def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> Case:
         """Read and pre-process a case."""

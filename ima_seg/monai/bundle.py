@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from ima_seg.cases.files import CaseFiles, CaseProblem, check_case
+from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.files import file_hash
+from ima_seg.files import load_tensors
 from ima_seg.monai.config import Parts, data_format, is_single_ct, load_parts, read_metadata
-from ima_seg.monai.inputs import find_cases
+from ima_seg.monai.model import LoadedBundle
 from ima_seg.types import Labels
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it imports MONAI, which takes seconds
     from ima_seg.monai.case import BundleCase
 
 Output = Literal["softmax", "sigmoid"]
@@ -27,82 +26,8 @@ Output = Literal["softmax", "sigmoid"]
 _KEYS = ("model", "network", "state_dict", "model_state_dict", "net")
 
 
-@dataclass(frozen=True)
-class BundleModel:
-    """One bundle with its weights.
-
-    Attributes:
-        folder: of the bundle.
-        name: in the metadata, else of the folder.
-        version: in the metadata.
-        network: on the device, frozen.
-        preprocessing: MONAI's Compose, which reads the image first.
-        postprocessing: the same, without what saves files.
-        inferer: MONAI's Inferer.
-        image_key: of the image in the dictionaries of the transforms.
-        labels: how outputs are read.
-        classes: foreground class -> label values, in the order of the outputs.
-        channels: names of the image channels.
-        is_single_ct: whether there is one channel, of CT.
-        weights: the checkpoint.
-        files: the files that define the bundle.
-    """
-
-    folder: Path
-    name: str
-    version: str
-    network: nn.Module
-    preprocessing: Any
-    postprocessing: Any
-    inferer: Any
-    image_key: str
-    labels: Labels
-    classes: dict[str, tuple[int, ...]]
-    channels: list[str]
-    is_single_ct: bool
-    weights: Path
-    files: list[Path]
-
-    @property
-    def is_2d(self) -> bool:
-        """Bundles are attacked as a whole, also where their inferer cuts slices."""
-        return False
-
-    @property
-    def inferer_name(self) -> str:
-        """Class of the inferer."""
-        return type(self.inferer).__name__
-
-    @property
-    def patch_size(self) -> list[int]:
-        """Voxels of a tile; empty for whole images."""
-        from ima_seg.monai.window import patch_size
-
-        return patch_size(self.inferer)
-
-    def window(self, *, step_size: float = 0.5, mirroring: bool = False, tile_batch: int | None = None) -> nn.Module:
-        """The inferer as a differentiable network; ``step_size`` and ``mirroring`` are nnU-Net's alone."""
-        from ima_seg.monai.window import make_window
-
-        return make_window(self.network, self.inferer, outputs=self.labels.outputs, tile_batch=tile_batch)
-
-    def sha256(self) -> dict[str, str]:
-        """Hash of each file of the bundle, by its path in the folder."""
-        return {
-            str(file.relative_to(self.folder) if file.is_relative_to(self.folder) else file): file_hash(file)
-            for file in self.files
-        }
-
-    def find_cases(
-        self, images: Path, labels: Path, *, limit: int | None = None
-    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-        """The complete and the incomplete cases of two folders."""
-        return find_cases(images, labels, channels=len(self.channels), limit=limit)
-
-    def check_case(self, files: CaseFiles) -> None:
-        """Refuse files that cannot be evaluated."""
-        allowed = {0}.union(*self.classes.values())
-        check_case(files, labels_allowed=allowed, stacked=True, source="the bundle (metadata.json or --bundle-labels)")
+class BundleModel(LoadedBundle):
+    """A bundle that prepares its cases; see :class:`LoadedBundle` for the rest."""
 
     def prepare(self, files: CaseFiles, *, device: torch.device | str | None = None) -> BundleCase:
         """Read and pre-process a case; the device is that of the network."""
@@ -137,8 +62,10 @@ def load_bundle(
     root, place = Path(folder).resolve(), torch.device(device)
     metadata = read_metadata(root)
     parts = load_parts(root, device=place, trust=trust)
-    weights = parts.weights if checkpoint is None else root / "models" / checkpoint
-    _load_weights(parts.network, weights, trust=trust)
+    if checkpoint is not None:
+        parts = replace(parts, weights=root / "models" / checkpoint)
+    _load_weights(parts.network, parts.weights, trust=trust)
+    parts.network.to(place).eval().requires_grad_(False)
     sigmoid = (output or _output(parts)) == "sigmoid"
     outputs, classes = _classes(metadata, {name: tuple(v) for name, v in (labels or {}).items()}, root, sigmoid=sigmoid)
     image = data_format(metadata, "inputs", "image")
@@ -146,20 +73,14 @@ def load_bundle(
     names = image.get("channel_def")
     names = names if isinstance(names, dict) else {}
     return BundleModel(
+        **vars(parts),
         folder=root,
-        name=str(metadata.get("name") or root.name),
-        version=str(metadata.get("version") or "without version"),
-        network=parts.network.to(place).eval().requires_grad_(False),
-        preprocessing=parts.preprocessing,
-        postprocessing=parts.postprocessing,
-        inferer=parts.inferer,
+        title=f"{metadata.get('name') or root.name} {metadata.get('version') or 'without version'}",
         image_key=_image_key(parts),
         labels=Labels(outputs=outputs, regions=sigmoid),
         classes=classes,
         channels=[str(names.get(str(index), f"channel {index}" if count > 1 else "image")) for index in range(count)],
         is_single_ct=is_single_ct(metadata),
-        weights=weights,
-        files=[parts.file, root / "configs" / "metadata.json", weights],
     )
 
 
@@ -179,32 +100,33 @@ def _image_key(parts: Parts) -> str:
     keys = list(getattr(steps[0], "keys", ())) if steps and isinstance(steps[0], LoadImaged) else []
     if len(keys) != 1:
         raise UserError(
-            f"{parts.file}: the first transform of 'preprocessing' must be LoadImaged with the key of one image; it is "
-            f"{type(steps[0]).__name__ if steps else 'missing'} with the keys {keys}"
+            f"{parts.config}: the first transform of 'preprocessing' must be LoadImaged with the key of one image; it "
+            f"is {type(steps[0]).__name__ if steps else 'missing'} with the keys {keys}"
         )
     if random := [
         type(step).__name__ for step in parts.preprocessing.flatten().transforms if isinstance(step, RandomizableTrait)
     ]:
-        raise UserError(f"{parts.file}: {', '.join(random)} in 'preprocessing' is random; inference must not be")
+        raise UserError(f"{parts.config}: {', '.join(random)} in 'preprocessing' is random; inference must not be")
     return str(keys[0])
 
 
 def _output(parts: Parts) -> Output:
     """How outputs are read: the activation, or else the discretisation, of the post-processing."""
-    found = {"softmax": False, "sigmoid": False}
     steps = parts.postprocessing.flatten().transforms
-    for pair in (("softmax", "sigmoid"), ("argmax", "threshold")):
-        if not any(found.values()):
-            for step in steps:
-                for name, attribute in zip(found, pair, strict=True):
-                    values = getattr(step, attribute, None)
-                    found[name] |= isinstance(values, tuple | list) and any(v not in (None, False) for v in values)
-    if found["softmax"] == found["sigmoid"]:
-        raise UserError(
-            f"{parts.file}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it "
-            "with --bundle-output"
-        )
-    return "softmax" if found["softmax"] else "sigmoid"
+
+    def has(attribute: str) -> bool:
+        values = [getattr(step, attribute, None) for step in steps]
+        return any(v not in (None, False) for value in values if isinstance(value, tuple | list) for v in value)
+
+    for softmax, sigmoid in (("softmax", "sigmoid"), ("argmax", "threshold")):
+        if has(softmax) != has(sigmoid):
+            return "softmax" if has(softmax) else "sigmoid"
+        if has(softmax):
+            break
+    raise UserError(
+        f"{parts.config}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it "
+        "with --bundle-output"
+    )
 
 
 def _classes(
@@ -261,21 +183,7 @@ def _load_weights(network: nn.Module, file: Path, *, trust: bool) -> None:
         raise UserError(
             f"{file} does not exist; download the bundle with its weights, or name a file in models with -chk"
         )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "Unsupported" in line), "unsupported contents"
-        )
-        raise UserError(
-            f"{file} holds more than tensors and plain values ({reason}); reading it would run code from the file. If "
-            "you trust its origin, pass --trust-checkpoint"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{file} cannot be read ({reason}); a scripted model or a truncated file cannot be used"
-        ) from None
+    state = load_tensors(file, trust=trust)
     if isinstance(state, dict) and not any(isinstance(value, torch.Tensor) for value in state.values()):
         state = next((state[key] for key in _KEYS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -11,49 +13,36 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
-from monai.transforms import SpatialResample
 from torch import nn
 
 from ima_seg.attacks.network import full_precision
-from ima_seg.cases.files import CaseFiles
+from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, only_turned, same_grid, shifted
 from ima_seg.errors import UserError
-from ima_seg.monai.bundle import BundleModel
-from ima_seg.nnunet.case import FloatArray, LabelArray, RawCase
+from ima_seg.monai.model import LoadedBundle
+from ima_seg.monai.units import native_units, onto
 from ima_seg.types import Target
 
-#: Share of the voxels that must lie on the line between original intensities and network units, within so much of the
-#: network's range: interpolation and clipping take some off it.
-_ON_LINE, _NEAR = 0.9, 0.01
-#: Two grids coincide where corners differ by less, in voxels.
-_SAME_GRID = 1e-2
 _PREDICTION = "pred"
 
 
 @dataclass(frozen=True)
 class BundleCase:
-    """A case as a bundle sees it.
+    """A case as a bundle sees it; what :class:`ima_seg.evaluate.subject.Case` has, and:
 
     Perturbations are added to the pre-processed image, where it is image: what the pre-processing padded is in no file.
 
     Attributes:
-        raw: the case in its original geometry.
-        model: the bundle.
         loaded: what the bundle's LoadImaged returned.
         data: what its pre-processing returned, with the image's MetaTensor.
         padded: (1, C, *P) the pre-processed image, the input of the inferer.
-        box: where the image lies in it.
-        base: (1, C, *S) the pre-processed image without its padding.
+        box: where the image lies in it; :attr:`base` (1, C, *S) is the image without its padding.
         reference: (1, 1, *S) label map on the same grid.
         affine: (4, 4) voxels of the original image to mm.
-        scale: (C,) original intensity units per network unit; ``None`` where no line connects them.
-        native_range: (C,) range from the 0.5 to the 99.5 percentile; original intensities, or network units without a
-            scale.
         resampled: whether the network's grid is not the image's, cropped, padded or turned.
-        image_voxels: voxels of the image that the network's grid covers.
     """
 
     raw: RawCase
-    model: BundleModel
+    model: LoadedBundle
     loaded: dict[str, Any]
     data: dict[str, Any]
     padded: torch.Tensor
@@ -87,46 +76,41 @@ class BundleCase:
 
     def target(self, *, slices: bool = False) -> Target:
         """The reference of the whole volume."""
-        masks = [torch.isin(self.reference, self.reference.new_tensor(v)) for v in self.model.classes.values()]
-        if self.model.labels.regions:
-            return Target.from_raw(torch.cat(masks, 1), self.model.labels)
-        channels = torch.zeros_like(self.reference)
+        model, reference = self.model, self.reference
+        masks = [torch.isin(reference, reference.new_tensor(values)) for values in model.classes.values()]
+        if model.labels.regions:
+            return Target.from_raw(torch.cat(masks, 1), model.labels)
+        channels = torch.zeros_like(reference)
         for channel, mask in enumerate(masks, 1):
             channels[mask] = channel
-        return Target.from_raw(channels, self.model.labels)
+        return Target.from_raw(channels, model.labels)
 
     def network(self, window: nn.Module, *, whole: bool) -> nn.Sequential:
         """(1, C, *S) -> logits (1, K, *S) through the padded image; a part of it (not ``whole``) as it is."""
         if not whole:
             return nn.Sequential(nn.Identity(), window).eval()
-        return nn.Sequential(_Frame(self.padded, self.box), window, _Cut(self.box)).eval()
+        return nn.Sequential(_Frame(self.padded, self.box), window, _Cut(self.padded, self.box)).eval()
 
     @torch.no_grad()
     def predict(self, window: nn.Module, perturbed: torch.Tensor) -> LabelArray:
-        """What the bundle would write: (Z, Y, X) label map, or one mask per class (classes, Z, Y, X)."""
-        with full_precision():
-            logits = window(_Frame(self.padded, self.box)(perturbed))
-        return self.export(logits)
-
-    def export(self, logits: torch.Tensor) -> LabelArray:
-        """Logits (1, K, *P) -> the bundle's post-processing -> label map or masks in the original geometry.
+        """What the bundle's post-processing would write: (Z, Y, X) label map, or a mask per class (classes, Z, Y, X).
 
         Raises:
             UserError: the post-processing fails, leaves another grid, or leaves no labels.
         """
+        with full_precision():
+            logits = window(_Frame(self.padded, self.box)(perturbed))
         model, image = self.model, self.data[self.model.image_key]
-        prediction = MetaTensor(
-            logits[0], meta=deepcopy(image.meta), applied_operations=deepcopy(image.applied_operations)
-        )
-        try:
+        meta, applied = deepcopy(image.meta), deepcopy(image.applied_operations)
+        prediction = MetaTensor(logits[0], meta=meta, applied_operations=applied)
+        with _reporting(model, self.raw.case, "post"):
             result = model.postprocessing({**self.data, _PREDICTION: prediction})[_PREDICTION]
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())[-300:]
-            raise UserError(f"{self.raw.case}: the post-processing of {model.folder} failed ({reason})") from error
         values = np.asarray(torch.as_tensor(result).detach().cpu())
         values = values.transpose(0, *range(values.ndim - 1, 0, -1))
         grid = result.affine if isinstance(result, MetaTensor) else torch.from_numpy(self.affine)
-        if values.shape[1:] != self.raw.reference.shape or not _same_grid(grid, self.affine, self.raw.reference.shape):
+        if values.shape[1:] != self.raw.reference.shape or not same_grid(
+            grid, self.affine, self.raw.reference.shape[::-1]
+        ):
             raise UserError(
                 f"{self.raw.case}: the post-processing of {model.folder} leaves {values.shape[1:]} voxels (Z, Y, X) "
                 f"on another grid than the label, {self.raw.reference.shape}; let Invertd undo the pre-processing"
@@ -160,18 +144,18 @@ class BundleCase:
         """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities and geometry."""
         assert self.scale is not None
         shape = self.raw.reference.shape[::-1]
-        values = _onto(delta.detach().float().cpu(), self._affine(), self.affine, shape)
+        values = onto(delta.detach().float().cpu(), self._affine(), self.affine, shape)
         return values.numpy().transpose(0, 3, 2, 1) * self.scale.reshape(-1, 1, 1, 1)
 
     def from_native(self, delta: FloatArray) -> torch.Tensor:
         """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
         assert self.scale is not None
         values = torch.from_numpy((delta / self.scale.reshape(-1, 1, 1, 1)).transpose(0, 3, 2, 1).astype(np.float32))
-        return _onto(values, self.affine, self._affine(), self.base.shape[2:]).to(self.base.device)
+        return onto(values, self.affine, self._affine(), self.base.shape[2:]).to(self.base.device)
 
     def _affine(self) -> FloatArray:
         """Voxels of :attr:`base` to mm."""
-        return _shifted(np.asarray(self.data[self.model.image_key].affine, np.float64), self.box)
+        return shifted(np.asarray(self.data[self.model.image_key].affine, np.float64), self.box)
 
     def altered(self, image: npt.NDArray[np.float32]) -> BundleCase:
         """The same case with another image (C, Z, Y, X) in original intensities."""
@@ -197,18 +181,14 @@ class _Frame(nn.Module):
         return framed
 
 
-class _Cut(nn.Module):
-    """The logits at ``box``."""
+class _Cut(_Frame):
+    """The part of the logits that belongs to the image."""
 
-    def __init__(self, box: tuple[slice, ...]) -> None:
-        super().__init__()
-        self.index = (slice(None), slice(None), *box)
-
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits[self.index]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.index]
 
 
-def prepare_case(model: BundleModel, files: CaseFiles) -> BundleCase:
+def prepare_case(model: LoadedBundle, files: CaseFiles) -> BundleCase:
     """Read a case by the bundle's LoadImaged and pre-process it.
 
     Raises:
@@ -242,7 +222,7 @@ def prepare_case(model: BundleModel, files: CaseFiles) -> BundleCase:
     return _prepare(model, raw, loaded, affine)
 
 
-def _prepare(model: BundleModel, raw: RawCase, loaded: dict[str, Any], affine: FloatArray) -> BundleCase:
+def _prepare(model: LoadedBundle, raw: RawCase, loaded: dict[str, Any], affine: FloatArray) -> BundleCase:
     """The rest of the pre-processing, behind the loader."""
     # Transforms may write into what they are given.
     data = _run(model, raw.case, {**loaded, model.image_key: loaded[model.image_key].clone()}, 1, None)
@@ -256,15 +236,14 @@ def _prepare(model: BundleModel, raw: RawCase, loaded: dict[str, Any], affine: F
     device = next((parameter.device for parameter in model.network.parameters()), torch.device("cpu"))
     grid, original = np.asarray(image.affine, np.float64), raw.reference.shape[::-1]
     turned = torch.from_numpy(np.ascontiguousarray(raw.reference.transpose(2, 1, 0)))[None]
-    inside = _onto(torch.ones(1, *original), affine, grid, image.shape[1:], mode="nearest")[0] > 0.5
+    inside = onto(torch.ones(1, *original), affine, grid, image.shape[1:], mode="nearest")[0] > 0.5
     if not inside.any():
         raise UserError(f"{raw.case}: nothing of the image is left after the pre-processing of {model.folder}")
     box = tuple(slice(int(found.min()), int(found.max()) + 1) for found in inside.nonzero().T)
     shape = [side.stop - side.start for side in box]
-    reference = _onto(turned.float(), affine, _shifted(grid, box), shape, mode="nearest").round().to(torch.int16)
-    covered = _onto(torch.ones(1, *image.shape[1:]), grid, affine, original, mode="nearest") > 0.5
+    reference = onto(turned.float(), affine, shifted(grid, box), shape, mode="nearest").round().to(torch.int16)
     plain = torch.as_tensor(image.as_tensor()).detach().float()
-    scale, ranges = _line(plain.cpu(), raw.image, affine, grid, covered[0])
+    scale, native_range, image_voxels = native_units(plain.cpu(), raw.image, affine, grid)
     return BundleCase(
         raw=raw,
         model=model,
@@ -276,19 +255,26 @@ def _prepare(model: BundleModel, raw: RawCase, loaded: dict[str, Any], affine: F
         reference=reference[None].to(device),
         affine=affine,
         scale=scale,
-        native_range=ranges,
-        resampled=not _only_turned(np.linalg.inv(affine) @ grid),
-        image_voxels=int(covered.sum()),
+        native_range=native_range,
+        resampled=not only_turned(np.linalg.inv(affine) @ grid),
+        image_voxels=image_voxels,
     )
 
 
-def _run(model: BundleModel, case: str, data: dict[str, Any], start: int, end: int | None) -> dict[str, Any]:
-    try:
+def _run(model: LoadedBundle, case: str, data: dict[str, Any], start: int, end: int | None) -> dict[str, Any]:
+    with _reporting(model, case, "pre"):
         result: dict[str, Any] = model.preprocessing(data, start=start, end=end)
+    return result
+
+
+@contextmanager
+def _reporting(model: LoadedBundle, case: str, which: str) -> Iterator[None]:
+    """Say which transforms failed; MONAI passes on whatever they raise."""
+    try:
+        yield
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[-300:]
-        raise UserError(f"{case}: the pre-processing of {model.folder} failed ({reason})") from error
-    return result
+        raise UserError(f"{case}: the {which}-processing of {model.folder} failed ({reason})") from error
 
 
 def _channels_first(image: npt.NDArray[Any], space: tuple[int, ...], files: CaseFiles) -> npt.NDArray[Any]:
@@ -309,82 +295,3 @@ def _from_channels_first(image: npt.NDArray[Any], shape: torch.Size, space: tupl
     if len(shape) == 3:
         return np.asarray(image[0])
     return image if tuple(shape[1:]) == space else np.moveaxis(image, 0, -1)
-
-
-def _onto(
-    values: torch.Tensor, source: FloatArray, grid: FloatArray, shape: Any, *, mode: str = "bilinear"
-) -> torch.Tensor:
-    """``values`` (C, X, Y, Z) of one grid, interpolated on another; zero outside."""
-    moved = SpatialResample(mode=mode, padding_mode="zeros", align_corners=True)(
-        MetaTensor(values, affine=torch.from_numpy(source)),
-        dst_affine=torch.from_numpy(grid),
-        spatial_size=tuple(shape),
-    )
-    plain: torch.Tensor = moved.as_tensor()
-    return plain
-
-
-def _shifted(affine: FloatArray, box: tuple[slice, ...]) -> FloatArray:
-    """The affine of a part of a grid."""
-    moved = affine.copy()
-    moved[:3, 3] += affine[:3, :3] @ [side.start for side in box]
-    return moved
-
-
-def _same_grid(first: Any, second: Any, shape_zyx: tuple[int, ...]) -> bool:
-    """Whether two affines agree at the corners of a volume, in voxels of the second."""
-    difference = np.linalg.inv(np.asarray(second, np.float64)) @ np.asarray(first, np.float64) - np.eye(4)
-    extent = np.array([*shape_zyx[::-1], 1.0])
-    return bool((np.abs(difference[:3]) @ extent).max() < _SAME_GRID)
-
-
-def _only_turned(transform: FloatArray) -> bool:
-    """Whether voxels are mapped onto voxels: axes swapped or flipped, whole shifts."""
-    whole = np.abs(transform - np.rint(transform)).max() < 1e-3
-    return bool(whole and np.allclose(np.abs(np.rint(transform[:3, :3])).sum(0), 1))
-
-
-def _line(
-    network: torch.Tensor, raw: FloatArray, affine: FloatArray, grid: FloatArray, covered: torch.Tensor
-) -> tuple[FloatArray | None, FloatArray]:
-    """Original units per network unit, by a line through the voxels of both, and percentile ranges of the image.
-
-    Args:
-        network: (C, *S) pre-processed image.
-        raw: (C, Z, Y, X) original image.
-        affine: of the original grid.
-        grid: of the network's.
-        covered: (X, Y, Z) original voxels that the network's grid covers.
-
-    Returns:
-        (C,) scale or ``None`` where a channel has no line, and (C,) ranges: see :class:`BundleCase`.
-    """
-    original = torch.from_numpy(np.ascontiguousarray(raw.transpose(0, 3, 2, 1)))
-    moved = _onto(original, affine, grid, network.shape[1:])
-    inside = _onto(torch.ones_like(original[:1]), affine, grid, network.shape[1:])[0] > 0.999
-    scales = []
-    for values, before in zip(network, moved, strict=True):
-        scale = _slope(before[inside].double().numpy(), values[inside].double().numpy())
-        if scale is None:
-            ends = np.percentile(network.flatten(1).numpy(), (0.5, 99.5), axis=1)
-            return None, ends[1] - ends[0]
-        scales.append(scale)
-    ends = np.percentile(original[:, covered].numpy(), (0.5, 99.5), axis=1)
-    return np.array(scales), ends[1] - ends[0]
-
-
-def _slope(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> float | None:
-    """Change of ``before`` per change of ``after``, if they lie on a line, but for clipped and masked values."""
-    if len(after) == 0 or after.max() == after.min():
-        return None
-    width = after.max() - after.min()
-    # What is clipped lies at the ends, what is masked stays zero.
-    free = (after > after.min()) & (after < after.max()) & (after != 0)
-    x, y = before[free], after[free]
-    for _ in range(5):
-        if len(x) < 10 or np.ptp(x) == 0:
-            return None
-        slope, offset = np.polyfit(x, y, 1)
-        near = np.abs(slope * before[free] + offset - after[free]) < _NEAR * width
-        x, y = before[free][near], after[free][near]
-    return float(1 / slope) if near.mean() >= _ON_LINE and slope > 0 else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import pydoc
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,24 +21,11 @@ import torch
 from torch import nn
 
 from ima_seg.errors import UserError
+from ima_seg.files import read_json
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
-_FUNCTIONS = {
-    "abs",
-    "bool",
-    "dict",
-    "float",
-    "int",
-    "len",
-    "list",
-    "max",
-    "min",
-    "range",
-    "round",
-    "str",
-    "sum",
-    "tuple",
-}
+_FUNCTIONS = {"abs", "bool", "dict", "float", "int", "len", "list", "max", "min", "range", "round", "str", "sum",
+              "tuple"}  # fmt: skip
 _LIBRARY_FUNCTIONS = {"torch.device", "torch.cuda.is_available", "os.path.join"}
 _METHODS = {"eval", "to"}
 _PLAIN = (
@@ -52,15 +38,15 @@ _REFERENCE, _WEIGHTS = "ima_seg_reference", "ima_seg_weights"
 
 @dataclass(frozen=True)
 class Parts:
-    """What inference needs of a bundle.
+    """What inference needs of a bundle, as its config says.
 
     Attributes:
-        network: without its weights.
+        network: without its weights at first.
         preprocessing: MONAI's Compose.
         postprocessing: the same, without what saves files.
         inferer: MONAI's Inferer.
         weights: the file that the config loads, or ``models/model.pt``.
-        file: the config.
+        config: the file that says all this.
     """
 
     network: nn.Module
@@ -68,7 +54,7 @@ class Parts:
     postprocessing: Any
     inferer: Any
     weights: Path
-    file: Path
+    config: Path
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
@@ -77,16 +63,8 @@ def read_metadata(root: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is no JSON object.
     """
-    path = root / "configs" / "metadata.json"
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name the folder of a MONAI bundle, which has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); correct it") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds {type(contents).__name__}, not an object; correct it")
-    return contents
+    missing = "does not exist; name the folder of a MONAI bundle, which has one"
+    return read_json(root / "configs" / "metadata.json", missing=missing, remedy="correct it")
 
 
 def data_format(metadata: Mapping[str, Any], side: str, name: str) -> dict[str, Any]:
@@ -149,14 +127,8 @@ def load_parts(root: Path, *, device: torch.device, trust: bool) -> Parts:
     for name in ("preprocessing", "postprocessing"):
         if not hasattr(built[name], "transforms"):
             raise UserError(f"{file}: {name!r} is {type(built[name]).__name__}; it must be a Compose of transforms")
-    return Parts(
-        network=built[network],
-        preprocessing=built["preprocessing"],
-        postprocessing=built["postprocessing"],
-        inferer=built["inferer"],
-        weights=root.resolve() / str(built[_WEIGHTS]),
-        file=file,
-    )
+    weights = root.resolve() / str(built[_WEIGHTS])
+    return Parts(built[network], built["preprocessing"], built["postprocessing"], built["inferer"], weights, file)
 
 
 @contextlib.contextmanager
@@ -167,10 +139,10 @@ def _reporting(file: Path, part: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        causes = [error]
-        while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception):
-            causes.append(cause)
-        reason = f"{type(causes[-1]).__name__}: {' '.join(str(causes[-1]).split())[-300:]}"
+        cause: BaseException = error
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"
         raise UserError(f"{file}: {part} cannot be built ({reason}); does `monai.bundle run` work with it?") from None
 
 
@@ -188,23 +160,22 @@ def _modules_of(root: Path) -> Iterator[None]:
                 del sys.modules[name]
 
 
+def _is_named(item: Any, *names: str) -> bool:
+    """Whether an item of a config is a component of one of these names."""
+    return isinstance(item, dict) and str(item.get("_target_", "")).endswith(names)
+
+
 def _weights_item(config: Any, root: Path) -> Any:
     """The path that the first CheckpointLoader of a config loads, not yet evaluated."""
-    for item in _items(config):
-        if isinstance(item, dict) and str(item.get("_target_", "")).endswith("CheckpointLoader"):
-            return item.get("load_path")
-    return str(root / "models" / "model.pt")
+    loader = next((item for item in _items(config) if _is_named(item, "CheckpointLoader")), None)
+    return str(root / "models" / "model.pt") if loader is None else loader.get("load_path")
 
 
 def _without_saving(compose: Any) -> Any:
     """A Compose in a config without SaveImaged, and so without the folder that it would write to."""
     if not isinstance(compose, dict) or not isinstance(compose.get("transforms"), list):
         return compose
-    kept = [
-        item
-        for item in compose["transforms"]
-        if not (isinstance(item, dict) and str(item.get("_target_", "")).endswith(("SaveImaged", "SaveImageD")))
-    ]
+    kept = [item for item in compose["transforms"] if not _is_named(item, "SaveImaged", "SaveImageD")]
     return {**compose, "transforms": kept}
 
 
@@ -220,15 +191,13 @@ def _reachable(config: Mapping[str, Any], wanted: list[str]) -> list[str]:
     """The ids at the top of ``config`` that ``wanted`` need."""
     from monai.bundle.reference_resolver import ReferenceResolver
 
-    found, queue = dict.fromkeys(wanted), list(wanted)
-    while queue:
-        for item in _items(config.get(queue.pop())):
-            for reference in ReferenceResolver.match_refs_pattern(item) if isinstance(item, str) else ():
-                name = ReferenceResolver.split_id(reference)[0]
-                if name not in found:
-                    found[name] = None
-                    queue.append(name)
-    return list(found)
+    found = list(wanted)
+    for name in found:  # which grows
+        for item in _items(config.get(name)):
+            references = ReferenceResolver.match_refs_pattern(item) if isinstance(item, str) else ()
+            needed = dict.fromkeys(ReferenceResolver.split_id(reference)[0] for reference in references)
+            found += [other for other in needed if other not in found]
+    return found
 
 
 def _refuse_code(part: Any, parser: Any, file: Path) -> None:
@@ -272,14 +241,10 @@ def _is_trusted_target(target: Any, parser: Any) -> bool:
     if not name.startswith(("monai.", "torch.nn.")):
         return False
     found = pydoc.locate(name)
-    kinds = {
-        "monai.networks.": nn.Module,
-        "torch.nn.": nn.Module,
-        "monai.transforms.": Transform,
-        "monai.inferers.": Inferer,
-    }
+    kinds = {"networks": nn.Module, "transforms": Transform, "inferers": Inferer}
+    places = {"torch.nn.": nn.Module, **{f"monai.{package}.": kind for package, kind in kinds.items()}}
     return isinstance(found, type) and any(
-        issubclass(found, kind) and found.__module__.startswith(place) for place, kind in kinds.items()
+        issubclass(found, kind) and found.__module__.startswith(place) for place, kind in places.items()
     )
 
 

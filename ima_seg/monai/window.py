@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ima_seg.attacks.network import full_resolution
+from ima_seg.attacks.tiling import Tiling
 from ima_seg.errors import UserError
-from ima_seg.nnunet.tiling import SlidingWindow
 
 
 class Logits(nn.Module):
@@ -45,7 +46,7 @@ class Logits(nn.Module):
         return logits
 
 
-class InfererWindow(SlidingWindow):
+class InfererWindow(Tiling):
     """MONAI's SlidingWindowInferer: its tiles, padding and weights; also a whole image as one tile (SimpleInferer).
 
     Args:
@@ -75,7 +76,7 @@ class InfererWindow(SlidingWindow):
         mode = str(getattr(self.inferer.padding_mode, "value", self.inferer.padding_mode))
         return F.pad(x, widths, mode=mode, value=self.inferer.cval if mode == "constant" else None)
 
-    def _gaussian(self, device: torch.device) -> torch.Tensor:
+    def _importance(self, device: torch.device) -> torch.Tensor:
         """The inferer's weights of a tile, Gaussian or constant."""
         mode, sigma = getattr(self.inferer, "mode", "constant"), getattr(self.inferer, "sigma_scale", 0.125)
         weights = compute_importance_map(self.patch_size, mode=mode, sigma_scale=sigma, device=device)
@@ -118,14 +119,11 @@ class RecomputedInferer(nn.Module):
         return logits.float()
 
     def _recomputed(self, tiles: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        def run(part: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.network(part, *arguments).float()
-            return logits
-
-        if not torch.is_grad_enabled():
-            return run(tiles)
-        logits: torch.Tensor = checkpoint(run, tiles, use_reentrant=False, preserve_rng_state=False)
-        return logits
+        network: Any = self.network
+        if torch.is_grad_enabled():
+            network = partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False)
+        logits: torch.Tensor = network(tiles, *arguments)
+        return logits.float()
 
 
 def make_window(network: nn.Module, inferer: Any, *, outputs: int, tile_batch: int | None = None) -> nn.Module:

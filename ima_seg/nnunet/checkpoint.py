@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ima_seg.errors import UserError
-from ima_seg.files import replacing
+from ima_seg.files import load_tensors, replacing
+from ima_seg.methods.ledger import MarginLedger
 
 #: Key of the state of an IMA training in a checkpoint. Stock nnU-Net ignores keys that it does not know.
 KEY = "ima"
@@ -46,21 +47,7 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"checkpoint {file} does not exist; train the fold first or name another one")
-    try:
-        if trust:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-        else:
-            with torch.serialization.safe_globals(_allowed_globals()):
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = next((line for line in lines if "Unsupported" in line), "unsupported contents")
-        raise UserError(
-            f"checkpoint {file} holds more than tensors and plain values ({reason}); reading it would run code from "
-            "the file. If you trust its origin, pass --trust-checkpoint"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint {file} cannot be read ({error}); it may be truncated, use another one") from None
+    checkpoint: dict[str, Any] = load_tensors(file, trust=trust, allowed=_allowed_globals())
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint or "trainer_name" not in checkpoint:
         raise UserError(f"{file} is not a checkpoint of nnU-Net v2 (no network_weights, trainer_name)")
     return checkpoint
@@ -85,3 +72,11 @@ def checkpoint_files(model_folder: str | Path) -> list[Path]:
     if not files:
         raise UserError(f"model folder {folder} has no fold_*/checkpoint_*.pth; name the folder that holds plans.json")
     return files
+
+
+def restore_ledger(state: Mapping[str, Any]) -> MarginLedger:
+    """The ledger in our state of a checkpoint, its :data:`KEY`."""
+    settings = state["settings"]
+    ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"], rule=settings["rule"])
+    ledger.load_state_dict(state["ledger"])
+    return ledger

@@ -1,48 +1,35 @@
-"""Everything that depends on the version of nnU-Net: the range supported, and its private behaviour."""
+"""What is private to nnU-Net: the versions supported, attributes of its trainers, pickled files of its preprocessing.
+
+``nnunetv2`` is imported in :mod:`ima_seg.nnunet` and ``nnunet_trainers`` alone. What is public in it (managers of plans
+and labels, readers, preprocessors, keys of checkpoints) is used there where it is needed, what is private is read here.
+``tests/test_nnunet_versions.py`` lists all of it, and checks it with the oldest version supported, too.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ima_seg.errors import UserError
 from ima_seg.methods.settings import TrainingSettings
+from ima_seg.nnunet.dataset import channel_names
+from ima_seg.nnunet.intensity import shared_native_scale
 from ima_seg.nnunet.training import Training
 from ima_seg.types import Labels
+from ima_seg.versions import check_version
 
-#: The nnU-Net versions supported: from the first (inclusive) to the second (exclusive).
-SUPPORTED_NNUNET = ("2.8", "2.9")
+#: The nnU-Net versions supported; pyproject.toml says the same.
+SUPPORTED_NNUNET = ">=2.8,<2.9"
 
 
 def check_nnunet_version() -> str:
-    """The version of the installed nnU-Net, which is a supported one.
-
-    Raises:
-        UserError: nnU-Net is not installed, or is of a version that this package was not written for; names the
-            version found and how to install a supported one.
-    """
-    first, end = SUPPORTED_NNUNET
-    remedy = f'pip install "nnunetv2>={first},<{end}"'
-    try:
-        found = importlib.metadata.version("nnunetv2")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"nnU-Net v2 is not installed in this environment; {remedy}") from None
-    if not _release(first) <= _release(found) < _release(end):
-        raise UserError(f"nnU-Net {found} is installed, supported is >={first},<{end}; {remedy}")
-    return found
-
-
-def _release(version: str) -> tuple[int, int]:
-    """Major and minor number; (0, 0) for a version that does not start with two numbers."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+    """The version of the installed nnU-Net; see :func:`ima_seg.versions.check_version`."""
+    return check_version("nnunetv2", SUPPORTED_NNUNET, title="nnU-Net")
 
 
 T = TypeVar("T", bound=Training[Any])
@@ -64,49 +51,16 @@ def make_training(kind: type[T], trainer: Any, settings: TrainingSettings) -> T:
     )
 
 
-def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
-    """Names of the image channels in order; masks that a cascade appends are not among them."""
-    names = dataset_json.get("channel_names") or dataset_json["modality"]
-    return [str(names[key]) for key in sorted(names, key=int)]
+def find_trainer(name: str) -> Any:
+    """nnU-Net's own lookup of a trainer by name, without what it prints.
 
-
-def shared_native_scale(
-    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
-) -> dict[str, float]:
-    """Native intensity units per network unit of each channel whose normalisation is the same for all cases.
-
-    That is CT normalisation (one standard deviation of the training set's foreground, in HU) and none at all. Z-scored
-    channels have another scale in each case, which only the raw image tells: see :mod:`ima_seg.nnunet.intensity`.
-    The keys are columns of a table, see :func:`native_columns`.
+    Raises:
+        RuntimeError: there is none.
     """
-    schemes = _schemes(plans, configuration)
-    scale = {}
-    for index, (column, scheme) in enumerate(
-        zip(native_columns(plans, configuration, dataset_json), schemes, strict=True)
-    ):
-        if scheme == "CTNormalization":
-            scale[column] = float(plans["foreground_intensity_properties_per_channel"][str(index)]["std"])
-        elif scheme == "NoNormalization":
-            scale[column] = 1.0
-    return scale
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-
-def native_columns(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> list[str]:
-    """A column name per channel for sizes in native units: ``hu`` for a single CT, else ``CHANNEL_native``.
-
-    Channels that share a name get their index: ``CT_0_native``, ``CT_1_native``.
-    """
-    names = [re.sub(r"[^A-Za-z0-9]+", "_", name) for name in channel_names(dataset_json)]
-    if _schemes(plans, configuration) == ["CTNormalization"]:
-        return ["hu"]
-    return [f"{n}_{i}_native" if names.count(n) > 1 else f"{n}_native" for i, n in enumerate(names)]
-
-
-def _schemes(plans: Mapping[str, Any], configuration: str) -> list[str]:
-    values = plans["configurations"][configuration]
-    while "normalization_schemes" not in values:
-        values = plans["configurations"][values["inherits_from"]]
-    return list(values["normalization_schemes"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return recursive_find_trainer_class_by_name(name)
 
 
 def require_foreground(trainer: Any, cases: Iterable[str]) -> None:
@@ -139,32 +93,3 @@ def full_resolution_target(target: Any) -> torch.Tensor:
     """The target of the full-resolution head."""
     full: torch.Tensor = target[0] if isinstance(target, list) else target
     return full
-
-
-def normalise(
-    files: Sequence[Path], plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """One case as nnU-Net crops and normalises it, before resampling.
-
-    Args:
-        files: one image per channel.
-        plans: contents of the plans file.
-        configuration: name of the configuration.
-        dataset_json: contents of dataset.json.
-
-    Returns:
-        Original and normalised values (C, X, Y, Z) and the mask (X, Y, Z) of voxels that normalisation looked at.
-    """
-    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    manager = PlansManager(dict(plans))
-    chosen = manager.get_configuration(configuration)
-    image, _ = manager.image_reader_writer_class().read_images([str(file) for file in files])
-    cropped, segmentation, _ = crop_to_nonzero(image.astype(np.float32))
-    normalised = DefaultPreprocessor(verbose=False)._normalize(
-        cropped.copy(), segmentation, chosen, manager.foreground_intensity_properties_per_channel
-    )
-    inside = segmentation[0] >= 0 if any(chosen.use_mask_for_norm) else np.ones(cropped.shape[1:], dtype=bool)
-    return cropped, normalised, inside

@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from ima_seg.data.archives import ARCHIVE_ENDINGS, check_md5, is_archive, unpack
 from ima_seg.data.naming import dataset_folder_name, raw_root, taken_by_other
 from ima_seg.data.recipes import Recipe, recipe_of_task
 from ima_seg.errors import UserError
+from ima_seg.files import read_json
 
 _TASK = re.compile(r"Task(\d{2,3})_([A-Za-z0-9-]+)")
 _NIFTI = ".nii.gz"
@@ -64,7 +63,12 @@ def convert_decathlon(
         raise UserError(f"{path} does not exist: give the downloaded folder TaskNN_Name or its .tar archive")
     if path.is_file() and not is_archive(path):
         raise UserError(f"{path} is no archive ({', '.join(ARCHIVE_ENDINGS)}) and no folder: give one of these")
-    with _scratch(root) as scratch:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".decathlon.", suffix=".tmp", dir=root, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"nnUNet_raw: cannot write in {root} ({error.strerror}): name a writable folder") from error
+    with folder as name:
+        scratch = Path(name)
         source = _unpack(path, scratch / "unpacked", verify) if path.is_file() else path
         target = root / _target_name(source, path, dataset_id)
         staged = _stage(source, scratch / "staged", verify)
@@ -77,18 +81,6 @@ def convert_decathlon(
             raise UserError(f"{target} has appeared meanwhile: remove it or choose another id")
         made.rename(target)
     return target
-
-
-@contextmanager
-def _scratch(root: Path) -> Iterator[Path]:
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".decathlon.", suffix=".tmp", dir=root))
-    except OSError as error:
-        raise UserError(f"nnUNet_raw: cannot write in {root} ({error.strerror}): name a writable folder") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unpack(archive: Path, into: Path, verify: bool) -> Path:
@@ -128,7 +120,11 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
     for name in ("imagesTr", "labelsTr"):
         if not (source / name).is_dir():
             raise UserError(f"{source}: the folder {name} is missing: download or unpack the task again")
-    images, labels = _nifti_names(source / "imagesTr"), _nifti_names(source / "labelsTr")
+    # Those that nnU-Net's converter will take, not those that begin with a dot or an underscore.
+    images, labels = (
+        {path.name for path in (source / name).glob(f"*{_NIFTI}") if path.is_file() and path.name[0] not in "._"}
+        for name in ("imagesTr", "labelsTr")
+    )
     if not images:
         raise UserError(f"{source / 'imagesTr'}: no {_NIFTI} files: download or unpack the task again")
     unpaired = sorted(images ^ labels)
@@ -142,10 +138,13 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
     staged = into / source.name
     staged.mkdir(parents=True)
     for name in ("imagesTr", "labelsTr", "imagesTs"):
-        if (source / name).is_dir():
-            _link(source / name, staged / name)
-        else:
+        if not (source / name).is_dir():
             (staged / name).mkdir()
+            continue
+        try:
+            (staged / name).symlink_to(source / name, target_is_directory=True)
+        except OSError:  # no right to make links, as on a plain Windows account
+            shutil.copytree(source / name, staged / name)
     content |= {"numTraining": len(images), "training": [], "test": []}
     (staged / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return staged
@@ -153,14 +152,8 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
 
 def _read_description(source: Path) -> dict[str, Any]:
     path = source / "dataset.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {source.name} is no complete Decathlon task, download it again")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download the task again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: download the task again")
+    missing = f"is missing: {source.name} is no complete Decathlon task, download it again"
+    content = read_json(path, missing=missing, remedy="download the task again")
     if "channel_names" in content and "modality" not in content:
         raise UserError(f"{path} is in nnU-Net's own format already: put the folder into nnUNet_raw as it is")
     for key, example in (("modality", '{"0": "MRI"}'), ("labels", '{"0": "background", "1": "organ"}')):
@@ -170,11 +163,6 @@ def _read_description(source: Path) -> dict[str, Any]:
     if content["labels"].get("0") != "background":
         raise UserError(f"{path}: label 0 is {content['labels'].get('0')!r}: nnU-Net needs it named 'background'")
     return content
-
-
-def _nifti_names(folder: Path) -> set[str]:
-    """Return the names that nnU-Net's converter will take: not those that begin with a dot or an underscore."""
-    return {path.name for path in folder.glob(f"*{_NIFTI}") if path.is_file() and path.name[0] not in "._"}
 
 
 def _check_listed(source: Path, content: dict[str, Any], images: set[str]) -> None:
@@ -198,13 +186,6 @@ def _check_channels(path: Path, channels: int) -> None:
     found = shape[3] if len(shape) == 4 else 1
     if len(shape) not in (3, 4) or found != channels:
         raise UserError(f"{path}: shape {shape} holds {found} channels, dataset.json names {channels}: repair either")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.symlink_to(source, target_is_directory=True)
-    except OSError:  # no right to make links, as on a plain Windows account
-        shutil.copytree(source, target)
 
 
 def _run_nnunet(staged: Path, raw: Path, dataset_id: int, num_processes: int) -> None:

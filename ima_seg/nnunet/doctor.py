@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ima_seg.errors import UserError
-from ima_seg.nnunet.compat import SUPPORTED_NNUNET, check_nnunet_version
+from ima_seg.nnunet.compat import SUPPORTED_NNUNET, check_nnunet_version, find_trainer
 
 _REINSTALL = "pip install --force-reinstall --no-deps ima-seg"
 
@@ -67,9 +67,6 @@ def ext_trainer_folder() -> Path:
 def run_doctor(console: Console | None = None) -> int:
     """Examine the environment and print the findings as a table, with one remedy for each thing that is wrong.
 
-    Args:
-        console: where to print; default: standard output.
-
     Returns:
         0 when everything is fine, 1 when something is wrong.
     """
@@ -81,12 +78,7 @@ def run_doctor(console: Console | None = None) -> int:
     table.add_column("found", overflow="fold")
     style = {"ok": "green", "note": "yellow", "wrong": "bold red"}
     for finding in findings:
-        table.add_row(
-            f"[{style[finding.state]}]{finding.state}[/]",
-            escape(finding.name),
-            escape(finding.value),
-            end_section=False,
-        )
+        table.add_row(f"[{style[finding.state]}]{finding.state}[/]", escape(finding.name), escape(finding.value))
     console.print(table)
     for finding in findings:
         if finding.remedy:
@@ -98,24 +90,18 @@ def run_doctor(console: Console | None = None) -> int:
 
 def examine() -> list[Finding]:
     """All findings, in the order of the table. Prints nothing."""
-    findings: list[Finding] = []
-    for check in (_versions, _torch, _compile, _search_path, _trainers, _folders, _settings):
-        findings.extend(check())
-    return findings
+    checks = (_versions, _torch, _compile, _search_path, _trainers, _folders, _settings)
+    return [finding for check in checks for finding in check()]
 
 
 def _versions() -> Iterator[Finding]:
-    python = f"{platform.python_version()} ({sys.executable})"
     yield _version_of("ima-seg", "pip install ima-seg")
-    yield Finding("Python", python)
-    first, end = SUPPORTED_NNUNET
+    yield Finding("Python", f"{platform.python_version()} ({sys.executable})")
     try:
-        version = check_nnunet_version()
+        yield _nnunet_location(f"{check_nnunet_version()} (supported: {SUPPORTED_NNUNET})")
     except UserError as error:
         found, _, remedy = str(error).partition("; ")
         yield Finding("nnU-Net", found, "wrong", remedy)
-    else:
-        yield _nnunet_location(f"{version} (supported: >={first},<{end})")
     yield _version_of("monai", 'pip install "monai>=1.4"')
 
 
@@ -138,12 +124,9 @@ def _nnunet_location(version: str) -> Finding:
     if not folders:
         return Finding("nnU-Net", f"{version}, but cannot be imported", "wrong", "reinstall nnunetv2")
     if not Path(folders[0], "training", "nnUNetTrainer", "nnUNetTrainer.py").is_file():
-        return Finding(
-            "nnU-Net",
-            f"{version}, hidden by the folder {folders[0]}, which is not nnU-Net",
-            "wrong",
-            f"remove {folders[0]} (a leftover of another package or a copied trainer), then reinstall nnunetv2",
-        )
+        value = f"{version}, hidden by the folder {folders[0]}, which is not nnU-Net"
+        remedy = f"remove {folders[0]} (a leftover of another package or a copied trainer), then reinstall nnunetv2"
+        return Finding("nnU-Net", value, "wrong", remedy)
     return Finding("nnU-Net", f"{version}{_editable('nnunetv2')} in {folders[0]}")
 
 
@@ -154,25 +137,22 @@ def _torch() -> Iterator[Finding]:
     from ima_seg.ops.backend import ENVIRONMENT_VARIABLE, describe_backend
 
     version = torch.__version__
-    remedy = 'pip install "torch>=2.5,!=2.9.*"'
     if version.startswith("2.9."):
-        yield Finding(
-            "PyTorch", f"{version}: the 2.9 series slows 3D convolutions down in mixed precision", "wrong", remedy
-        )
+        value = f"{version}: the 2.9 series slows 3D convolutions down in mixed precision"
+        yield Finding("PyTorch", value, "wrong", 'pip install "torch>=2.5,!=2.9.*"')
     else:
         yield Finding("PyTorch", version)
-
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        device, finding = torch.device("cuda"), Finding("device", f"cuda ({names})")
+        device = torch.device("cuda")
+        yield Finding("device", f"cuda ({names})")
     elif torch.backends.mps.is_available():
-        device, finding = torch.device("mps"), Finding("device", "mps")
-    elif torch.version.cuda is not None:
-        value = f"cpu: PyTorch is built for CUDA {torch.version.cuda} but sees no GPU; train with -device cpu"
-        device, finding = torch.device("cpu"), Finding("device", value, "note")
+        device = torch.device("mps")
+        yield Finding("device", "mps")
     else:
-        device, finding = torch.device("cpu"), Finding("device", "cpu; train with -device cpu", "note")
-    yield finding
+        blind = f": PyTorch is built for CUDA {torch.version.cuda} but sees no GPU" if torch.version.cuda else ""
+        yield Finding("device", f"cpu{blind}; train with -device cpu", "note")
     dtype = resolve_precision("auto", device)
     bf16 = "native" if dtype is torch.bfloat16 else "not native"
     yield Finding("bfloat16", f"{bf16}; the search computes in {str(dtype or torch.float32).removeprefix('torch.')}")
@@ -187,27 +167,20 @@ def _compile() -> Iterator[Finding]:
 
     value = os.environ.get("nnUNet_compile")
     shown = "not set" if value is None else f"nnUNet_compile={value}"
-    has_triton = importlib.util.find_spec("triton") is not None
+    triton = importlib.util.find_spec("triton") is not None
     # nnU-Net never compiles on the CPU, on mps and on Windows, whatever the variable says.
     wanted = value is None or value.lower() in ("true", "1", "t")
     compiles = wanted and torch.cuda.is_available() and os.name != "nt"
-    if compiles and not has_triton:
-        yield Finding(
-            "torch.compile",
-            f"on ({shown}), but Triton is missing",
-            "wrong",
-            "pip install triton, or export nnUNet_compile=f",
-        )
+    if compiles and not triton:
+        remedy = "pip install triton, or export nnUNet_compile=f"
+        yield Finding("torch.compile", f"on ({shown}), but Triton is missing", "wrong", remedy)
     else:
         yield Finding("torch.compile", f"{'on' if compiles else 'off'} in training ({shown})")
-    if has_triton:
-        yield Finding("Triton", importlib.metadata.version("triton") if _is_distribution("triton") else "installed")
-    else:
+    if not triton:
         yield Finding("Triton", "not installed; the plain PyTorch operations are used", "note")
-
-
-def _is_distribution(name: str) -> bool:
-    return any(True for _ in importlib.metadata.distributions(name=name))
+    else:
+        found = next(iter(importlib.metadata.distributions(name="triton")), None)
+        yield Finding("Triton", found.version if found else "installed")
 
 
 def _search_path() -> Iterator[Finding]:
@@ -229,28 +202,20 @@ def _search_path() -> Iterator[Finding]:
 
 
 def _trainers() -> Iterator[Finding]:
-    with _quiet():
-        try:
+    try:
+        with _quiet():
             package: Any = importlib.import_module("nnunet_trainers")
-            names = list(package.__all__)
             find = _lookup()
-        except (ImportError, AttributeError) as error:
-            package, names, problem = None, [], error
-    if package is None:
-        yield Finding("trainers", f"cannot be imported: {problem}", "wrong", _REINSTALL)
+        named = {name: getattr(package, name) for name in package.__all__}
+    except (ImportError, AttributeError) as error:
+        yield Finding("trainers", f"cannot be imported: {error}", "wrong", _REINSTALL)
         return
-    for name in names:
-        own = getattr(package, name)
-        if isinstance(own, type):
-            yield _find_trainer(name, own, find)
+    yield from (_find_trainer(name, own, find) for name, own in named.items() if isinstance(own, type))
 
 
 def _lookup() -> Callable[[str], type]:
     """nnU-Net's own lookup of a trainer by name."""
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    found: Callable[[str], type] = recursive_find_trainer_class_by_name
-    return found
+    return find_trainer
 
 
 def _find_trainer(name: str, own: type, find: Callable[[str], type]) -> Finding:
@@ -258,21 +223,15 @@ def _find_trainer(name: str, own: type, find: Callable[[str], type]) -> Finding:
         with _quiet():
             found = find(name)
     except Exception as error:  # the lookup runs every module of every folder in nnUNet_extTrainer, whoever wrote it
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        return Finding(
-            name,
-            f"nnU-Net does not find it: {first_line}",
-            "wrong",
-            "see nnUNet_extTrainer above; take out folders whose modules cannot be imported",
-        )
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        remedy = "see nnUNet_extTrainer above; take out folders whose modules cannot be imported"
+        return Finding(name, f"nnU-Net does not find it: {reason}", "wrong", remedy)
     where = getattr(sys.modules.get(found.__module__), "__file__", None) or f"module {found.__module__}"
     if found is not own:
-        return Finding(
-            name,
-            f"nnU-Net finds another class of this name, in {where}",
-            "wrong",
-            "remove or rename that copy: nnU-Net looks in its own package first, then in nnUNet_extTrainer in order",
+        remedy = (
+            "remove or rename that copy: nnU-Net looks in its own package first, then in nnUNet_extTrainer in order"
         )
+        return Finding(name, f"nnU-Net finds another class of this name, in {where}", "wrong", remedy)
     return Finding(name, f"found by nnU-Net, defined in {where}")
 
 
@@ -293,15 +252,13 @@ def _folders() -> Iterator[Finding]:
             yield Finding(name, f"{value} does not exist", "wrong", f"mkdir -p {value}, or correct {name}")
         elif not os.path.isdir(value):
             yield Finding(name, f"{value} is not a folder", "wrong", f"let {name} name a folder")
-        elif not os.access(value, os.W_OK | os.X_OK):
-            if name == "nnUNet_raw":
-                yield Finding(name, f"{value} (read-only: enough for training, not for adding datasets)", "note")
-            else:
-                yield Finding(
-                    name, f"{value} is not writable", "wrong", f"chmod u+rwx {value}, or let {name} name another"
-                )
-        else:
+        elif os.access(value, os.W_OK | os.X_OK):
             yield Finding(name, value)
+        elif name == "nnUNet_raw":
+            yield Finding(name, f"{value} (read-only: enough for training, not for adding datasets)", "note")
+        else:
+            remedy = f"chmod u+rwx {value}, or let {name} name another"
+            yield Finding(name, f"{value} is not writable", "wrong", remedy)
 
 
 def _settings() -> Iterator[Finding]:
@@ -321,9 +278,4 @@ def _settings() -> Iterator[Finding]:
         else:
             yield Finding(ENVIRONMENT_VARIABLE, f"{value} (valid for {base.section})")
             return
-    remedy = f"correct the file, or unset {ENVIRONMENT_VARIABLE}"
-    yield Finding(ENVIRONMENT_VARIABLE, str(errors[0]), "wrong", remedy)
-
-
-if __name__ == "__main__":
-    sys.exit(run_doctor())
+    yield Finding(ENVIRONMENT_VARIABLE, str(errors[0]), "wrong", f"correct the file, or unset {ENVIRONMENT_VARIABLE}")

@@ -2,115 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import pydoc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ima_seg.cases.files import CaseFiles, CaseProblem, allowed_labels, check_case, find_cases, ignore_value
+from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.files import file_hash
+from ima_seg.nnunet import case
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
-from ima_seg.nnunet.compat import channel_names, check_nnunet_version
-from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.nnunet.compat import check_nnunet_version, find_trainer
+from ima_seg.nnunet.dataset import channel_names, foreground_classes, read_description
+from ima_seg.nnunet.model import LoadedFolder
 from ima_seg.types import Labels
-
-if TYPE_CHECKING:
-    from ima_seg.nnunet.case import PreparedCase
 
 #: Where classes that a plans file names may come from. Any importable name would let a model folder run what it likes.
 _TRUSTED_MODULES = ("dynamic_network_architectures.", "torch.nn.", "nnunetv2.")
 
 
-@dataclass(frozen=True)
-class SegmentationModel:
-    """One model: a network per fold and everything that its inference needs.
+class SegmentationModel(LoadedFolder):
+    """A model that prepares its cases; see :class:`LoadedFolder` for the rest."""
 
-    Attributes:
-        folder: ``TRAINER__PLANS__CONFIGURATION`` in nnUNet_results, or a copy of one.
-        networks: one per fold, on the device, frozen.
-        plans: nnU-Net's PlansManager.
-        configuration: nnU-Net's ConfigurationManager.
-        configuration_name: name of the configuration.
-        dataset_json: contents of dataset.json.
-        labels: how outputs are read.
-        classes: foreground class (or region) names -> label values, in the order of the outputs.
-        channels: names of the image channels.
-        mirror_axes: axes of test-time mirroring.
-        trainer: name of the trainer class.
-        files: the files that define the model.
-        folds: names of the folds.
-        ima: our state in the first fold's checkpoint; ``None`` for other trainers.
-        previous_stage: folder with the previous stage's segmentations, of a cascade.
-    """
-
-    folder: Path
-    networks: Sequence[nn.Module]
-    plans: Any
-    configuration: Any
-    configuration_name: str
-    dataset_json: dict[str, Any]
-    labels: Labels
-    classes: dict[str, tuple[int, ...]]
-    channels: list[str]
-    mirror_axes: list[int] | None
-    trainer: str
-    files: list[Path]
-    folds: list[str]
-    ima: dict[str, Any] | None
-    previous_stage: Path | None = None
-
-    @property
-    def label_manager(self) -> Any:
-        """nnU-Net's LabelManager."""
-        return self.plans.get_label_manager(self.dataset_json)
-
-    @property
-    def is_2d(self) -> bool:
-        """Whether the network sees slices."""
-        return len(self.configuration.patch_size) == 2
-
-    @property
-    def is_single_ct(self) -> bool:
-        """Whether there is one channel, normalised as CT, so that HU are a unit of the perturbation."""
-        return list(self.configuration.normalization_schemes) == ["CTNormalization"]
-
-    def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> SlidingWindow:
-        """The sliding window of nnU-Net's inference; ``tile_batch`` defaults to the batch size of the training."""
-        return SlidingWindow(
-            self.networks,
-            patch_size=self.configuration.patch_size,
-            step_size=step_size,
-            mirror_axes=self.mirror_axes if mirroring else None,
-            tile_batch=tile_batch or int(self.configuration.batch_size),
-        )
-
-    def sha256(self) -> dict[str, str]:
-        """Hash of each file of the model, by its path in the folder."""
-        return {str(file.relative_to(self.folder)): file_hash(file) for file in self.files}
-
-    def find_cases(
-        self, images: Path, labels: Path, *, limit: int | None = None
-    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-        """The complete and the incomplete cases of two folders, in nnU-Net's naming."""
-        return find_cases(images, labels, self.dataset_json, limit=limit)
-
-    def check_case(self, files: CaseFiles) -> None:
-        """Refuse files that cannot be evaluated."""
-        dataset_json = self.dataset_json
-        check_case(files, labels_allowed=allowed_labels(dataset_json), ignore=ignore_value(dataset_json))
-
-    def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> PreparedCase:
+    def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> case.PreparedCase:
         """Read and preprocess a case, with its segmentation by the previous stage if there is one."""
-        from ima_seg.nnunet import case  # which needs this module
-
         raw = case.read_case(self, files.case, files.images, files.label)
         return case.prepare_case(raw, self, device=device, previous_stage=case.read_previous_stage(self, files, raw))
 
@@ -142,7 +59,7 @@ def load_model(
     root = Path(folder)
     plans_file, dataset_file = (_required(root, name) for name in ("plans.json", "dataset.json"))
     checkpoints = _fold_checkpoints(root, folds, checkpoint)
-    plans, dataset_json = _json(plans_file), _json(dataset_file)
+    plans, dataset_json = read_description(plans_file), read_description(dataset_file)
     read = [read_checkpoint(file, trust=trust) for file in checkpoints]
     first = read[0]
     name, trainer = str(first["init_args"]["configuration"]), str(first["trainer_name"])
@@ -176,7 +93,7 @@ def load_model(
         configuration_name=name,
         dataset_json=dataset_json,
         labels=Labels(outputs=heads, regions=labels.has_regions, ignore_label=labels.ignore_label),
-        classes=_classes(dataset_json),
+        classes=foreground_classes(dataset_json),
         channels=channel_names(dataset_json),
         mirror_axes=None if axes is None else [int(axis) for axis in axes],
         trainer=trainer,
@@ -195,14 +112,6 @@ def _required(folder: Path, name: str) -> Path:
             "MONAI bundle with its configs"
         )
     return folder / name
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again from where it was trained") from None
-    return contents
 
 
 def _fold_checkpoints(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[Path]:
@@ -248,26 +157,10 @@ def _is_trusted(name: str) -> bool:
 
 
 def _trainer_class(name: str, file: Path) -> Any:
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
     try:
-        # It tells on standard output where it looks.
-        with contextlib.redirect_stdout(io.StringIO()):
-            return recursive_find_trainer_class_by_name(name)
+        return find_trainer(name)
     except RuntimeError:
         raise UserError(
             f"{file} was trained by {name}, which this installation does not have; install the package it comes from "
             "or name its folder in nnUNet_extTrainer"
         ) from None
-
-
-def _classes(dataset_json: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Foreground names -> label values in the order of the network's outputs, as nnU-Net's LabelManager has it."""
-    classes = {}
-    for name, value in dataset_json["labels"].items():
-        values = tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
-        if name != "ignore" and values != (0,):
-            classes[name] = values
-    if any(len(values) > 1 for values in classes.values()):
-        return classes
-    return dict(sorted(classes.items(), key=lambda item: item[1]))

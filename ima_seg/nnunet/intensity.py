@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from ima_seg.errors import UserError
-from ima_seg.nnunet.compat import native_columns, normalise, shared_native_scale
+from ima_seg.nnunet.dataset import channel_names
+from ima_seg.nnunet.normalisation import channel_scales
 
 
 def native_scale(
     case: str, images: Path, *, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
 ) -> dict[str, float]:
     """Native intensity units (HU, scanner units) per network unit of each channel of one case, by column name.
-
-    The case is read, cropped and normalised by nnU-Net itself; the scale is the slope of the line between original and
-    normalised values, so it holds for any scheme that is linear within the case.
 
     Args:
         case: case id.
@@ -30,18 +29,54 @@ def native_scale(
     Raises:
         UserError: a channel's file is missing, or a channel is constant.
     """
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
     columns = native_columns(plans, configuration, dataset_json)
     files = [images / f"{case}_{index:04d}{dataset_json['file_ending']}" for index in range(len(columns))]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist; name the folder of the training images with --images")
-    # CT normalisation clips, so its slope is taken from the plans.
-    scales = shared_native_scale(plans, configuration, dataset_json)
-    original, normalised, inside = normalise(files, plans, configuration, dataset_json)
-    for index, column in enumerate(columns):
-        before, after = original[index][inside], normalised[index][inside]
-        low, high = int(np.argmin(before)), int(np.argmax(before))
-        if after[high] == after[low]:
-            raise UserError(f"{files[index]}: all voxels have the value {before[low]:g}; such an image has no scale")
-        scales.setdefault(column, float((before[high] - before[low]) / (after[high] - after[low])))
-    return scales
+    manager = PlansManager(dict(plans))
+    image, _ = manager.image_reader_writer_class().read_images([str(file) for file in files])
+    cropped, region, _ = crop_to_nonzero(image.astype(np.float32))
+    chosen = manager.get_configuration(configuration)
+    scales = channel_scales(cropped, region[0] >= 0, plans=manager, configuration=chosen, case=case)
+    return {column: scale.scale for column, scale in zip(columns, scales, strict=True)}
+
+
+def shared_native_scale(
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+) -> dict[str, float]:
+    """:func:`native_scale` of each channel whose normalisation is the same for all cases.
+
+    That is CT normalisation (one standard deviation of the training set's foreground, in HU) and none at all. Z-scored
+    channels have another scale in each case, which only the raw image tells.
+    """
+    columns = native_columns(plans, configuration, dataset_json)
+    properties = plans["foreground_intensity_properties_per_channel"]
+    scale = {}
+    for index, (column, scheme) in enumerate(zip(columns, _schemes(plans, configuration), strict=True)):
+        if scheme == "CTNormalization":
+            scale[column] = float(properties[str(index)]["std"])
+        elif scheme == "NoNormalization":
+            scale[column] = 1.0
+    return scale
+
+
+def native_columns(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> list[str]:
+    """A column name per channel for sizes in native units: ``hu`` for a single CT, else ``CHANNEL_native``.
+
+    Channels that share a name get their index: ``CT_0_native``, ``CT_1_native``.
+    """
+    names = [re.sub(r"[^A-Za-z0-9]+", "_", name) for name in channel_names(dataset_json)]
+    if _schemes(plans, configuration) == ["CTNormalization"]:
+        return ["hu"]
+    return [f"{n}_{i}_native" if names.count(n) > 1 else f"{n}_native" for i, n in enumerate(names)]
+
+
+def _schemes(plans: Mapping[str, Any], configuration: str) -> list[str]:
+    values = plans["configurations"][configuration]
+    while "normalization_schemes" not in values:
+        values = plans["configurations"][values["inherits_from"]]
+    return list(values["normalization_schemes"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from ima_seg.errors import UserError
 from ima_seg.methods.history import PROGRESS_FILE, margin_rows, write_csv
 from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.plots import plot_progress
-from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
-from ima_seg.nnunet.compat import shared_native_scale
-from ima_seg.nnunet.intensity import native_scale
+from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, restore_ledger
+from ima_seg.nnunet.dataset import read_description
+from ima_seg.nnunet.intensity import native_scale, shared_native_scale
 
 #: The one that training goes on from comes first.
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -71,14 +70,6 @@ def read_margins(
     return found
 
 
-def restore_ledger(state: Mapping[str, Any]) -> MarginLedger:
-    """The ledger in our state of a checkpoint."""
-    settings = state["settings"]
-    ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"], rule=settings["rule"])
-    ledger.load_state_dict(state["ledger"])
-    return ledger
-
-
 def show_margins(
     fold: FoldMargins, *, images: Path | None = None, output: Path | None = None, console: Console | None = None
 ) -> None:
@@ -91,7 +82,7 @@ def show_margins(
         console: where to print.
     """
     console = console or Console()
-    plans, dataset_json = (_read_json(fold.folder.parent / name) for name in ("plans.json", "dataset.json"))
+    plans, dataset_json = (read_description(fold.folder.parent / name) for name in ("plans.json", "dataset.json"))
     native = shared_native_scale(plans, fold.configuration, dataset_json)
     rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native=native)
     if images is not None:
@@ -129,12 +120,6 @@ def show_margins(
         write_csv(folder / "ima_margins_native.csv", rows)
         console.print(f"wrote {folder / 'ima_margins_native.csv'}", soft_wrap=True)
     console.print(f"plot: {plot}", soft_wrap=True)
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; copy it from where nnUNetv2_train wrote it")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _short(value: Any) -> str:

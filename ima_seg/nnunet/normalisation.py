@@ -8,7 +8,7 @@ of the clean image (one network unit = ``scale`` original units), and the attack
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ima_seg.cases.raw import FloatArray
 from ima_seg.errors import UserError
-
-FloatArray = npt.NDArray[np.floating[Any]]
 
 #: As in nnU-Net's normalisation schemes.
 _LEAST_STD = 1e-8
@@ -39,38 +38,34 @@ class ChannelScale:
 
 
 def channel_scales(
-    original: FloatArray,
-    inside: npt.NDArray[np.bool_],
-    *,
-    schemes: Sequence[str],
-    masked: Sequence[bool],
-    properties: Mapping[str, Mapping[str, float]],
-    case: str,
+    original: FloatArray, inside: npt.NDArray[np.bool_], *, plans: Any, configuration: Any, case: str
 ) -> list[ChannelScale]:
     """The normalisation of each channel of one cropped case.
 
     Args:
         original: (C, *S) original intensities, cropped as nnU-Net does.
         inside: (*S) whether a voxel belongs to the nonzero region.
-        schemes: names of nnU-Net's normalisation schemes.
-        masked: whether a channel is normalised over the nonzero region only.
-        properties: foreground intensity properties per channel, of the plans.
+        plans: nnU-Net's PlansManager.
+        configuration: its ConfigurationManager.
         case: for messages.
 
     Raises:
         UserError: a scheme that is not known here, or a channel without contrast.
     """
+    properties = plans.foreground_intensity_properties_per_channel
     scales = []
-    for index, (scheme, use_mask) in enumerate(zip(schemes, masked, strict=True)):
+    for index, (scheme, masked) in enumerate(
+        zip(configuration.normalization_schemes, configuration.use_mask_for_norm, strict=True)
+    ):
         values = original[index].astype(np.float32)
         if scheme == "ZScoreNormalization":
-            values = values[inside] if use_mask else values
-            found = ChannelScale(scheme, float(values.mean()), float(values.std()), masked=bool(use_mask))
+            values = values[inside] if masked else values
+            found = ChannelScale(scheme, float(values.mean()), float(values.std()), masked=bool(masked))
         elif scheme == "CTNormalization":
             ct = properties[str(index)]
             shift, scale = float(ct["mean"]), max(float(ct["std"]), _LEAST_STD)
-            bounds = tuple((float(ct[name]) - shift) / scale for name in ("percentile_00_5", "percentile_99_5"))
-            found = ChannelScale(scheme, shift, scale, bounds=(bounds[0], bounds[1]))
+            low, high = ((float(ct[name]) - shift) / scale for name in ("percentile_00_5", "percentile_99_5"))
+            found = ChannelScale(scheme, shift, scale, bounds=(low, high))
         elif scheme == "NoNormalization":
             found = ChannelScale(scheme, 0.0, 1.0)
         elif scheme == "RescaleTo01Normalization":
@@ -78,7 +73,7 @@ def channel_scales(
         elif scheme == "RGBTo01Normalization":
             found = ChannelScale(scheme, 0.0, 255.0)
         else:
-            raise UserError(f"normalisation scheme {scheme!r} is not known to ima-seg, so {case} cannot be attacked")
+            raise UserError(f"normalisation scheme {scheme!r} is not known to ima-seg, so {case} has no network units")
         if found.scale <= _LEAST_STD:
             raise UserError(f"{case}: channel {index} is constant; an image without contrast cannot be normalised")
         scales.append(found)

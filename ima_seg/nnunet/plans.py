@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,9 +88,7 @@ def vary_plans(
         if batch_size is not None:
             values["batch_size"] = batch_size
         if patch_size is not None:
-            strides = [1] * len(values["patch_size"])
-            for stage in architecture["strides"]:
-                strides = [total * step for total, step in zip(strides, stage, strict=True)]
+            strides = [math.prod(steps) for steps in zip(*architecture["strides"], strict=True)]
             if len(patch_size) != len(strides) or any(size % s for size, s in zip(patch_size, strides, strict=True)):
                 raise UserError(
                     f"patch size {list(patch_size)} does not fit {configuration}: axes must be multiples of {strides}"

@@ -1,193 +1,25 @@
-"""nnU-Net's sliding window as a differentiable network, with exact gradients in the memory of one batch of tiles.
-
-Forward: all tiles without gradient, blended with nnU-Net's Gaussian weights. Backward: tile by tile, forward again with
-gradient, and that tile's share of the gradient is propagated into the input. Blending is linear in the tiles' logits,
-so the sum of the shares is the gradient of the whole, whatever tiles overlap.
-"""
+"""nnU-Net's sliding window as a differentiable network."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
-from torch import nn
 
-from ima_seg.attacks.network import full_resolution
-from ima_seg.errors import UserError
+from ima_seg.attacks.tiling import Tiling
 
 
-class SlidingWindow(nn.Module):
-    """Logits of whole volumes (or slices, or stacks of slices) as nnU-Net predicts them.
-
-    Args:
-        networks: one per fold; their logits are averaged. Their parameters are frozen here.
-        patch_size: of the network, in voxels; two entries for a 2D network.
-        step_size: distance of neighbouring tiles as a share of the patch size.
-        mirror_axes: spatial axes of the patch to mirror over, in all combinations; ``None`` or empty: none.
-        tile_batch: how many tiles the network sees at once; memory grows with it.
-
-    Where a single batch holds all there is to compute, its activations are simply kept for the backward pass.
-    """
-
-    def __init__(
-        self,
-        networks: Sequence[nn.Module],
-        *,
-        patch_size: Sequence[int],
-        step_size: float = 0.5,
-        mirror_axes: Sequence[int] | None = None,
-        tile_batch: int = 1,
-    ) -> None:
-        super().__init__()
-        if not 0 < step_size <= 1:
-            raise UserError(f"the step size of the sliding window is {step_size}; it is a share of the patch, 0 to 1")
-        self.networks = nn.ModuleList(networks).eval().requires_grad_(False)
-        self.patch_size = tuple(int(size) for size in patch_size)
-        self.step_size = step_size
-        axes = [axis + 2 for axis in mirror_axes or ()]
-        self.flips = [flip for count in range(len(axes) + 1) for flip in itertools.combinations(axes, count)]
-        self.tile_batch = tile_batch
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Blended logits (B, K, *S) in float32 of ``x`` (B, C, *S).
-
-        S has as many axes as the patch, or one more in front for a stack of slices.
-        """
-        if x.ndim == len(self.patch_size) + 3:
-            logits: torch.Tensor = self(x.transpose(1, 2).flatten(0, 1))
-            return logits.view(x.shape[0], x.shape[2], *logits.shape[1:]).transpose(1, 2)
-        if x.ndim != len(self.patch_size) + 2:
-            raise UserError(f"an input of shape {tuple(x.shape)} does not fit the patch size {self.patch_size}")
-        padded, inside = self._pad(x)
-        single = padded.shape[2:] == self.patch_size
-        if single and len(x) <= self.tile_batch and len(self.networks) * len(self.flips) == 1:
-            logits = full_resolution(self.networks[0](padded)).float()
-        elif torch.is_grad_enabled() and padded.requires_grad:
-            logits = _Blend.apply(padded, self)
-        else:
-            logits = self.blend(padded)
-        return logits[(slice(None), slice(None), *inside)]
-
-    def tiles(self, shape: torch.Size) -> int:
-        """Number of tiles that an input of ``shape`` (B, C, *S) is cut into."""
-        stack = shape[0] if len(shape) == len(self.patch_size) + 2 else shape[0] * shape[2]
-        spatial = shape[-len(self.patch_size) :]
-        padded = [max(size, patch) for size, patch in zip(spatial, self.patch_size, strict=True)]
-        return stack * len(list(itertools.product(*self._steps(padded))))
+class SlidingWindow(Tiling):
+    """Logits as nnU-Net predicts them: its tiles and its Gaussian weights; arguments of :class:`Tiling`."""
 
     def _steps(self, size: Sequence[int]) -> list[list[int]]:
         steps: list[list[int]] = compute_steps_for_sliding_window(tuple(size), self.patch_size, self.step_size)
         return steps
 
-    def _pad(self, x: torch.Tensor) -> tuple[torch.Tensor, list[slice]]:
-        """``x`` padded on both sides to at least the patch size, and where ``x`` lies in it."""
-        missing = [max(patch - size, 0) for patch, size in zip(self.patch_size, x.shape[2:], strict=True)]
-        inside = [slice(m // 2, m // 2 + size) for m, size in zip(missing, x.shape[2:], strict=True)]
-        if not any(missing):
-            return x, inside
-        widths = [width for m in reversed(missing) for width in (m // 2, m - m // 2)]
-        return self._padding(x, widths), inside
-
-    def _padding(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
-        return F.pad(x, widths)
-
-    def _gaussian(self, device: torch.device) -> torch.Tensor:
+    def _importance(self, device: torch.device) -> torch.Tensor:
         """nnU-Net's weights, rounded to half precision as it does."""
         weights: torch.Tensor = compute_gaussian(
             self.patch_size, sigma_scale=1 / 8, value_scaling_factor=10, device=device
         )
         return weights.float()
-
-    def _batches(self, shape: torch.Size) -> Iterator[list[tuple[Any, ...]]]:
-        """Index tuples (sample, all channels, *tile) in batches."""
-        steps = self._steps(shape[2:])
-        index = (
-            (sample, slice(None), *(slice(start, start + size) for start, size in zip(o, self.patch_size, strict=True)))
-            for sample in range(shape[0])
-            for o in itertools.product(*steps)
-        )
-        while batch := list(itertools.islice(index, self.tile_batch)):
-            yield batch
-
-    def _passes(self, tiles: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Logits of ``tiles`` (T, C, *patch) from each network and flip."""
-        for network in self.networks:
-            for flip in self.flips:
-                logits = full_resolution(network(torch.flip(tiles, flip) if flip else tiles)).float()
-                yield torch.flip(logits, flip) if flip else logits
-
-    @torch.no_grad()
-    def _weights(self, shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gaussian of a tile, and 1 / (its sum over all tiles x passes), both (*spatial)."""
-        gaussian = self._gaussian(device)
-        total = torch.zeros(shape[2:], device=device)
-        for batch in self._batches(torch.Size((1, *shape[1:]))):
-            for index in batch:
-                total[index[2:]] += gaussian
-        return gaussian, total.mul_(len(self.networks) * len(self.flips)).reciprocal_()
-
-    @torch.no_grad()
-    def blend(self, x: torch.Tensor) -> torch.Tensor:
-        """Blended logits of ``x`` (B, C, *S), S at least the patch size."""
-        gaussian, weight = self._weights(x.shape, x.device)
-        logits: torch.Tensor | None = None
-        for batch in self._batches(x.shape):
-            tiles = torch.stack([x[index] for index in batch])
-            summed = sum(self._passes(tiles))
-            assert isinstance(summed, torch.Tensor)
-            if logits is None:
-                logits = x.new_zeros((x.shape[0], summed.shape[1], *x.shape[2:]), dtype=torch.float32)
-            for index, part in zip(batch, summed, strict=True):
-                logits[index].addcmul_(part, gaussian)
-        assert logits is not None
-        return logits.mul_(weight)
-
-    def pull_back(self, x: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
-        """Gradient with respect to ``x`` of <blended logits, ``outer``> (B, K, *S)."""
-        gaussian, weight = self._weights(x.shape, x.device)
-        gradient = torch.zeros_like(x)
-        for batch in self._batches(x.shape):
-            # Weighted tile by tile: the whole would be one more copy of the logits.
-            share = torch.stack([outer[index] * weight[index[2:]] for index in batch]) * gaussian
-            # In float16 the gradient of a small structure, scaled up against underflow, may overflow.
-            height = share.abs().amax().clamp_min(torch.finfo(share.dtype).tiny)
-            share = share / height
-            tiles = torch.stack([x[index] for index in batch])
-            for network in self.networks:
-                for flip in self.flips:
-                    # One pass at a time: the activations of one batch of tiles are all that is ever kept.
-                    leaf = tiles.detach().requires_grad_(True)
-                    with torch.enable_grad():
-                        logits = full_resolution(network(torch.flip(leaf, flip) if flip else leaf))
-                    toward = torch.flip(share, flip) if flip else share
-                    (part,) = torch.autograd.grad(logits, leaf, toward.to(logits.dtype))
-                    for index, piece in zip(batch, part, strict=True):
-                        gradient[index] += piece * height
-        return gradient
-
-
-class _Blend(torch.autograd.Function):
-    """:meth:`SlidingWindow.blend` whose backward recomputes the tiles instead of keeping their activations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, window: SlidingWindow) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.window = window
-        kind = x.device.type
-        ctx.autocast = (
-            (kind, torch.get_autocast_dtype(kind)) if kind != "mps" and torch.is_autocast_enabled(kind) else None
-        )
-        return window.blend(x)
-
-    @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (x,) = ctx.saved_tensors
-        # The backward pass runs outside of the caller's autocast; the tiles are recomputed as they were.
-        cast = torch.autocast(ctx.autocast[0], ctx.autocast[1]) if ctx.autocast else contextlib.nullcontext()
-        with cast:
-            return ctx.window.pull_back(x, outer), None

@@ -83,17 +83,15 @@ def conditions(settings: EvaluationSettings, *, model: str, models: Sequence[str
     """All conditions of one case and model, the clean image first, in the order of the settings."""
     found = [Condition("clean", "clean")]
     for name in settings.attacks:
+        kind: Kind = ATTACKS[name].kind if name in ATTACKS else "white"
+        names, budgets = [name], list[float | None](settings.eps)
         if name == "minimal":
-            found.append(Condition("minimal", name))
-            continue
-        if name == "transfer":
-            kind: Kind = "transfer"
-            names = [f"transfer:{other}" for other in models if other != model]
+            kind, budgets = "minimal", [None]
+        elif name == "transfer":
+            kind, names = "transfer", [f"transfer:{other}" for other in models if other != model]
         elif name in ("disappear", "appear"):
             kind, names = "targeted", [f"{name}:{target}" for target in settings.targets]
-        else:
-            kind, names = ("white" if name not in ATTACKS else ATTACKS[name].kind), [name]
-        found += [Condition(kind, full, eps) for full in names for eps in settings.eps]
+        found += [Condition(kind, full, eps) for full in names for eps in budgets]
     for name in settings.corruptions:
         found += [Condition("corruption", f"corruption:{name}", severity=severity) for severity in SEVERITIES]
     return found

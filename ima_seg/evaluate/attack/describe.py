@@ -7,17 +7,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ima_seg.cases.files import CaseFiles
+from ima_seg.cases.raw import CaseFiles
 from ima_seg.evaluate.attack.conditions import conditions
 from ima_seg.evaluate.run import EvaluationSettings, ModelInfo, Run
 from ima_seg.evaluate.subject import Model
-from ima_seg.monai.bundle import BundleModel
-from ima_seg.nnunet.folder import SegmentationModel
-from ima_seg.nnunet.margins import restore_ledger
+from ima_seg.files import file_hash
 from ima_seg.ops import describe_backend
 
 _PACKAGES = ("ima-seg", "nnunetv2", "torch", "monai", "torchio", "numpy", "scipy", "nibabel", "SimpleITK")
@@ -40,7 +37,7 @@ def describe_run(
     return Run(
         settings=settings,
         models=[_model_info(name, model) for name, model in loaded.items()],
-        dataset=_dataset(first) or Path(images).resolve().parent.name,
+        dataset=first.dataset or Path(images).resolve().parent.name,
         classes=list(first.classes),
         images=str(Path(images).resolve()),
         labels=str(Path(labels).resolve()),
@@ -64,12 +61,6 @@ def describe_run(
     )
 
 
-def _dataset(model: Model) -> str:
-    if not isinstance(model, SegmentationModel):
-        return ""
-    return str(model.plans.plans.get("dataset_name") or model.dataset_json.get("name") or "")
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -78,43 +69,8 @@ def _version(package: str) -> str:
 
 
 def _model_info(name: str, model: Model) -> ModelInfo:
-    if isinstance(model, BundleModel):
-        return ModelInfo(
-            name=name,
-            folder=str(model.folder),
-            bundle=f"{model.name} {model.version}",
-            configuration=model.inferer_name,
-            checkpoint=model.weights.name,
-            sha256=model.sha256(),
-            patch_size=model.patch_size,
-            parameters=sum(parameter.numel() for parameter in model.network.parameters()),
-        )
-    assert isinstance(model, SegmentationModel)
-    network = [float(value) for value in model.configuration.spacing]
-    return ModelInfo(
-        name=name,
-        folder=str(model.folder),
-        trainer=model.trainer,
-        plans=str(model.plans.plans_name),
-        configuration=model.configuration_name,
-        folds=model.folds,
-        checkpoint=model.files[-1].name,
-        sha256=model.sha256(),
-        patch_size=[int(size) for size in model.configuration.patch_size],
-        spacing=network,
-        mirror_axes=model.mirror_axes,
-        parameters=sum(parameter.numel() for parameter in model.networks[0].parameters()),
-        ima=None if model.ima is None else _margins(model.ima),
-    )
-
-
-def _margins(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report shows of the training of nnUNetTrainerIMA, from its state in the checkpoint."""
-    ledger = restore_ledger(state)
-    return {
-        "norm": state["settings"]["norm"],
-        "delta": ledger.delta,
-        "eps_max": ledger.eps_max,
-        "margins": {case: record.margin for case, record in ledger.cases.items()},
-        "history": [dict(row) for row in state["history"]],
+    root = model.folder
+    hashes = {
+        str(file.relative_to(root) if file.is_relative_to(root) else file): file_hash(file) for file in model.files
     }
+    return ModelInfo(name=name, folder=str(root), sha256=hashes, **model.card())

@@ -15,13 +15,13 @@ from ima_seg.attacks.base import AttackResult
 from ima_seg.attacks.network import full_resolution
 from ima_seg.attacks.passes import Perturbed
 from ima_seg.attacks.registry import ATTACKS
+from ima_seg.attacks.tiling import Tiling
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import Condition
 from ima_seg.evaluate.attack.patchwise import patch_pgd
 from ima_seg.evaluate.attack.problem import Problem, make_problem, native_scale, per_voxel
 from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Window
-from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.ops import hard_dice, perturbation_size, project
 from ima_seg.types import PassCount, ThreatModel
 
@@ -76,7 +76,7 @@ class Attacker:
         name, _, organ = condition.attack.partition(":")
         settings = self.settings
         if condition.attack == "patch-pgd":
-            if not isinstance(window, SlidingWindow):
+            if not isinstance(window, Tiling):
                 raise UserError(
                     f"attack 'patch-pgd' needs an inferer of tiles, {case.model.folder} has none: leave it out"
                 )

@@ -11,7 +11,7 @@ import torch
 from ima_seg.attacks.base import AttackResult, lost_dice
 from ima_seg.attacks.network import Precision, full_resolution
 from ima_seg.attacks.pgd import pgd
-from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.attacks.tiling import Tiling
 from ima_seg.ops import perturbation_size, project
 from ima_seg.types import Labels, Network, PassCount, Target, ThreatModel
 
@@ -22,7 +22,7 @@ def patch_pgd(
     x: torch.Tensor,
     target: Target,
     *,
-    window: SlidingWindow,
+    window: Tiling,
     normalise: torch.nn.Module,
     eps: torch.Tensor,
     threat: ThreatModel,
@@ -53,7 +53,7 @@ def patch_pgd(
     """
     network = window.networks[0]
     channels = threat.perturbable(x).shape[1]
-    grid = SlidingWindow([network], patch_size=window.patch_size, step_size=1.0, tile_batch=window.tile_batch)
+    grid = Tiling([network], patch_size=window.patch_size, step_size=1.0, tile_batch=window.tile_batch)
     padded, inside = grid._pad(x)
     # What is padded is ignored.
     labels = Labels(target.labels.outputs, target.labels.regions, ignore_label=-1)

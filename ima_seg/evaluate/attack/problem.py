@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ima_seg.attacks.base import AttackResult
+from ima_seg.cases.raw import FloatArray
 from ima_seg.errors import UserError
 from ima_seg.evaluate.run import Budget, Unit
 from ima_seg.evaluate.subject import Case, Window
-from ima_seg.nnunet.case import FloatArray
 from ima_seg.types import PassCount, Target, ThreatModel
 
 

@@ -22,14 +22,7 @@ _PATIENCE = datetime.timedelta(days=14)
 
 @dataclass(frozen=True)
 class Share:
-    """One process's share of the cases.
-
-    Attributes:
-        index: of the process, over all parts and ranks.
-        count: how many processes there are.
-        rank: within this ``torchrun``.
-        world: processes of this ``torchrun``.
-    """
+    """One process's share of the cases: ``index`` of ``count`` over all parts and ranks, ``rank`` of ``world`` here."""
 
     index: int = 0
     count: int = 1

@@ -7,23 +7,22 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ima_seg.cases.files import CaseFiles
+from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray
+from ima_seg.cases.write import save_adversarial, slug
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import Condition, conditions
 from ima_seg.evaluate.attack.corruptions import corrupt
 from ima_seg.evaluate.attack.execution import Attacker, Found, within_memory
-from ima_seg.evaluate.attack.files import save_adversarial, slug, write_panel
+from ima_seg.evaluate.attack.panel import write_panel
 from ima_seg.evaluate.measure.metrics import CaseMetrics, case_metrics, measure_size
 from ima_seg.evaluate.records import Disk, Failure, Record, append_line
 from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Model, Window
-from ima_seg.nnunet.case import FloatArray, LabelArray
 from ima_seg.ops import perturbation_size
 
 #: ``report(text)`` for messages, ``step()`` after each record.
@@ -34,13 +33,7 @@ _LARGER = (1.01, 1.03, 1.1)
 
 @dataclass
 class Contestant:
-    """A model under evaluation.
-
-    Attributes:
-        name: in the records.
-        model: the model.
-        window: its sliding window.
-    """
+    """A model under evaluation, its name in the records, and its window."""
 
     name: str
     model: Model
@@ -52,6 +45,7 @@ class _Subject:
     """A case as one model sees it, and the prediction of its clean image."""
 
     contestant: Contestant
+    files: CaseFiles
     case: Case
     before: LabelArray
     clean_dice: float | None
@@ -86,14 +80,10 @@ class Sweep:
     log: Log = print
     step: Callable[[str], None] = lambda what: None
     failed: set[str] = field(default_factory=set)
-    _names: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._names = [contestant.name for contestant in self.contestants]
 
     def conditions(self, contestant: Contestant) -> list[Condition]:
         """All conditions of one model."""
-        return conditions(self.settings, model=contestant.name, models=self._names)
+        return conditions(self.settings, model=contestant.name, models=[other.name for other in self.contestants])
 
     def is_done(self, case: str) -> bool:
         """Whether every record of ``case`` is there."""
@@ -122,14 +112,17 @@ class Sweep:
                 subjects.append(self._clean(contestant, files))
         for subject in subjects:
             for condition in self.conditions(subject.contestant):
-                if condition.kind == "corruption":
-                    self._unless_done(condition, subject, partial(self._corruption, condition, subject))
-                elif condition.kind != "clean":
-                    work = partial(self._attack, condition, subject, subjects, files)
-                    self._unless_done(condition, subject, work)
+                if condition.kind != "clean":
+                    self._unless_done(condition, subject, subjects)
 
-    def _unless_done(self, condition: Condition, subject: _Subject, work: Callable[[], Record | None]) -> None:
-        case, name = subject.case.raw.case, subject.contestant.name
+    def _unless_done(self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject]) -> None:
+        case, name = subject.files.case, subject.contestant.name
+
+        def work() -> Record | None:
+            if condition.kind == "corruption":
+                return self._corruption(condition, subject)
+            return self._attack(condition, subject, subjects)
+
         if condition.key(case, name, self.settings) not in self.done:
             with self._noting(case, name, condition.attack):
                 record = within_memory(subject.contestant.window, work, self.log)
@@ -167,10 +160,8 @@ class Sweep:
             return case, case.predict(contestant.window, case.base)
 
         case, before = within_memory(contestant.window, predicted, self.log)
-        condition = Condition("clean", "clean")
-        seconds = time.perf_counter() - began
+        condition, seconds = Condition("clean", "clean"), time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, before)
-        clean_dice = metrics.dice
         if condition.key(files.case, contestant.name, self.settings) not in self.done:
             repeat = None
             if all(name != contestant.name for _, name, *_ in self.done):
@@ -179,24 +170,14 @@ class Sweep:
                     repeat = within_memory(
                         contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
                     )
+            times = {"seconds": seconds, "metric_seconds": metric_seconds}
             self._write(
-                self._record(
-                    condition,
-                    files.case,
-                    contestant,
-                    metrics,
-                    repeat_difference=repeat,
-                    forwards=1,
-                    seconds=seconds,
-                    metric_seconds=metric_seconds,
-                )
+                self._record(condition, files.case, contestant, metrics, repeat_difference=repeat, forwards=1, **times)
             )
         self.step(f"{files.case}  {contestant.name}  clean")
-        return _Subject(contestant, case, before, clean_dice)
+        return _Subject(contestant, files, case, before, metrics.dice)
 
-    def _attack(
-        self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject], files: CaseFiles
-    ) -> Record | None:
+    def _attack(self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject]) -> Record | None:
         case, contestant = subject.case, subject.contestant
         began = time.perf_counter()
         if condition.kind == "transfer":
@@ -226,24 +207,17 @@ class Sweep:
         metric_seconds += time.perf_counter() - started
         pictured = case.scale is not None and self._is_worst(condition, subject, metrics)
         saved = self.settings.save_adversarial
-        native = case.native_delta(case.delta(found.perturbed)) if pictured or saved else None
+        panel = disk = None
+        if pictured or saved:
+            native = case.native_delta(case.delta(found.perturbed))
+            panel = self._panel(condition, subject, native, after) if pictured else None
+            disk = self._disk(condition, subject, native) if saved else None
         return self._record(
-            condition,
-            files.case,
-            contestant,
-            metrics,
-            size=size,
-            eps_network=found.eps_network,
-            breaking_rms=found.breaking_rms,
-            trace=found.trace,
-            zero_gradient=found.zero_gradient,
-            forwards=found.passes.forwards + 1,
-            gradients=found.passes.gradients,
-            seconds=seconds,
-            metric_seconds=metric_seconds,
-            panel=None if native is None or not pictured else self._panel(condition, subject, native, after),
-            disk=None if native is None or not saved else self._disk(condition, subject, native, files),
-        )
+            condition, case.raw.case, contestant, metrics, size=size, eps_network=found.eps_network,
+            breaking_rms=found.breaking_rms, trace=found.trace, zero_gradient=found.zero_gradient,
+            forwards=found.passes.forwards + 1, gradients=found.passes.gradients, seconds=seconds,
+            metric_seconds=metric_seconds, panel=panel, disk=disk,
+        )  # fmt: skip
 
     def _verified(
         self, subject: _Subject, found: Found, after: LabelArray, metrics: CaseMetrics
@@ -254,18 +228,18 @@ class Sweep:
         """
         case, threshold = subject.case, self.settings.broken_below * (subject.clean_dice or 0)
         delta = found.perturbed - case.base
-        length = float(perturbation_size(delta[:, : case.image_channels], self.settings.norm))
-        for factor in (factor for factor in _LARGER if factor * length <= found.eps_network):
+        image = delta[:, : case.image_channels]
+        length, rms = float(perturbation_size(image, self.settings.norm)), image.square().mean().sqrt()
+        for factor in (1.0, *_LARGER):
+            if factor > 1:
+                if factor * length > found.eps_network:
+                    break
+                larger = case.base + factor * delta
+                found = replace(found, perturbed=larger, breaking_rms=float(factor * rms))
+                after = case.predict(subject.contestant.window, larger)
+                metrics, _ = self._metrics(case, after)
             if metrics.dice is not None and metrics.dice < threshold:
                 return found, after, metrics
-            assert found.breaking_rms is not None
-            larger = replace(found, perturbed=case.base + factor * delta)
-            after = case.predict(subject.contestant.window, larger.perturbed)
-            metrics, _ = self._metrics(case, after)
-            size = float((factor * delta)[:, : case.image_channels].square().mean().sqrt())
-            found = replace(larger, breaking_rms=size)
-        if metrics.dice is not None and metrics.dice < threshold:
-            return found, after, metrics
         return replace(found, breaking_rms=None), after, metrics
 
     def _corruption(self, condition: Condition, subject: _Subject) -> Record:
@@ -331,9 +305,9 @@ class Sweep:
         subject.panel = path
         return path.relative_to(self.folder).as_posix()
 
-    def _disk(self, condition: Condition, subject: _Subject, native: FloatArray, files: CaseFiles) -> Disk:
+    def _disk(self, condition: Condition, subject: _Subject, native: FloatArray) -> Disk:
         """Write the adversarial files, read them again and predict them from the start."""
-        case, contestant = subject.case, subject.contestant
+        case, contestant, files = subject.case, subject.contestant, subject.files
         budget = "" if condition.eps is None else f"_{condition.eps:g}{self.settings.unit}"
         folder = self.folder / "adversarial" / slug(contestant.name) / slug(f"{condition.attack}{budget}")
         images, differences = save_adversarial(files.images, native, folder)

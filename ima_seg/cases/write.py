@@ -1,0 +1,78 @@
+"""Files in the place of others: adversarial images and differences in the original geometry."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ima_seg.cases.check import is_nifti
+from ima_seg.cases.raw import FloatArray
+from ima_seg.files import replacing
+
+#: Integers are exact in float32 up to here.
+_FLOAT32_EXACT = 2**24
+
+
+def slug(name: str) -> str:
+    """``name`` as part of a file name: what is not plain is replaced, and a hash keeps different names apart."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def save_adversarial(sources: Sequence[Path], delta: FloatArray, folder: Path) -> tuple[list[Path], list[Path]]:
+    """Write the adversarial image and the difference of each channel, each in one rename.
+
+    Geometry and header are those of the source; the data are float32, or float64 where float32 could not hold the
+    source's values.
+
+    Args:
+        sources: original image of each channel, or a single one with the channels along its last axis.
+        delta: (C, Z, Y, X) perturbation in original intensities.
+        folder: gets ``images/NAME`` (a folder for ``nnUNetv2_predict -i``) and ``difference/NAME``, under the names of
+            the sources.
+
+    Returns:
+        The images and the differences, per source.
+    """
+    images: list[Path] = []
+    differences: list[Path] = []
+    for source, change in zip(sources, delta if len(sources) > 1 else [delta], strict=True):
+        for kind, collected in (("images", images), ("difference", differences)):
+            path = folder / kind / source.name
+            with replacing(path) as temporary:
+                _write(source, change, temporary, add=kind == "images")
+            collected.append(path)
+    return images, differences
+
+
+def _write(source: Path, change: FloatArray, path: Path, *, add: bool) -> None:
+    if is_nifti(source):
+        import nibabel
+
+        stored = nibabel.load(source)
+        values, kind = np.asanyarray(stored.dataobj), stored.get_data_dtype()
+        data = _changed(values, change.transpose(), kind, add=add)
+        header = stored.header.copy()
+        header.set_data_dtype(data.dtype)
+        nibabel.save(stored.__class__(data, stored.affine, header), path)
+        return
+    import SimpleITK
+
+    stored = SimpleITK.ReadImage(str(source))
+    values = SimpleITK.GetArrayFromImage(stored)
+    image = SimpleITK.GetImageFromArray(_changed(values, change, values.dtype, add=add))
+    image.CopyInformation(stored)
+    SimpleITK.WriteImage(image, str(path), True)
+
+
+def _changed(values: npt.NDArray[Any], change: FloatArray, stored: npt.DTypeLike, *, add: bool) -> FloatArray:
+    turned = change.reshape(values.shape)
+    wide = np.dtype(stored) == np.float64 or np.abs(values).max(initial=0) >= _FLOAT32_EXACT
+    data = values.astype(np.float64) + turned if add else turned
+    return data.astype(np.float64 if wide else np.float32)

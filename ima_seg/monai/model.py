@@ -1,0 +1,88 @@
+"""A loaded bundle: network, inferer, pre- and post-processing, and what its outputs mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ima_seg.cases.check import check_case
+from ima_seg.cases.find import find_cases
+from ima_seg.cases.raw import CaseFiles, CaseProblem
+from ima_seg.monai.config import Parts
+from ima_seg.types import Labels
+
+_ENDINGS = (".nii.gz", ".nii")
+
+
+@dataclass(frozen=True)
+class LoadedBundle(Parts):
+    """One bundle with its weights; its network is on the device, frozen.
+
+    Attributes:
+        folder: of the bundle.
+        title: name and version.
+        image_key: of the image in the dictionaries of the transforms.
+        labels: how outputs are read.
+        classes: foreground class -> label values, in the order of the outputs.
+        channels: names of the image channels.
+        is_single_ct: whether there is one channel, of CT.
+    """
+
+    folder: Path
+    title: str
+    image_key: str
+    labels: Labels
+    classes: dict[str, tuple[int, ...]]
+    channels: list[str]
+    is_single_ct: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that define it."""
+        return [self.config, self.folder / "configs" / "metadata.json", self.weights]
+
+    @property
+    def is_2d(self) -> bool:
+        """Bundles are attacked as a whole, also where their inferer cuts slices."""
+        return False
+
+    @property
+    def dataset(self) -> str:
+        """Bundles do not name their data set."""
+        return ""
+
+    def card(self) -> dict[str, Any]:
+        """What :class:`ima_seg.evaluate.run.ModelInfo` says of it, beside name and files."""
+        from ima_seg.monai.window import patch_size
+
+        return {
+            "bundle": self.title,
+            "configuration": type(self.inferer).__name__,
+            "checkpoint": self.weights.name,
+            "patch_size": patch_size(self.inferer),
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+        }
+
+    def check_use(self, *, writing: bool = False) -> None:
+        """Nothing to refuse before there is a case."""
+
+    def window(self, *, step_size: float = 0.5, mirroring: bool = False, tile_batch: int | None = None) -> nn.Module:
+        """The inferer as a differentiable network; ``step_size`` and ``mirroring`` are nnU-Net's alone."""
+        from ima_seg.monai.window import make_window
+
+        return make_window(self.network, self.inferer, outputs=self.labels.outputs, tile_batch=tile_batch)
+
+    def find_cases(
+        self, images: Path, labels: Path, *, limit: int | None = None
+    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
+        """The complete and the incomplete cases of two folders."""
+        channels = len(self.channels)
+        return find_cases(images, labels, channels=channels, endings=_ENDINGS, one_name=True, limit=limit)
+
+    def check_case(self, files: CaseFiles) -> None:
+        """Refuse files that cannot be evaluated."""
+        allowed = {0}.union(*self.classes.values())
+        check_case(files, labels_allowed=allowed, stacked=True, source="the bundle (metadata.json or --bundle-labels)")

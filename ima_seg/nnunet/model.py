@@ -1,0 +1,147 @@
+"""A loaded model folder: its networks and everything that nnU-Net's inference needs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ima_seg.cases.check import check_case
+from ima_seg.cases.raw import CaseFiles, CaseProblem
+from ima_seg.errors import UserError
+from ima_seg.nnunet.checkpoint import restore_ledger
+from ima_seg.nnunet.dataset import allowed_labels, find_cases, ignore_value
+from ima_seg.nnunet.tiling import SlidingWindow
+from ima_seg.types import Labels
+
+#: Readers of nnU-Net whose arrays are the stored voxels with the axes reversed.
+_READERS = ("SimpleITKIO", "NibabelIO")
+
+
+@dataclass(frozen=True)
+class LoadedFolder:
+    """One model: a network per fold and everything that its inference needs.
+
+    Attributes:
+        folder: ``TRAINER__PLANS__CONFIGURATION`` in nnUNet_results, or a copy of one.
+        networks: one per fold, on the device, frozen.
+        plans: nnU-Net's PlansManager.
+        configuration: nnU-Net's ConfigurationManager.
+        configuration_name: name of the configuration.
+        dataset_json: contents of dataset.json.
+        labels: how outputs are read.
+        classes: foreground class (or region) names -> label values, in the order of the outputs.
+        channels: names of the image channels.
+        mirror_axes: axes of test-time mirroring.
+        trainer: name of the trainer class.
+        files: the files that define the model.
+        folds: names of the folds.
+        ima: our state in the first fold's checkpoint; ``None`` for other trainers.
+        previous_stage: folder with the previous stage's segmentations, of a cascade.
+    """
+
+    folder: Path
+    networks: Sequence[nn.Module]
+    plans: Any
+    configuration: Any
+    configuration_name: str
+    dataset_json: dict[str, Any]
+    labels: Labels
+    classes: dict[str, tuple[int, ...]]
+    channels: list[str]
+    mirror_axes: list[int] | None
+    trainer: str
+    files: list[Path]
+    folds: list[str]
+    ima: dict[str, Any] | None
+    previous_stage: Path | None = None
+
+    @property
+    def label_manager(self) -> Any:
+        """nnU-Net's LabelManager."""
+        return self.plans.get_label_manager(self.dataset_json)
+
+    @property
+    def is_2d(self) -> bool:
+        """Whether the network sees slices."""
+        return len(self.configuration.patch_size) == 2
+
+    @property
+    def is_single_ct(self) -> bool:
+        """Whether there is one channel, normalised as CT, so that HU are a unit of the perturbation."""
+        return list(self.configuration.normalization_schemes) == ["CTNormalization"]
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set, or an empty string."""
+        return str(self.plans.plans.get("dataset_name") or self.dataset_json.get("name") or "")
+
+    def card(self) -> dict[str, Any]:
+        """What :class:`ima_seg.evaluate.run.ModelInfo` says of it, beside name and files."""
+        ima = None
+        if self.ima is not None:
+            ledger = restore_ledger(self.ima)
+            ima = {
+                "norm": self.ima["settings"]["norm"],
+                "delta": ledger.delta,
+                "eps_max": ledger.eps_max,
+                "margins": {case: record.margin for case, record in ledger.cases.items()},
+                "history": [dict(row) for row in self.ima["history"]],
+            }
+        return {
+            "trainer": self.trainer,
+            "plans": str(self.plans.plans_name),
+            "configuration": self.configuration_name,
+            "folds": self.folds,
+            "checkpoint": self.files[-1].name,
+            "patch_size": [int(size) for size in self.configuration.patch_size],
+            "spacing": [float(value) for value in self.configuration.spacing],
+            "mirror_axes": self.mirror_axes,
+            "parameters": sum(parameter.numel() for parameter in self.networks[0].parameters()),
+            "ima": ima,
+        }
+
+    def check_use(self, *, writing: bool = False) -> None:
+        """Refuse a cascade without its previous stage; with ``writing``, a reader whose arrays cannot be put back.
+
+        Raises:
+            UserError: one of them.
+        """
+        if self.configuration.previous_stage_name is not None and self.previous_stage is None:
+            raise self.no_previous_stage()
+        reader = self.plans.image_reader_writer_class().__class__.__name__
+        if writing and reader not in _READERS:
+            raise UserError(
+                f"{self.folder} reads images with {reader}, for which adversarial files cannot be written; "
+                f"leave --save-adversarial out (supported: {', '.join(_READERS)})"
+            )
+
+    def no_previous_stage(self) -> UserError:
+        """What to say where a cascade is given nothing to start from."""
+        return UserError(
+            f"{self.folder} is the second stage of a cascade; name the folder with the segmentations of "
+            f"{self.configuration.previous_stage_name!r} with -prev_stage_predictions"
+        )
+
+    def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> SlidingWindow:
+        """The sliding window of nnU-Net's inference; ``tile_batch`` defaults to the batch size of the training."""
+        return SlidingWindow(
+            self.networks,
+            patch_size=self.configuration.patch_size,
+            step_size=step_size,
+            mirror_axes=self.mirror_axes if mirroring else None,
+            tile_batch=tile_batch or int(self.configuration.batch_size),
+        )
+
+    def find_cases(
+        self, images: Path, labels: Path, *, limit: int | None = None
+    ) -> tuple[list[CaseFiles], list[CaseProblem]]:
+        """The complete and the incomplete cases of two folders, in nnU-Net's naming."""
+        return find_cases(images, labels, self.dataset_json, limit=limit)
+
+    def check_case(self, files: CaseFiles) -> None:
+        """Refuse files that cannot be evaluated."""
+        check_case(files, labels_allowed=allowed_labels(self.dataset_json), ignore=ignore_value(self.dataset_json))
