@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from ima_seg.evaluate.measure.estimates import Estimate
+from ima_seg.evaluate.measure.statistics import Estimate
 from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.run import Run

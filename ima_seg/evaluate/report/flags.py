@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ima_seg.evaluate.measure.collect import Evaluation
-from ima_seg.evaluate.measure.estimates import mean
-from ima_seg.evaluate.measure.summary import WORST, WORST_OF, Condition, Summary
+from ima_seg.evaluate.measure.groups import WORST, WORST_OF
+from ima_seg.evaluate.measure.statistics import mean
+from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.report.words import number
 

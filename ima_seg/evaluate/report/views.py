@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ima_seg.evaluate.measure.collect import Evaluation
-from ima_seg.evaluate.measure.summary import WORST, WORST_OF, Condition, Summary, group_records, worst_groups
+from ima_seg.evaluate.measure.groups import WORST, WORST_OF, group_records, worst_groups
+from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.report import charts
 from ima_seg.evaluate.report.panels import CLASS_COLOURS, Panel, read_panel

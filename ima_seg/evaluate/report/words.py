@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ima_seg.evaluate.measure.compare import Comparison
-from ima_seg.evaluate.measure.estimates import Estimate
-from ima_seg.evaluate.measure.summary import WORST, Condition, Summary
+from ima_seg.evaluate.measure.groups import WORST
+from ima_seg.evaluate.measure.statistics import Estimate
+from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.run import Run
 
 KINDS = {
