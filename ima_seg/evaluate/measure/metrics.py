@@ -180,7 +180,7 @@ def _distances(points: Mask, others: Mask, spacing: Sequence[float]) -> Floats:
     """Distances in mm from each voxel of ``points`` to the nearest of ``others``, which are not empty.
 
     By the package ``edt``: a prediction of half a body in 512 x 512 x 300 voxels takes it a third of the time of a tree
-    and a tenth of that of scipy's transform; a liver beside a liver takes all three less than a few seconds.
+    and a fifth of that of scipy's transform (2.7, 9 and 15 s of one core); a liver takes it 0.6, 0.4 and 1.7 s.
     """
     # In units of the last axis, along which edt adds up its float32 steps: ones add up without rounding.
     steps = [size / spacing[-1] for size in spacing]

@@ -44,16 +44,6 @@ def colours(run: Run) -> dict[str, int]:
     return {model.name: i % charts.COLOURS for i, model in enumerate(run.models)}
 
 
-def _point(x: float, c: Condition) -> charts.Point | None:
-    if c.dice is None:
-        return None
-    return charts.Point(x, c.dice.estimate, c.dice.low, c.dice.high, describe(c))
-
-
-def _line(colour: int, points: Iterable[charts.Point | None]) -> charts.Line:
-    return charts.Line(colour, [point for point in points if point is not None])
-
-
 def _facets(run: Run, conditions: Sequence[Condition]) -> dict[str, list[Condition]]:
     """Conditions with a budget by chart: the worst first; of two models the one transfer of each shares a chart."""
     facets: dict[str, list[Condition]] = {WORST: []}
@@ -64,55 +54,52 @@ def _facets(run: Run, conditions: Sequence[Condition]) -> dict[str, list[Conditi
     return {name: items for name, items in facets.items() if items}
 
 
+def _line(summary: Summary, model: str, colour: int, items: Iterable[tuple[float, Condition]]) -> list[charts.Line]:
+    """The line of a model through its clean Dice, at 0, and (x, condition); none without a point."""
+    clean = summary.find(model, "clean")
+    mine = sorted(((x, c) for x, c in items if c.model == model), key=lambda item: item[0])
+    points = [
+        charts.Point(x, c.dice.estimate, c.dice.low, c.dice.high, describe(c))
+        for x, c in ([(0.0, clean)] if clean and mine else []) + mine
+        if c.dice is not None
+    ]
+    return [charts.Line(colour, points)] if points else []
+
+
 def dice_charts(run: Run, summary: Summary) -> list[Chart]:
     """Dice against eps, one chart per attack, one line per model."""
     found = []
-    for number, (name, items) in enumerate(_facets(run, summary.conditions).items()):
-        axis = charts.Budgets([c.eps for c in items if c.eps is not None])
-        lines = []
-        for model, colour in colours(run).items():
-            mine = sorted((c for c in items if c.model == model), key=lambda c: c.eps or 0.0)
-            clean = summary.find(model, "clean")
-            points = [None if clean is None else _point(axis.at(0.0), clean)] if mine else []
-            lines.append(_line(colour, [*points, *(_point(axis.at(c.eps or 0.0), c) for c in mine)]))
+    for number, (name, conditions) in enumerate(_facets(run, summary.conditions).items()):
+        items = [(c.eps or 0.0, c) for c in conditions]
         title = "Transfer from the other model" if name == "transfer" else attack_name(name)
         svg = charts.curves(
             f"curve-{number}",
             f"Mean Dice against eps, {title}",
-            [line for line in lines if line.points],
-            axis.ticks(),
-            charts.unit_range(),
+            [line for model, colour in colours(run).items() for line in _line(summary, model, colour, items)],
             f"eps ({unit_short(run)})",
             "mean Dice",
+            sorted({0.0, *(eps for eps, _ in items)}),
+            log=True,
         )
-        found.append(Chart(title, KINDS[items[0].kind], svg))
+        found.append(Chart(title, KINDS[conditions[0].kind], svg))
     return found
 
 
 def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
     """Dice against severity, one chart per corruption."""
-    facets: dict[str, list[Condition]] = {}
+    facets: dict[str, list[tuple[float, Condition]]] = {}
     for c in summary.conditions:
         if c.kind == "corruption" and c.severity is not None:
-            facets.setdefault(c.attack, []).append(c)
+            facets.setdefault(c.attack, []).append((float(c.severity), c))
     found = []
     for number, (name, items) in enumerate(facets.items()):
-        lines = []
-        for model, colour in colours(run).items():
-            mine = sorted((c for c in items if c.model == model), key=lambda c: c.severity or 0)
-            clean = summary.find(model, "clean")
-            points = [None if clean is None else _point(0.0, clean)] if mine else []
-            lines.append(_line(colour, [*points, *(_point(float(c.severity or 0), c) for c in mine)]))
-        last = max(c.severity or 0 for c in items)
-        ticks = charts.Ticks(-0.12, last + 0.12, [(float(i), str(i)) for i in range(last + 1)])
         svg = charts.curves(
             f"corruption-{number}",
             f"Mean Dice against severity, {attack_name(name)}",
-            [line for line in lines if line.points],
-            ticks,
-            charts.unit_range(),
+            [line for model, colour in colours(run).items() for line in _line(summary, model, colour, items)],
             "severity (0: unchanged)",
             "mean Dice",
+            [float(i) for i in range(1 + int(max(severity for severity, _ in items)))],
         )
         found.append(Chart(attack_name(name), "", svg))
     return found
