@@ -79,8 +79,6 @@ def _context(evaluation: Evaluation, summary: Summary) -> dict[str, Any]:
         "headline_eps": words.headline_eps(run, summary),
         "threat": words.threat_model(run),
         "budgets": views.budget_sizes(run, summary),
-        "definitions": words.definitions(run),
-        "limits": words.limits(run, summary),
         "colours": views.colours(run),
         "swatches": {name: charts.swatch(colour) for name, colour in views.colours(run).items()},
         "clean": by_kind["clean"],

@@ -1,4 +1,4 @@
-"""The sentences of the report, made from its numbers."""
+"""The sentences of the report that depend on its numbers; those that do not are in the templates."""
 
 from __future__ import annotations
 
@@ -120,69 +120,54 @@ def headline_eps(run: Run, summary: Summary) -> float | None:
     The rule looks at the reference model alone, so that it cannot favour another.
     """
     clean = summary.find(summary.reference, "clean")
-    found = [c for c in summary.conditions if c.model == summary.reference and c.attack == WORST and c.eps is not None]
-    found.sort(key=lambda c: c.eps or 0.0)
-    if not found:
-        return None
-    for c in found:
-        if c.dice and clean and clean.dice and c.dice.estimate < 0.5 * clean.dice.estimate:
-            return c.eps
-    return found[-1].eps
-
-
-def comparison_of(summary: Summary, model: str, attack: str, eps: float | None = None) -> Comparison | None:
-    """The comparison of a model with the reference in a condition."""
-    wanted = (model, attack, eps)
-    return next((c for c in summary.comparisons if (c.model, c.attack, c.eps) == wanted), None)
+    half = 0.5 * clean.dice.estimate if clean is not None and clean.dice is not None else 0.0
+    worst = [c for c in summary.conditions if c.model == summary.reference and c.attack == WORST]
+    below = [c.eps for c in worst if c.eps is not None and c.dice is not None and c.dice.estimate < half]
+    return min(below, default=max((c.eps for c in worst if c.eps is not None), default=None))
 
 
 def _difference(test: Comparison, total: int) -> str:
     p = p_value(test.p_holm)
     p = p if p.startswith("<") else f"=\u00a0{p}"
     correction = f", Holm-corrected for {total} comparisons" if total > 1 else ""
-    return (
-        f"difference {with_interval(test.difference)}, p\u00a0{p} (Wilcoxon signed-rank test, "
-        f"{test.n} cases{correction})"
-    )
-
-
-def _clean_sentence(run: Run, summary: Summary) -> str:
-    clean = {model.name: summary.find(model.name, "clean") for model in run.models}
-    parts = [f"{with_interval(c.dice)} for {name}" for name, c in clean.items() if c is not None]
-    if not parts:
-        return "No model was run on unchanged images."
-    return f"On unchanged images the mean Dice is {', '.join(parts)}. No attack with a budget was run."
+    test_words = f"Wilcoxon signed-rank test, {test.n} cases{correction}"
+    return f"difference {with_interval(test.difference)}, p\u00a0{p} ({test_words})"
 
 
 def headline(run: Run, summary: Summary) -> list[str]:
     """What was found, in a few sentences."""
-    sentences: list[str] = []
+    clean = {model.name: c for model in run.models if (c := summary.find(model.name, "clean")) is not None}
     eps = headline_eps(run, summary)
     if eps is None:
-        return [_clean_sentence(run, summary)]
+        if not clean:
+            return ["No model was run on unchanged images."]
+        parts = ", ".join(f"{with_interval(c.dice)} for {name}" for name, c in clean.items())
+        return [f"On unchanged images the mean Dice is {parts}. No attack with a budget was run."]
     falls: list[str] = []
     tests: list[str] = []
-    for model in run.models:
-        clean, worst = summary.find(model.name, "clean"), summary.find(model.name, WORST, eps)
-        if clean is None or clean.dice is None or worst is None or worst.dice is None:
+    for name, c in clean.items():
+        worst = summary.find(name, WORST, eps)
+        if c.dice is None or worst is None or worst.dice is None:
             continue
-        before = number(clean.dice.estimate)
-        verb = "falls" if worst.dice.estimate < clean.dice.estimate else "goes"
-        falls.append(f"{'that of' if falls else 'of'} {model.name} {verb} from {before} to {with_interval(worst.dice)}")
-        test = comparison_of(summary, model.name, WORST, eps)
-        if test is not None:
-            against = f"{model.name} minus {test.reference}: " if len(run.models) > 2 else ""
-            tests.append(against + _difference(test, len(summary.comparisons)))
+        verb = "falls" if worst.dice.estimate < c.dice.estimate else "goes"
+        falls.append(
+            f"{'that of' if falls else 'of'} {name} {verb} from {number(c.dice.estimate)} to "
+            f"{with_interval(worst.dice)}"
+        )
+        for test in summary.comparisons:
+            if (test.model, test.attack, test.eps) == (name, WORST, eps):
+                against = f"{name} minus {test.reference}: " if len(run.models) > 2 else ""
+                tests.append(against + _difference(test, len(summary.comparisons)))
+    sentences: list[str] = []
     if falls:
-        budget = budget_words(run, eps)
-        sentence = f"At {budget} the mean Dice {', '.join(falls)}"
-        sentences.append(sentence + (f"; {'; '.join(tests)}." if tests else "."))
+        compared = f"; {'; '.join(tests)}" if tests else ""
+        sentences.append(f"At {budget_words(run, eps)} the mean Dice {', '.join(falls)}{compared}.")
     for cost in summary.clean_costs:
         bound = f" (one-sided 95\u00a0% lower bound {number(cost.lower)})" if cost.lower is not None else ""
-        verdict = f"a loss of {cost.margin:g} or more is {'' if cost.holds else 'not '}ruled out"
         sentences.append(
             f"On unchanged images the Dice of {cost.model} differs from that of {cost.reference} by "
-            f"{number(cost.difference)}{bound}: {verdict}."
+            f"{number(cost.difference)}{bound}: a loss of {cost.margin:g} or more is "
+            f"{'' if cost.holds else 'not '}ruled out."
         )
     for item in summary.breaking:
         sentences.append(
@@ -249,69 +234,6 @@ def threat_model(run: Run) -> list[tuple[str, str]]:
         ("Attacked system", ". ".join(systems)),
         ("Broken", f"A case counts as broken when its Dice is below {settings.broken_below:g} of its clean Dice"),
     ]  # fmt: skip
-
-
-def definitions(run: Run) -> list[tuple[str, str]]:
-    """What the numbers mean."""
-    settings = run.settings
-    return [
-        ("Dice", "2 TP / (2 TP + FP + FN) of a class over the voxels of a case. The Dice of a case is the mean over "
-         "its classes, the mean Dice the mean over cases."),
-        ("Pooled Dice", "The same formula with the voxels of all cases counted together, then the mean over classes; "
-         "large structures weigh more."),
-        ("Slice Dice", "Mean over slices with foreground of the foreground Dice of a slice."),
-        ("NSD", f"Normalised surface Dice: share of both surfaces that lies within {settings.nsd_tolerance_mm:g} mm "
-         "of the other."),
-        ("HD95", "95th percentile of the distances between the surfaces, in mm."),
-        ("Empty classes", "A class in only one of reference and prediction has Dice and NSD 0 and the image diagonal "
-         "as HD95. A class in neither has no value and is left out of means; such cases are counted."),
-        ("Success rate", f"Share of cases whose Dice under attack is below {settings.broken_below:g} of their clean "
-         "Dice. Cases without clean Dice, or with 0, are left out and counted. 95 % Wilson intervals."),
-        ("Worst attack", "Per case the lowest Dice over all white-box, black-box and transferred perturbations of "
-         "the same budget; noise, corruptions and targeted attacks are not among them."),
-        ("Area", "Area under the Dice-eps curve from 0 to the largest eps, on a linear axis, divided by that eps: "
-         "the mean Dice over budgets. Only cases with every point count."),
-        ("Smallest breaking perturbation", "RMS of the smallest perturbation found that breaks the case. Cases that "
-         "were not broken count as larger than any; the median has a distribution-free interval."),
-        ("95 % CI", "Bias-corrected and accelerated bootstrap over cases, with a fixed seed. It speaks of other cases "
-         "of the same kind, not of other trainings of the model."),
-        ("p", "Two-sided Wilcoxon signed-rank test over the cases that both models have, with Holm's correction for "
-         "all comparisons in this report. Effect: matched-pairs rank-biserial correlation, 1 where every case gains."),
-    ]  # fmt: skip
-
-
-def limits(run: Run, summary: Summary) -> list[str]:
-    """What the report cannot say."""
-    cases = min((c.n for c in summary.conditions if c.kind == "clean"), default=0)
-    return [
-        "Attacks give an upper bound on robustness. A stronger attack, or more steps, may lower every Dice here; no "
-        "number is a guarantee.",
-        "Where the plans resample, perturbations are made on the network's grid, and no file gives exactly the same "
-        "input; what is left of them on the image's own grid is known only for saved files.",
-        *(
-            [
-                "The input of a bundle is perturbed after its pre-processing. A file with that perturbation is "
-                "normalised anew, and clipped where the bundle clips, so that less of it may be left; saved files show "
-                "how much. Where sizes in original intensities are missing, the pre-processing is no line between "
-                "those and the network's; then neither such units nor adversarial files are available."
-            ]
-            if any(model.bundle for model in run.models)
-            else []
-        ),
-        "With several channels and the L2 norm a budget is the RMS over all channels together; one channel may take "
-        "more than its share.",
-        "Attacks keep the point of lowest Dice over the classes that the reference has. A class that it lacks and that "
-        "is predicted counts as Dice 0 in this report, but no attack looks for it.",
-        "Natural corruptions are applied to the images as they are given. Of skull-stripped images they also fill the "
-        "empty background, which a scanner would not do.",
-        f"{cases} cases of {run.dataset} were evaluated. Other scanners, protocols and patients may differ, and "
-        "intervals do not cover that.",
-        "Each model is one training. Differences between models include the chance of training, which the intervals "
-        "do not contain.",
-        "Adversarial perturbations are worst cases, not what scanners do. Noise and natural corruptions, where they "
-        "were run, say more about daily use.",
-        "Results of different classes, budgets and attacks on the same cases are not independent.",
-    ]
 
 
 def describe(condition: Condition) -> str:
