@@ -9,10 +9,11 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from html import escape
 from statistics import median
 from typing import Any
+
+from ima_seg.evaluate.measure.statistics import Estimate
 
 WIDTH, HEIGHT = 340, 246
 #: Colours and markers that the style sheet knows; further models start again.
@@ -49,23 +50,8 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One point of a line; without bounds it has no band. ``note`` is shown when the pointer rests on it."""
-
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line with its band, in colour number ``colour``."""
-
-    colour: int
-    points: Sequence[Point]
+#: A line with its band in a colour: (x, estimate, note), the note is shown when the pointer rests on the point.
+Line = tuple[int, Sequence[tuple[float, Estimate, str]]]
 
 
 def _drawn(paint: Callable[[Any], None], size: tuple[float, float], box: tuple[float, float, float, float]) -> str:
@@ -127,6 +113,10 @@ def _band(axes: Any, colour: int, points: Sequence[tuple[float, float | None, fl
         axes.fill_between(*zip(*bounds, strict=True), color=_MODEL[colour % COLOURS], alpha=0.17, linewidth=0)
 
 
+def _rule(draw: Callable[..., Any], at: float) -> None:
+    draw(at, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+
+
 def swatch(colour: int) -> str:
     """A short line with the marker of a colour, for legends."""
 
@@ -141,37 +131,36 @@ def swatch(colour: int) -> str:
 
 
 def curves(
-    ident: str, title: str, lines: Sequence[Line], x_label: str, y_label: str, ticks: Sequence[float], log: bool = False
+    ident: str, title: str, lines: Sequence[Line], *, x_label: str, ticks: Sequence[float], log: bool = False
 ) -> str:
-    """Lines with bands and markers, y from 0 to 1.
+    """Mean Dice, from 0 to 1, as lines with bands and markers.
 
     The x axis has ``ticks``, ascending from 0, as many as can be read. With ``log`` it is logarithmic from the first
     after 0 on where the last is far above that.
     """
 
     def paint(axes: Any) -> None:
-        for line in lines:
-            _band(axes, line.colour, [(p.x, p.low, p.high) for p in line.points])
-        for line in lines:
-            axes.plot([p.x for p in line.points], [p.y for p in line.points], **_line_style(line.colour))
-            for p in line.points:
-                axes.plot([p.x], [p.y], gid=f"note:{p.note}", **_marker_style(line.colour))
+        for colour, points in lines:
+            _band(axes, colour, [(x, dice.low, dice.high) for x, dice, _ in points])
+        for colour, points in lines:
+            axes.plot([x for x, _, _ in points], [dice.estimate for _, dice, _ in points], **_line_style(colour))
+            for x, dice, note in points:
+                axes.plot([x], [dice.estimate], gid=f"note:{note}", **_marker_style(colour))
         if log and len(ticks) > 2 and ticks[-1] > 6 * ticks[1]:
             decades = math.log10(ticks[-1] / ticks[1])
-            gap = max(decades / (len(ticks) - 2), 0.15 * decades)
-            axes.set_xscale("symlog", linthresh=ticks[1], linscale=gap * 0.9)
+            axes.set_xscale(
+                "symlog", linthresh=ticks[1], linscale=0.9 * max(decades / (len(ticks) - 2), 0.15 * decades)
+            )
         at = dict(zip(ticks, axes.xaxis.get_transform().transform(ticks), strict=True))
-        span = at[ticks[-1]] or 1.0
         shown = [ticks[0]]
         for tick in reversed(ticks[1:]):
-            if all(abs(at[tick] - at[other]) >= 0.11 * span for other in shown):
+            if all(abs(at[tick] - at[other]) >= 0.11 * at[ticks[-1]] for other in shown):
                 shown.append(tick)
         axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
-        axes.set_xlim(ticks[0], ticks[-1] or 1.0)
+        axes.set(xlim=(ticks[0], ticks[-1] or 1.0), ylim=(0, 1))
         axes.spines.bottom.set_position(("outward", 6))
-        axes.set_ylim(0, 1)
 
-    return _chart(ident, title, x_label, y_label, paint)
+    return _chart(ident, title, x_label, "mean Dice", paint)
 
 
 def histogram(ident: str, title: str, values: Sequence[float], colour: int, x_label: str, y_label: str) -> str:
@@ -196,31 +185,24 @@ def histogram(ident: str, title: str, values: Sequence[float], colour: int, x_la
     return _chart(ident, title, x_label, y_label, paint)
 
 
-def _rule(draw: Callable[..., Any], at: float) -> None:
-    draw(at, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-
-
 def course(
-    ident: str,
-    title: str,
-    bands: Sequence[Sequence[tuple[float, float, float]]],
-    middle: Sequence[tuple[float, float]],
-    colour: int,
-    x_label: str,
-    y_label: str,
-    cap: float | None = None,
+    ident: str, title: str, rows: Sequence[Sequence[float]], colour: int, x_label: str, y_label: str, cap: float
 ) -> str:
-    """A line over nested bands of (x, low, high); ``cap`` is drawn where it is in sight."""
+    """The middle of five quantiles over two bands; ``cap`` is drawn where it is in sight, NaN for none.
+
+    Each row is x and its quantiles, ascending.
+    """
 
     def paint(axes: Any) -> None:
-        for band in bands:
-            _band(axes, colour, band)
-        axes.plot(*zip(*middle, strict=True), **_line_style(colour))
-        top = max(high for band in bands for _, _, high in band)
-        if cap is not None and cap <= 1.6 * top:
+        x, *quantiles = zip(*rows, strict=True)
+        for low in (0, 1):
+            _band(axes, colour, list(zip(x, quantiles[low], quantiles[-1 - low], strict=True)))
+        axes.plot(x, quantiles[2], **_line_style(colour))
+        top = max(quantiles[-1])
+        if cap <= 1.6 * top:
             _rule(axes.axhline, cap)
-            axes.annotate(f"cap {cap:.3g}", (middle[0][0], cap), (5, 4), textcoords="offset points", color=_MUTED)
+            axes.annotate(f"cap {cap:.3g}", (x[0], cap), (5, 4), textcoords="offset points", color=_MUTED)
             top = max(top, 1.08 * cap)
-        axes.set_ylim(0, 1.02 * top)
+        axes.set(xlim=(x[0], x[-1]), ylim=(0, 1.02 * top))
 
     return _chart(ident, title, x_label, y_label, paint)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ima_seg.evaluate.measure.collect import Evaluation
 from ima_seg.evaluate.measure.groups import WORST, WORST_OF, group_records, worst_groups
@@ -21,8 +20,7 @@ PANELS_PER_MODEL = 3
 PANEL_CHARACTERS = 3_500_000
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """An SVG with its heading and explanation."""
 
     title: str
@@ -30,8 +28,7 @@ class Chart:
     svg: str
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """A panel with the record it belongs to."""
 
     record: Record
@@ -44,45 +41,45 @@ def colours(run: Run) -> dict[str, int]:
     return {model.name: i % charts.COLOURS for i, model in enumerate(run.models)}
 
 
-def _facets(run: Run, conditions: Sequence[Condition]) -> dict[str, list[Condition]]:
-    """Conditions with a budget by chart: the worst first; of two models the one transfer of each shares a chart."""
-    facets: dict[str, list[Condition]] = {WORST: []}
-    for c in conditions:
-        if c.eps is None or c.kind not in (*WORST_OF, "noise", WORST):
-            continue
-        facets.setdefault("transfer" if c.kind == "transfer" and len(run.models) == 2 else c.attack, []).append(c)
-    return {name: items for name, items in facets.items() if items}
-
-
-def _line(summary: Summary, model: str, colour: int, items: Iterable[tuple[float, Condition]]) -> list[charts.Line]:
-    """The line of a model through its clean Dice, at 0, and (x, condition); none without a point."""
-    clean = summary.find(model, "clean")
-    mine = sorted(((x, c) for x, c in items if c.model == model), key=lambda item: item[0])
-    points = [
-        charts.Point(x, c.dice.estimate, c.dice.low, c.dice.high, describe(c))
-        for x, c in ([(0.0, clean)] if clean and mine else []) + mine
-        if c.dice is not None
-    ]
-    return [charts.Line(colour, points)] if points else []
+def _curves(
+    run: Run, summary: Summary, ident: str, title: str, note: str, items: Sequence[tuple[float, Condition]], **axis: Any
+) -> Chart:
+    """One line per model through its clean Dice, at 0, and its (x, condition) of ``items``."""
+    against = axis["x_label"].split(" (")[0]
+    lines = []
+    for model, colour in colours(run).items():
+        clean = summary.find(model, "clean")
+        mine = sorted(((x, c) for x, c in items if c.model == model), key=lambda item: item[0])
+        if mine and clean is not None:
+            mine.insert(0, (0.0, clean))
+        points = [(x, c.dice, describe(c)) for x, c in mine if c.dice is not None]
+        if points:
+            lines.append((colour, points))
+    return Chart(title, note, charts.curves(ident, f"Mean Dice against {against}, {title}", lines, **axis))
 
 
 def dice_charts(run: Run, summary: Summary) -> list[Chart]:
-    """Dice against eps, one chart per attack, one line per model."""
-    found = []
-    for number, (name, conditions) in enumerate(_facets(run, summary.conditions).items()):
-        items = [(c.eps or 0.0, c) for c in conditions]
-        title = "Transfer from the other model" if name == "transfer" else attack_name(name)
-        svg = charts.curves(
+    """Dice against eps, one chart per attack; the worst comes first, the transfers of two models share a chart."""
+    facets: dict[str, list[tuple[float, Condition]]] = {WORST: []}
+    for c in summary.conditions:
+        if c.eps is not None and c.kind in (*WORST_OF, "noise", WORST):
+            name = "transfer" if c.kind == "transfer" and len(run.models) == 2 else c.attack
+            facets.setdefault(name, []).append((c.eps, c))
+    return [
+        _curves(
+            run,
+            summary,
             f"curve-{number}",
-            f"Mean Dice against eps, {title}",
-            [line for model, colour in colours(run).items() for line in _line(summary, model, colour, items)],
-            f"eps ({unit_short(run)})",
-            "mean Dice",
-            sorted({0.0, *(eps for eps, _ in items)}),
+            "Transfer from the other model" if name == "transfer" else attack_name(name),
+            KINDS[items[0][1].kind],
+            items,
+            x_label=f"eps ({unit_short(run)})",
+            ticks=sorted({0.0, *(eps for eps, _ in items)}),
             log=True,
         )
-        found.append(Chart(title, KINDS[conditions[0].kind], svg))
-    return found
+        for number, (name, items) in enumerate(facets.items())
+        if items
+    ]
 
 
 def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
@@ -91,60 +88,49 @@ def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
     for c in summary.conditions:
         if c.kind == "corruption" and c.severity is not None:
             facets.setdefault(c.attack, []).append((float(c.severity), c))
-    found = []
-    for number, (name, items) in enumerate(facets.items()):
-        svg = charts.curves(
+    return [
+        _curves(
+            run,
+            summary,
             f"corruption-{number}",
-            f"Mean Dice against severity, {attack_name(name)}",
-            [line for model, colour in colours(run).items() for line in _line(summary, model, colour, items)],
-            "severity (0: unchanged)",
-            "mean Dice",
-            [float(i) for i in range(1 + int(max(severity for severity, _ in items)))],
+            attack_name(name),
+            "",
+            items,
+            x_label="severity (0: unchanged)",
+            ticks=[float(i) for i in range(1 + int(max(severity for severity, _ in items)))],
         )
-        found.append(Chart(attack_name(name), "", svg))
-    return found
+        for number, (name, items) in enumerate(facets.items())
+    ]
 
 
-def _finite(row: Mapping[str, Any], name: str) -> float | None:
+def _finite(row: Mapping[str, Any], name: str) -> float:
+    """NaN where there is no finite number."""
     try:
         value = float(row[name])
     except (KeyError, TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def margin_charts(run: Run) -> list[Chart]:
     """Histogram and course of the margins of each model that has them."""
     found = []
-    for number, model in enumerate(run.models):
+    for number, (model, colour) in enumerate(zip(run.models, colours(run).values(), strict=True)):
         ima = model.ima or {}
-        colour = colours(run)[model.name]
-        unit = "SD, largest change per voxel" if ima.get("norm") == "linf" else "SD, RMS per voxel"
-        margins = [float(v) for v in (ima.get("margins") or {}).values() if v is not None and math.isfinite(float(v))]
+        label = f"margin (SD, {'largest change' if ima.get('norm') == 'linf' else 'RMS'} per voxel)"
+        title = f"Margins of {model.name}"
+        margins = [v for name in ima.get("margins") or {} if not math.isnan(v := _finite(ima["margins"], name))]
         if margins and max(margins) > 0:
-            svg = charts.histogram(
-                f"margins-{number}", f"Margins of {model.name}", margins, colour, f"margin ({unit})", "training cases"
-            )
-            found.append(
-                Chart(f"Margins of {model.name}", f"{len(margins)} training cases at the end of training", svg)
-            )
-        rows = list(ima.get("history") or [])
+            svg = charts.histogram(f"margins-{number}", title, margins, colour, label, "training cases")
+            found.append(Chart(title, f"{len(margins)} training cases at the end of training", svg))
+        title = f"Course of the margins of {model.name}"
         names = ("epoch", "margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
-        points = [tuple(_finite(row, name) for name in names) for row in rows]
-        whole = [[v for v in point if v is not None] for point in points if None not in point]
-        if len(whole) > 1 and any(max(p[1:]) > 0 for p in whole):
-            svg = charts.course(
-                f"course-{number}",
-                f"Course of the margins of {model.name}",
-                [[(p[0], p[1], p[5]) for p in whole], [(p[0], p[2], p[4]) for p in whole]],
-                [(p[0], p[3]) for p in whole],
-                colour,
-                "epoch",
-                f"margin ({unit})",
-                _finite(ima, "eps_max"),
-            )
+        points = [tuple(_finite(row, name) for name in names) for row in ima.get("history") or []]
+        rows = [row for row in points if not any(map(math.isnan, row))]
+        if len(rows) > 1 and any(max(row[1:]) > 0 for row in rows):
+            svg = charts.course(f"course-{number}", title, rows, colour, "epoch", label, _finite(ima, "eps_max"))
             note = "Median over training cases, with the ranges from 25 to 75 % and from 5 to 95 %"
-            found.append(Chart(f"Course of the margins of {model.name}", note, svg))
+            found.append(Chart(title, note, svg))
     return found
 
 
@@ -153,26 +139,20 @@ def budget_sizes(run: Run, summary: Summary) -> list[tuple[float, dict[str, floa
     found = []
     for eps in sorted(run.settings.eps):
         sizes = [c.size for c in summary.conditions if c.eps == eps and c.size is not None and c.kind != "targeted"]
+        units = {
+            name: max((v for size in sizes if (v := getattr(size, name)) is not None), default=None)
+            for name in ("rms", "linf", "native_rms", "percent_rms")
+        }
         if sizes:
-            names = ("rms", "linf", "native_rms", "percent_rms")
-            found.append(
-                (
-                    eps,
-                    {
-                        name: max((v for size in sizes if (v := getattr(size, name)) is not None), default=None)
-                        for name in names
-                    },
-                )
-            )
+            found.append((eps, units))
     return found
 
 
 def attack_rows(summary: Summary) -> dict[str, list[Condition]]:
     """Conditions of the main table by attack, the worst first, then by eps and model."""
-    kinds = (WORST, *WORST_OF, "noise")
     found: dict[str, list[Condition]] = {WORST: []}
     for c in summary.conditions:
-        if c.kind in kinds:
+        if c.kind in (WORST, *WORST_OF, "noise"):
             found.setdefault(c.attack, []).append(c)
     models = list(dict.fromkeys(c.model for c in summary.conditions))
     for items in found.values():
@@ -194,8 +174,7 @@ def class_rows(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, Co
     return found
 
 
-@dataclass(frozen=True)
-class CaseTable:
+class CaseTable(NamedTuple):
     """Dice per case; ``columns`` are (model, what), ``rows`` (case, values, remark)."""
 
     columns: list[tuple[str, str]]
@@ -206,28 +185,22 @@ def case_table(evaluation: Evaluation, summary: Summary) -> CaseTable:
     """Per case the clean Dice, that of the worst attack at each eps, and the smallest breaking size."""
     run = evaluation.run
     groups = group_records(evaluation.records)
-    everything = groups | worst_groups(groups)[0]
-    failed = {failure.case for failure in evaluation.failures}
-    lacking = {item.case for item in summary.incomplete if not item.failed}
-    columns: list[tuple[str, str]] = []
-    values: list[dict[str, float | None]] = []
+    groups |= worst_groups(groups)[0]
+    columns: dict[tuple[str, str], dict[str, float | None]] = {}
     for model in run.models:
-        for group, records in sorted(
-            everything.items(), key=lambda item: (item[0].kind == "minimal", item[0].eps or 0)
-        ):
-            if group.model != model.name or group.kind not in ("clean", WORST, "minimal"):
-                continue
+        mine = {group: records for group, records in groups.items() if group.model == model.name}
+        for group, records in sorted(mine.items(), key=lambda item: (item[0].kind == "minimal", item[0].eps or 0)):
             if group.kind == "minimal":
-                columns.append((model.name, f"breaking RMS, {network_unit(run)}"))
-                values.append({case: record.breaking_rms for case, record in records.items()})
+                what, field = f"breaking RMS, {network_unit(run)}", "breaking_rms"
+            elif group.kind in ("clean", WORST):
+                what, field = "clean" if group.eps is None else f"eps {group.eps:g}", "dice"
             else:
-                columns.append((model.name, "clean" if group.eps is None else f"eps {group.eps:g}"))
-                values.append({case: record.dice for case, record in records.items()})
-    rows = []
-    for case in run.cases:
-        remark = "failed" if case in failed else "incomplete" if case in lacking else ""
-        rows.append((case, [column.get(case) for column in values], remark))
-    return CaseTable(columns, rows)
+                continue
+            columns[model.name, what] = {case: getattr(record, field) for case, record in records.items()}
+    remarks = {item.case: "incomplete" for item in summary.incomplete if not item.failed}
+    remarks |= {failure.case: "failed" for failure in evaluation.failures}
+    rows = [(c, [column.get(c) for column in columns.values()], remarks.get(c, "")) for c in run.cases]
+    return CaseTable(list(columns), rows)
 
 
 def panels(evaluation: Evaluation) -> list[Shown]:
@@ -237,26 +210,18 @@ def panels(evaluation: Evaluation) -> list[Shown]:
     room = PANEL_CHARACTERS
     for model in evaluation.run.models:
         usable = [
-            r
+            (r.eps, r.dice - clean[r.case, r.model], r)
             for r in evaluation.records
-            if r.model == model.name
-            and r.kind in WORST_OF
-            and r.eps is not None
-            and r.dice is not None
-            and r.key in evaluation.panels
-            and (r.case, r.model) in clean
+            if r.model == model.name and r.kind in WORST_OF and r.eps is not None and r.dice is not None
+            if r.key in evaluation.panels and (r.case, r.model) in clean
         ]
-        budgets = sorted({r.eps for r in usable if r.eps is not None})
-        if not budgets:
-            continue
-        middle = budgets[len(budgets) // 2]
-        lowest: dict[str, Record] = {}
-        for r in usable:
-            if r.eps == middle and (r.case not in lowest or (r.dice or 0.0) < (lowest[r.case].dice or 0.0)):
-                lowest[r.case] = r
-        drops = sorted(lowest.values(), key=lambda r: (r.dice or 0.0) - clean[r.case, r.model])
+        budgets = sorted({eps for eps, _, _ in usable})
+        middle = [item for item in usable if item[0] == budgets[len(budgets) // 2]]
+        drops: dict[str, Record] = {}
+        for _, _, r in sorted(middle, key=lambda item: item[1]):
+            drops.setdefault(r.case, r)
         shown = 0
-        for r in drops:
+        for r in drops.values():
             panel = read_panel(evaluation.panels[r.key]) if shown < PANELS_PER_MODEL else None
             if panel is not None and panel.length <= room:
                 room -= panel.length
