@@ -74,6 +74,8 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     run = _merge(folders, runs)
     parts = [read_run(folder, path.name) for folder in folders for path in sorted(folder.glob("run.part-*.json"))]
     result = Evaluation(run, [], [], others=[*runs[1:], *parts])
+    position = {case: i for i, case in enumerate(run.cases)}
+    expected = {"model": {model.name for model in run.models}, "case": position.keys()}
     seen: dict[tuple[Any, ...], Record] = {}
     for folder in folders:
         for record in read_lines(sorted(folder.glob("records*.jsonl")), Record):
@@ -85,23 +87,19 @@ def collect(folders: Sequence[Path]) -> Evaluation:
                     result.differing.append(record.key)
             elif record.panel is not None:
                 result.panels[record.key] = folder / record.panel
-            for what, name, known_names in (
-                ("model", record.model, [model.name for model in run.models]),
-                ("case", record.case, run.cases),
-            ):
-                if name not in known_names:
+            for what, name in (("model", record.model), ("case", record.case)):
+                if name not in expected[what]:
                     raise UserError(
                         f"the records in {names} contain {what} {name!r}, which run.json does not; "
                         "the folder holds the records of another run, evaluate into an empty folder"
                     )
     if not seen:
         raise UserError(f"no records in {names}: there is no records*.jsonl, or nothing was evaluated yet")
-    position = {case: i for i, case in enumerate(run.cases)}
     result.records = _in_order(run, position, seen.values())
     complete = _complete(run, result.records)
     for folder in folders:
         for failure in read_lines(sorted(folder.glob("failures*.jsonl")), Failure):
-            models = {model.name for model in run.models} if failure.model is None else {failure.model}
+            models = expected["model"] if failure.model is None else {failure.model}
             later = all((failure.case, model) in complete for model in models)
             if failure not in result.failures and not later:
                 result.failures.append(failure)

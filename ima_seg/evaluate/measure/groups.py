@@ -44,26 +44,25 @@ def worst_groups(groups: Groups) -> tuple[Groups, dict[Group, set[str]]]:
     """Per model and eps, of each case the record of the attack that leaves the lowest Dice; and the cases that lack an
     attack which other cases or models have.
     """
-    everyones: dict[float, set[str]] = defaultdict(set)
-    for group in groups:
-        if group.kind in WORST_OF and group.kind != "transfer" and group.eps is not None:
-            everyones[group.eps].add(group.attack)
-    found: dict[tuple[str, float], dict[str, dict[str, Record]]] = defaultdict(dict)
+    expected: dict[float, set[str]] = defaultdict(set)
+    found: dict[str, dict[float, dict[str, list[Record]]]] = {}
     for group, records in groups.items():
         if group.kind in WORST_OF and group.eps is not None:
-            found[group.model, group.eps][group.attack] = records
+            if group.kind != "transfer":
+                expected[group.eps].add(group.attack)
+            cases = found.setdefault(group.model, {}).setdefault(group.eps, {})
+            for case, record in records.items():
+                cases.setdefault(case, []).append(record)
     worst: Groups = {}
     partial: dict[Group, set[str]] = {}
-    for model, eps in sorted(found, key=lambda key: (list(dict.fromkeys(m for m, _ in found)).index(key[0]), key[1])):
-        attacks = found[model, eps]
-        chosen: dict[str, Record] = {}
-        for case in dict.fromkeys(case for records in attacks.values() for case in records):
-            there = [records[case] for records in attacks.values() if case in records]
-            chosen[case] = min(there, key=lambda r: math.inf if r.dice is None else r.dice)
-        group = Group(model, WORST, WORST, eps, None)
-        worst[group] = chosen
-        expected = attacks.keys() | everyones[eps]
-        partial[group] = {case for case in chosen if any(case not in attacks.get(name, {}) for name in expected)}
+    for model, budgets in found.items():
+        for eps, cases in sorted(budgets.items()):
+            group = Group(model, WORST, WORST, eps, None)
+            worst[group] = {
+                case: min(there, key=lambda r: math.inf if r.dice is None else r.dice) for case, there in cases.items()
+            }
+            wanted = expected[eps] | {r.attack for there in cases.values() for r in there}
+            partial[group] = {case for case, there in cases.items() if wanted - {r.attack for r in there}}
     return worst, partial
 
 

@@ -95,7 +95,7 @@ def case_metrics(
 
     if not any(0 in values for values in classes.values()):
         box = _bounding_box((prediction.any(0) if masks else prediction != 0) | (reference != 0))
-        prediction, reference = prediction[(..., *box)], reference[box]
+        prediction, reference = prediction[(slice(None), *box) if masks else box], reference[box]
     valid = None if ignore_label is None else reference != ignore_label
 
     results: dict[str, ClassMetrics] = {}

@@ -131,35 +131,23 @@ def median_breaking(values: Iterable[float | None], model: str = "", attack: str
     """Median breaking size, cases that were not broken (``None``) counted as larger than all others.
 
     For an even number the median is the mean of the middle two, and the lower of them where only that one was broken.
-    The interval is the distribution-free one between order statistics ``k`` and ``n + 1 - k``, with the largest ``k``
-    for which it covers the median with at least 95 % (from the binomial distribution; David and Nagaraja, Order
-    Statistics, 7.1); there is none for n < 6. No values give ``None``.
+    The interval is the distribution-free one between two order statistics (``scipy.stats.quantile_test``), of at least
+    95 %; there is none for n < 6. No values give ``None``.
 
     Raises:
         ValueError: a value is NaN or infinite.
     """
     listed = list(values)
+    broken = finite(value for value in listed if value is not None)
     n = len(listed)
     if n == 0:
         return None
-    broken = np.sort(finite(value for value in listed if value is not None))
-
-    def ordered(position: int) -> float | None:
-        """The order statistic at ``position``, from 1."""
-        return float(broken[position - 1]) if 1 <= position <= len(broken) else None
-
-    lower, upper = ordered((n + 1) // 2), ordered(n // 2 + 1)
-    median = lower if lower is None or upper is None else (lower + upper) / 2
-    k = int(stats.binom.ppf(0.025, n, 0.5))  # 2 P(X < k) <= 5 %
-    return Breaking(
-        model=model,
-        attack=attack,
-        median_rms=median,
-        low=ordered(k) if k else None,
-        high=ordered(n + 1 - k) if k else None,
-        broken=len(broken),
-        n=n,
-    )
+    sizes = np.sort(np.pad(broken, (0, n - len(broken)), constant_values=np.inf))
+    lower, upper = sizes[(n - 1) // 2], sizes[n // 2]
+    median = (lower + upper) / 2 if np.isfinite(upper) else lower
+    interval = stats.quantile_test(sizes, p=0.5).confidence_interval()
+    median, low, high = (float(v) if np.isfinite(v) else None for v in (median, interval.low, interval.high))
+    return Breaking(model=model, attack=attack, median_rms=median, low=low, high=high, broken=len(broken), n=n)
 
 
 def pooled_dice(tp: Iterable[int], fp: Iterable[int], fn: Iterable[int]) -> float | None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from ima_seg.evaluate.measure.compare import CleanCost, Comparison, clean_costs, comparisons
 from ima_seg.evaluate.measure.groups import WORST, WORST_OF, Group, Groups, clean_dice, group_records, worst_groups
@@ -19,7 +20,7 @@ from ima_seg.evaluate.measure.statistics import (
     pooled_dice,
     wilson,
 )
-from ima_seg.evaluate.records import ClassMetrics, Failure, Record
+from ima_seg.evaluate.records import ClassMetrics, Disk, Failure, Record, Size
 from ima_seg.evaluate.run import Run, Strict
 
 
@@ -168,7 +169,7 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
         reference=run.models[0].name,
         cases=len(run.cases),
         conditions=[
-            _condition(run, group, members, clean.get(group.model, {}), len(partial.get(group, ())))
+            _condition(run, group, list(members.values()), clean.get(group.model, {}), len(partial.get(group, ())))
             for group, members in everything.items()
         ],
         areas=_areas(everything, clean),
@@ -200,10 +201,13 @@ def _dice_of_groups(groups: Groups, partial: Mapping[Group, set[str]]) -> dict[G
     }
 
 
+def _estimates(items: Sequence[Record] | Sequence[ClassMetrics]) -> dict[str, Any]:
+    return {name: bootstrap_mean(getattr(item, name) for item in items) for name in ("dice", "nsd", "hd95_mm")}
+
+
 def _condition(
-    run: Run, group: Group, members: Mapping[str, Record], clean: Mapping[str, float], partial: int
+    run: Run, group: Group, records: Sequence[Record], clean: Mapping[str, float], partial: int
 ) -> Condition:
-    records = list(members.values())
     classes = {name: _class([r.classes[name] for r in records if name in r.classes]) for name in run.classes}
     budgets = [r.eps_network for r in records if r.eps_network is not None]
     usable = [r for r in records if r.dice is not None and clean.get(r.case, 0.0) > 0]
@@ -211,49 +215,38 @@ def _condition(
     attacked = group.kind != "clean"
     return Condition(
         **group._asdict(),
+        **_estimates(records),
         n=len(records),
         undefined=sum(r.dice is None for r in records),
         missing=0 if group.kind == "targeted" else len(run.cases) - len(records),
         partial=partial,
         eps_network=median(budgets) if budgets else None,
         eps_network_range=(min(budgets), max(budgets)) if budgets else None,
-        dice=bootstrap_mean(r.dice for r in records),
-        nsd=bootstrap_mean(r.nsd for r in records),
-        hd95_mm=bootstrap_mean(r.hd95_mm for r in records),
         pooled_dice=mean(summary.pooled_dice for summary in classes.values()),
         slice_dice=bootstrap_mean(r.slice_dice.mean for r in records if r.slice_dice is not None),
         classes=classes,
         success=wilson(broken, len(usable)) if attacked else None,
         success_left_out=len(records) - len(usable) if attacked else 0,
-        size=_size(records),
+        size=_size([r.size for r in records if r.size is not None]),
     )
 
 
 def _class(items: Sequence[ClassMetrics]) -> ClassSummary:
     counts = [[getattr(item, name) for item in items] for name in ("tp", "fp", "fn")]
     return ClassSummary(
-        dice=bootstrap_mean(item.dice for item in items),
-        nsd=bootstrap_mean(item.nsd for item in items),
-        hd95_mm=bootstrap_mean(item.hd95_mm for item in items),
+        **_estimates(items),
         pooled_dice=pooled_dice(*counts),
         volume_error_ml=mean(item.volume_error_ml for item in items if item.state != "both_empty"),
         states=dict(sorted(Counter(item.state for item in items).items())),
     )
 
 
-def _size(records: Sequence[Record]) -> SizeSummary | None:
-    sizes = [r.size for r in records if r.size is not None]
-    if not sizes:
-        return None
-    return SizeSummary(
-        rms=mean(size.rms for size in sizes) or 0.0,
-        linf=mean(size.linf for size in sizes) or 0.0,
-        l2=mean(size.l2 for size in sizes) or 0.0,
-        percent_rms=mean(mean(size.percent_rms) for size in sizes),
-        native_rms=mean(mean(size.native_rms) for size in sizes),
-        psnr_db=mean(size.psnr_db for size in sizes),
-        ssim=mean(size.ssim for size in sizes),
-    )
+def _size(sizes: Sequence[Size]) -> SizeSummary | None:
+    def average(name: str) -> float | None:
+        values = [getattr(size, name) for size in sizes]
+        return mean(mean(value) if isinstance(value, list) else value for value in values)
+
+    return SizeSummary.model_validate({name: average(name) for name in SizeSummary.model_fields}) if sizes else None
 
 
 def _areas(groups: Groups, clean: Mapping[str, Mapping[str, float]]) -> list[Area]:
@@ -318,25 +311,24 @@ def _targeted(groups: Groups) -> list[Targeted]:
 
 def _saved(records: Iterable[Record]) -> list[Saved]:
     """One row per model, attack and budget with saved files, in the order of the records."""
-    groups: dict[tuple[str, str, float | None], list[Record]] = {}
-    for record in records:
-        if record.disk is not None:
-            groups.setdefault((record.model, record.attack, record.eps), []).append(record)
+    groups: dict[tuple[str, str, float | None], list[tuple[Record, Disk]]] = defaultdict(list)
+    for r in records:
+        if r.disk is not None:
+            groups[r.model, r.attack, r.eps].append((r, r.disk))
     rows = []
     for (model, attack, eps), members in groups.items():
-        disks = [record.disk for record in members if record.disk is not None]
-        both = [(r.dice, r.disk.dice) for r in members if r.disk and r.dice is not None and r.disk.dice is not None]
+        both = [(r.dice, disk.dice) for r, disk in members if r.dice is not None and disk.dice is not None]
         rows.append(
             Saved(
                 model=model,
                 attack=attack,
                 eps=eps,
                 n=len(members),
-                resampled=sum(disk.resampled for disk in disks),
+                resampled=sum(disk.resampled for _, disk in members),
                 dice=mean(dice for dice, _ in both),
                 disk_dice=mean(dice for _, dice in both),
-                rms=mean(record.size.rms for record in members if record.size is not None),
-                disk_rms=mean(disk.rms for disk in disks),
+                rms=mean(r.size.rms for r, _ in members if r.size is not None),
+                disk_rms=mean(disk.rms for _, disk in members),
             )
         )
     return rows

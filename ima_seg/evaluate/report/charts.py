@@ -30,31 +30,21 @@ _STYLE = {
     "font.size": 11,
     "text.parse_math": False,
     "svg.fonttype": "none",
-    "text.color": _INK,
     "axes.labelcolor": _INK,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "axes.edgecolor": _MUTED,
-    "axes.linewidth": 1,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), _MUTED),
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
+    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 1),
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.color": _GRID,
-    "grid.linewidth": 1,
     "ytick.major.size": 0,
 }
-
-
 #: A line with its band in a colour: (x, estimate, note), the note is shown when the pointer rests on the point.
 Line = tuple[int, Sequence[tuple[float, Estimate, str]]]
 
 
-def _drawn(paint: Callable[[Any], None], size: tuple[float, float], box: tuple[float, float, float, float]) -> str:
+def _drawn(paint: Callable[[Any], None], size: tuple[int, int], box: tuple[int, int, int, int], **labels: str) -> str:
     """What ``paint`` draws into the axes in ``box`` (left, bottom, right, top; pixels), as the inside of an SVG."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -68,6 +58,7 @@ def _drawn(paint: Callable[[Any], None], size: tuple[float, float], box: tuple[f
         axes = figure.add_axes(
             (left / width, bottom / height, (right - left) / width, (top - bottom) / height), facecolor="none"
         )
+        axes.set(**labels)
         paint(axes)
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = " ".join(buffer.getvalue().split())
@@ -86,12 +77,7 @@ def _drawn(paint: Callable[[Any], None], size: tuple[float, float], box: tuple[f
 
 
 def _chart(ident: str, title: str, x_label: str, y_label: str, paint: Callable[[Any], None]) -> str:
-    def whole(axes: Any) -> None:
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        paint(axes)
-
-    inside = _drawn(whole, (WIDTH, HEIGHT), (46, 46, WIDTH - 12, HEIGHT - 12))
+    inside = _drawn(paint, (WIDTH, HEIGHT), (46, 46, WIDTH - 12, HEIGHT - 12), xlabel=x_label, ylabel=y_label)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{ident}">'
         f'<title id="{ident}">{escape(title)}</title>{inside}</svg>'

@@ -131,10 +131,10 @@ def _flag(name: str, found: _Found) -> Flag:
     sentences = SENTENCES[name]
     if len(sentences) == 2:
         sentences = tuple(sentence % sentences for sentence in ORDERS)
-    which, status = (2, "SKIP") if not found.total else (0, "WARN") if found.bad else (1, "PASS")
-    fields = found._asdict() | {"share": f"{len(found.bad)} of {found.total}"}
-    sentence = sentences[which].format(**fields)
-    if status == "WARN":
+    status: Status = "SKIP" if not found.total else "WARN" if found.bad else "PASS"
+    sentence = dict(zip(("WARN", "PASS", "SKIP"), sentences, strict=True))[status]
+    sentence = sentence.format(**found._asdict(), share=f"{len(found.bad)} of {found.total}")
+    if found.bad:
         more = f"; and {len(found.bad) - SHOWN} more" if len(found.bad) > SHOWN else ""
         sentence += f": {'; '.join(found.bad[:SHOWN])}{more}."
     return Flag(name, status, sentence)

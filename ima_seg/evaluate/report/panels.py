@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ class Picture(NamedTuple):
     height: int
 
 
-class Panel(NamedTuple):
+@dataclass(frozen=True)
+class Panel:
     """The pictures of one slice.
 
     Attributes:

@@ -20,12 +20,8 @@ PANELS_PER_MODEL = 3
 PANEL_CHARACTERS = 3_500_000
 
 
-class Chart(NamedTuple):
-    """An SVG with its heading and explanation."""
-
-    title: str
-    note: str
-    svg: str
+#: Heading, explanation and SVG.
+Chart = tuple[str, str, str]
 
 
 class Shown(NamedTuple):
@@ -55,7 +51,7 @@ def _curves(
         points = [(x, c.dice, describe(c)) for x, c in mine if c.dice is not None]
         if points:
             lines.append((colour, points))
-    return Chart(title, note, charts.curves(ident, f"Mean Dice against {against}, {title}", lines, **axis))
+    return title, note, charts.curves(ident, f"Mean Dice against {against}, {title}", lines, **axis)
 
 
 def dice_charts(run: Run, summary: Summary) -> list[Chart]:
@@ -114,7 +110,7 @@ def _finite(row: Mapping[str, Any], name: str) -> float:
 
 def margin_charts(run: Run) -> list[Chart]:
     """Histogram and course of the margins of each model that has them."""
-    found = []
+    found: list[Chart] = []
     for number, (model, colour) in enumerate(zip(run.models, colours(run).values(), strict=True)):
         ima = model.ima or {}
         label = f"margin (SD, {'largest change' if ima.get('norm') == 'linf' else 'RMS'} per voxel)"
@@ -122,7 +118,7 @@ def margin_charts(run: Run) -> list[Chart]:
         margins = [v for name in ima.get("margins") or {} if not math.isnan(v := _finite(ima["margins"], name))]
         if margins and max(margins) > 0:
             svg = charts.histogram(f"margins-{number}", title, margins, colour, label, "training cases")
-            found.append(Chart(title, f"{len(margins)} training cases at the end of training", svg))
+            found.append((title, f"{len(margins)} training cases at the end of training", svg))
         title = f"Course of the margins of {model.name}"
         names = ("epoch", "margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
         points = [tuple(_finite(row, name) for name in names) for row in ima.get("history") or []]
@@ -130,7 +126,7 @@ def margin_charts(run: Run) -> list[Chart]:
         if len(rows) > 1 and any(max(row[1:]) > 0 for row in rows):
             svg = charts.course(f"course-{number}", title, rows, colour, "epoch", label, _finite(ima, "eps_max"))
             note = "Median over training cases, with the ranges from 25 to 75 % and from 5 to 95 %"
-            found.append(Chart(title, note, svg))
+            found.append((title, note, svg))
     return found
 
 
@@ -174,15 +170,11 @@ def class_rows(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, Co
     return found
 
 
-class CaseTable(NamedTuple):
-    """Dice per case; ``columns`` are (model, what), ``rows`` (case, values, remark)."""
+def case_table(evaluation: Evaluation, summary: Summary) -> dict[str, list[Any]]:
+    """Per case the clean Dice, that of the worst attack at each eps, and the smallest breaking size.
 
-    columns: list[tuple[str, str]]
-    rows: list[tuple[str, list[float | None], str]]
-
-
-def case_table(evaluation: Evaluation, summary: Summary) -> CaseTable:
-    """Per case the clean Dice, that of the worst attack at each eps, and the smallest breaking size."""
+    Columns are (model, what), rows (case, values, remark).
+    """
     run = evaluation.run
     groups = group_records(evaluation.records)
     groups |= worst_groups(groups)[0]
@@ -200,7 +192,7 @@ def case_table(evaluation: Evaluation, summary: Summary) -> CaseTable:
     remarks = {item.case: "incomplete" for item in summary.incomplete if not item.failed}
     remarks |= {failure.case: "failed" for failure in evaluation.failures}
     rows = [(c, [column.get(c) for column in columns.values()], remarks.get(c, "")) for c in run.cases]
-    return CaseTable(list(columns), rows)
+    return {"case_columns": list(columns), "case_rows": rows}
 
 
 def panels(evaluation: Evaluation) -> list[Shown]:

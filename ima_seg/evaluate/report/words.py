@@ -87,13 +87,12 @@ def network_unit(run: Run) -> str:
 
 def unit_short(run: Run) -> str:
     """Unit of eps for axis labels."""
-    settings = run.settings
+    settings, sd = run.settings, network_unit(run)
     kind = "RMS" if settings.norm == "l2" else "largest change"
-    where, sd = "slice" if settings.budget == "slice" else "volume", network_unit(run)
     return {
         "rms": f"RMS per voxel, {sd}",
         "linf": f"largest change per voxel, {sd}",
-        "l2": f"L2 norm of the {where}, {sd}",
+        "l2": f"L2 norm of the {settings.budget}, {sd}",
         "hu": f"{kind} per voxel, {run.modality_native_unit}",
         "percent": f"{kind} per voxel, % of intensity range",
     }[settings.unit]
@@ -101,16 +100,14 @@ def unit_short(run: Run) -> str:
 
 def budget_words(run: Run, eps: float) -> str:
     """A budget within a sentence."""
-    settings = run.settings
-    kind = "an RMS perturbation" if settings.norm == "l2" else "a perturbation"
-    most = "" if settings.norm == "l2" else "at most "
-    where, sd = "slice" if settings.budget == "slice" else "volume", network_unit(run)
+    settings, sd = run.settings, network_unit(run)
+    kind = "an RMS perturbation of " if settings.norm == "l2" else "a perturbation of at most "
     return {
         "rms": f"an RMS perturbation of {eps:g} {sd} per voxel",
         "linf": f"a perturbation of at most {eps:g} {sd} per voxel",
-        "l2": f"a perturbation of L2 norm {eps:g} {sd} over the {where}",
-        "hu": f"{kind} of {most}{eps:g} {run.modality_native_unit} per voxel",
-        "percent": f"{kind} of {most}{eps:g} % of the image's intensity range per voxel",
+        "l2": f"a perturbation of L2 norm {eps:g} {sd} over the {settings.budget}",
+        "hu": f"{kind}{eps:g} {run.modality_native_unit} per voxel",
+        "percent": f"{kind}{eps:g} % of the image's intensity range per voxel",
     }[settings.unit]
 
 
@@ -178,62 +175,6 @@ def headline(run: Run, summary: Summary) -> list[str]:
             f"({item.broken} of {item.n} were)."
         )
     return sentences
-
-
-def headline_rule(run: Run, summary: Summary) -> str:
-    """How the budget of the headline was chosen."""
-    if headline_eps(run, summary) is None:
-        return ""
-    return (
-        "Of several attacks the one with the lowest Dice counts, per case. The budget is the smallest at which the "
-        f"reference model {summary.reference} is below half of its clean Dice, else the largest; the choice does not "
-        "look at other models."
-    )
-
-
-def threat_model(run: Run) -> list[tuple[str, str]]:
-    """What the adversary knows and may change."""
-    settings = run.settings
-    norm = {
-        "l2": "L2: the root mean square (RMS) of the change over all voxels is limited; single voxels may change more",
-        "linf": "L-infinity: the change of every single voxel is limited",
-    }[settings.norm]
-    bundles = [model.name for model in run.models if model.bundle]
-    deviations = "standard deviations (SD) of the normalised image that the network sees"
-    network = "network units, those of the image that the bundle's pre-processing makes" if bundles else deviations
-    unit = {
-        "rms": f"RMS per voxel, in {network}",
-        "linf": f"largest change of a voxel, in {network}",
-        "l2": f"L2 norm of the whole perturbation, in {network}",
-        "hu": f"{run.modality_native_unit} of the image file",
-        "percent": "per cent of the image's own range from its 0.5 to its 99.5 percentile",
-    }[settings.unit]
-    nnunet = (
-        "The whole volume through the real pipeline: preprocessing, sliding window (step "
-        f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. One "
-        "perturbation for all windows, added to the image before it is normalised, in units of the clean image's "
-        "normalisation. Where the plans resample, it is added on the network's grid, after resampling"
-    )
-    monai = (
-        f"{', '.join(bundles)}: the whole volume through the bundle's own pre-processing, inferer and post-processing. "
-        "One perturbation for all windows, added to the pre-processed image, which is not normalised or clipped again"
-    )
-    systems = [*([nnunet] if len(bundles) < len(run.models) else []), *([monai] if bundles else [])]
-    names = ", ".join(attack_name(name) for name in settings.attacks) or "none"
-    return [
-        ("Norm", norm),
-        ("Unit of eps", unit),
-        ("eps", ", ".join(f"{eps:g}" for eps in sorted(settings.eps)) or "none"),
-        ("Budget", "For the whole volume" if settings.budget == "volume" else "For each slice separately"),
-        ("Attacks", names[:1].upper() + names[1:]),
-        ("Knowledge", "White-box attacks know the model, its weights and its preprocessing; black-box attacks see its "
-         "outputs only; transferred perturbations were made on another model. All know the reference segmentation"),
-        ("Effort", f"{settings.steps} gradient steps, {settings.restarts} restart"
-         f"{'s' if settings.restarts != 1 else ''}; FGSM makes one step, Square "
-         f"{10 * settings.steps} queries, noise one draw per restart"),
-        ("Attacked system", ". ".join(systems)),
-        ("Broken", f"A case counts as broken when its Dice is below {settings.broken_below:g} of its clean Dice"),
-    ]  # fmt: skip
 
 
 def describe(condition: Condition) -> str:
