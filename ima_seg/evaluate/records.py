@@ -126,23 +126,15 @@ class Failure(Strict):
 
 def append_line(path: Path, item: BaseModel) -> None:
     """Append ``item`` as one line, in one write that is on the disk when this returns."""
-    line = item.model_dump_json() + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(handle, line.encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{item.model_dump_json()}\n".encode())
+        os.fsync(file.fileno())
 
 
 def drop_half_line(path: Path) -> None:
     """Cut off a last line without its end, which a killed run may have left."""
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_lines(paths: Iterable[Path], kind: type[Any]) -> Iterator[Any]:
@@ -152,8 +144,7 @@ def read_lines(paths: Iterable[Path], kind: type[Any]) -> Iterator[Any]:
         UserError: a line that is no such record; names file and line.
     """
     for path in paths:
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 yield kind.model_validate(json.loads(line))
             except (ValidationError, json.JSONDecodeError) as error:

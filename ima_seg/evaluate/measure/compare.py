@@ -121,11 +121,6 @@ def non_inferiority(a: Sequence[float], b: Sequence[float], margin: float, **nam
     return CleanCost(n=mean.n, difference=mean.estimate, lower=mean.low, margin=margin, holds=holds, **names)
 
 
-def _pairs(reference: Mapping[str, float], other: Mapping[str, float]) -> tuple[list[float], list[float]]:
-    common = [case for case in reference if case in other]
-    return [reference[case] for case in common], [other[case] for case in common]
-
-
 def comparisons(models: Sequence[str], groups: Mapping[Any, Mapping[str, float]]) -> list[Comparison]:
     """Every model against the first, in each condition that both have.
 
@@ -134,7 +129,7 @@ def comparisons(models: Sequence[str], groups: Mapping[Any, Mapping[str, float]]
         groups: Dice by case, for each condition, a named tuple with at least model, attack and eps.
     """
     tests = [
-        paired(*_pairs(values, mine), model=model, reference=models[0], attack=group.attack, eps=group.eps)
+        paired(*_common(values, mine), model=model, reference=models[0], attack=group.attack, eps=group.eps)
         for model in models[1:]
         for group, values in groups.items()
         if group.model == models[0] and (mine := groups.get(group._replace(model=model))) is not None
@@ -146,8 +141,14 @@ def comparisons(models: Sequence[str], groups: Mapping[Any, Mapping[str, float]]
 
 def clean_costs(models: Sequence[str], clean: Mapping[str, Mapping[str, float]]) -> list[CleanCost]:
     """Non-inferiority of every model to the first on unchanged images."""
+    reference, *others = models
     tests = [
-        non_inferiority(*_pairs(clean[models[0]], clean[model]), CLEAN_MARGIN, model=model, reference=models[0])
-        for model in models[1:]
+        non_inferiority(*_common(clean[reference], clean[model]), CLEAN_MARGIN, model=model, reference=reference)
+        for model in others
     ]
     return [test for test in tests if test is not None]
+
+
+def _common(reference: Mapping[str, float], other: Mapping[str, float]) -> tuple[list[float], list[float]]:
+    cases = [case for case in reference if case in other]
+    return [reference[case] for case in cases], [other[case] for case in cases]

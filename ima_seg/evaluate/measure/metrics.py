@@ -285,7 +285,7 @@ def ssim(a: Image, b: Image, *, data_range: float) -> float:
     depth = max(1, 2_000_000 // math.prod(a.shape[1:]))  # windows along the first axis at a time, to save memory
     for start in range(0, a.shape[0] - windows[0] + 1, depth * strides[0]):
         part = slice(start, start + (depth - 1) * strides[0] + windows[0])
-        x, y = a[part].astype(np.float32, copy=False), b[part].astype(np.float32, copy=False)
+        x, y = (v[part].astype(np.float32, copy=False) for v in (a, b))
         mx, my, xx, yy, xy = (_window_means(v, windows, strides) for v in (x, y, x * x, y * y, x * y))
         variances = correction * (xx - mx * mx + yy - my * my)
         covariance = correction * (xy - mx * my)

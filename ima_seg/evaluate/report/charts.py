@@ -1,6 +1,6 @@
 """Charts as inline SVG, drawn by matplotlib; their colours are CSS variables of the page and follow its theme.
 
-Against a drawing of our own: a third of the code, an axis that is read off its scale, 20 charts in a second and 0.4 MB.
+Less code than a drawing of our own; 20 charts take a second and 0.2 MB.
 """
 
 from __future__ import annotations
@@ -55,10 +55,8 @@ def _drawn(paint: Callable[[Any], None], size: tuple[int, int], box: tuple[int, 
     with rc_context(_STYLE):
         figure = Figure((width / 72, height / 72), frameon=False)
         FigureCanvasSVG(figure)
-        axes = figure.add_axes(
-            (left / width, bottom / height, (right - left) / width, (top - bottom) / height), facecolor="none"
-        )
-        axes.set(**labels)
+        place = (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
+        axes = figure.add_axes(place, facecolor="none", **labels)
         paint(axes)
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = " ".join(buffer.getvalue().split())
@@ -73,7 +71,7 @@ def _drawn(paint: Callable[[Any], None], size: tuple[int, int], box: tuple[int, 
     text = re.sub(r'<g id="note:([^"]*)">', r"<g><title>\1</title>", text)
     text = re.sub(r' clip-path="[^"]*"|<g id="[^"]*"/>', "", re.sub(r'<g id="[^"]*">', "<g>", text))
     text = re.sub(r' ?font-family: [^;"]*;?', "", re.sub(r'font: (\w+) [^;"]*', r"font-size: \1", text))
-    return re.sub(r"#000[01]\w\w", lambda colour: f"var(--{_VARIABLES[colour[0]]})", text)
+    return re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]})", text)
 
 
 def _chart(ident: str, title: str, x_label: str, y_label: str, paint: Callable[[Any], None]) -> str:
@@ -84,19 +82,19 @@ def _chart(ident: str, title: str, x_label: str, y_label: str, paint: Callable[[
     )
 
 
-def _line_style(colour: int) -> dict[str, Any]:
-    return {"color": _MODEL[colour % COLOURS], "linestyle": _DASHES[colour % COLOURS], "linewidth": 1.8}
+def _curve(axes: Any, colour: int, x: Sequence[float], y: Sequence[float]) -> None:
+    axes.plot(x, y, color=_MODEL[colour], linestyle=_DASHES[colour], linewidth=1.8)
 
 
-def _marker_style(colour: int) -> dict[str, Any]:
-    edge = {"markeredgecolor": _PAPER, "markeredgewidth": 0.8, "markersize": 6.5, "linestyle": "", "zorder": 3}
-    return {"marker": _MARKERS[colour % COLOURS], "color": _MODEL[colour % COLOURS], **edge}
+def _marker(axes: Any, colour: int, x: float, y: float, note: str) -> None:
+    edge = {"markeredgecolor": _PAPER, "markeredgewidth": 0.8, "markersize": 6.5, "zorder": 3}
+    axes.plot([x], [y], linestyle="", marker=_MARKERS[colour], color=_MODEL[colour], gid=f"note:{note}", **edge)
 
 
 def _band(axes: Any, colour: int, points: Sequence[tuple[float, float | None, float | None]]) -> None:
     bounds = [(x, low, high) for x, low, high in points if low is not None and high is not None]
     if len(bounds) > 1:
-        axes.fill_between(*zip(*bounds, strict=True), color=_MODEL[colour % COLOURS], alpha=0.17, linewidth=0)
+        axes.fill_between(*zip(*bounds, strict=True), color=_MODEL[colour], alpha=0.17, linewidth=0)
 
 
 def _rule(draw: Callable[..., Any], at: float) -> None:
@@ -109,10 +107,10 @@ def swatch(colour: int) -> str:
     def paint(axes: Any) -> None:
         axes.set(xlim=(0, 1), ylim=(-1, 1))
         axes.set_axis_off()
-        axes.plot([0, 1], [0, 0], **_line_style(colour))
-        axes.plot([0.5], [0], **_marker_style(colour))
+        _curve(axes, colour, (0, 1), (0, 0))
+        _marker(axes, colour, 0.5, 0, "")
 
-    inside = _drawn(paint, (28, 12), (2, 0, 26, 12))
+    inside = _drawn(paint, (28, 12), (2, 0, 26, 12)).replace("<title></title>", "")
     return f'<svg class="swatch" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{inside}</svg>'
 
 
@@ -129,14 +127,13 @@ def curves(
         for colour, points in lines:
             _band(axes, colour, [(x, dice.low, dice.high) for x, dice, _ in points])
         for colour, points in lines:
-            axes.plot([x for x, _, _ in points], [dice.estimate for _, dice, _ in points], **_line_style(colour))
+            _curve(axes, colour, [x for x, _, _ in points], [dice.estimate for _, dice, _ in points])
             for x, dice, note in points:
-                axes.plot([x], [dice.estimate], gid=f"note:{note}", **_marker_style(colour))
+                _marker(axes, colour, x, dice.estimate, note)
         if log and len(ticks) > 2 and ticks[-1] > 6 * ticks[1]:
             decades = math.log10(ticks[-1] / ticks[1])
-            axes.set_xscale(
-                "symlog", linthresh=ticks[1], linscale=0.9 * max(decades / (len(ticks) - 2), 0.15 * decades)
-            )
+            step = max(decades / (len(ticks) - 2), 0.15 * decades)
+            axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.9 * step)
         at = dict(zip(ticks, axes.xaxis.get_transform().transform(ticks), strict=True))
         shown = [ticks[0]]
         for tick in reversed(ticks[1:]):
@@ -157,7 +154,7 @@ def histogram(ident: str, title: str, values: Sequence[float], colour: int, x_la
 
         axes.set_xlim(0, max(values))
         top = axes.get_xlim()[1]
-        counts, edges, bars = axes.hist(values, bins=24, range=(0, top), color=_MODEL[colour % COLOURS], rwidth=0.9)
+        counts, edges, bars = axes.hist(values, bins=24, range=(0, top), color=_MODEL[colour], rwidth=0.9)
         for count, low, high, bar in zip(counts, edges, edges[1:], bars, strict=False):
             bar.set_gid(f"note:{count:g} cases from {low:.3g} to {high:.3g}")
         axes.set_ylim(0, max(counts) * 1.12)
@@ -183,7 +180,7 @@ def course(
         x, *quantiles = zip(*rows, strict=True)
         for low in (0, 1):
             _band(axes, colour, list(zip(x, quantiles[low], quantiles[-1 - low], strict=True)))
-        axes.plot(x, quantiles[2], **_line_style(colour))
+        _curve(axes, colour, x, quantiles[2])
         top = max(quantiles[-1])
         if cap <= 1.6 * top:
             _rule(axes.axhline, cap)

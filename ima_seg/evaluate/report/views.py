@@ -135,12 +135,10 @@ def budget_sizes(run: Run, summary: Summary) -> list[tuple[float, dict[str, floa
     found = []
     for eps in sorted(run.settings.eps):
         sizes = [c.size for c in summary.conditions if c.eps == eps and c.size is not None and c.kind != "targeted"]
-        units = {
-            name: max((v for size in sizes if (v := getattr(size, name)) is not None), default=None)
-            for name in ("rms", "linf", "native_rms", "percent_rms")
-        }
         if sizes:
-            found.append((eps, units))
+            values = {name: [getattr(size, name) for size in sizes] for name in type(sizes[0]).model_fields}
+            largest = {k: max((v for v in each if v is not None), default=None) for k, each in values.items()}
+            found.append((eps, largest))
     return found
 
 
