@@ -44,7 +44,7 @@ _STYLE = {
 Line = tuple[int, Sequence[tuple[float, Estimate, str]]]
 
 
-def _drawn(paint: Callable[[Any], None], size: tuple[int, int], box: tuple[int, int, int, int], **labels: str) -> str:
+def _drawn(paint: Callable[[Any], None], size: tuple[int, int], box: tuple[int, int, int, int], **labels: Any) -> str:
     """What ``paint`` draws into the axes in ``box`` (left, bottom, right, top; pixels), as the inside of an SVG."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG

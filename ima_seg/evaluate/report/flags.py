@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -95,11 +95,17 @@ SENTENCES = {
         "Every case that did not fail has all records of its model.",
         "",
     ),
-    "No case failed": (
-        "{share} cases failed and are missing from means",
-        "None of {total} cases failed.",
-        "",
-    ),
+    "No case failed": ("{share} cases failed and are missing from means", "None of {total} cases failed.", ""),
+}
+STRONGEST = "the strongest white-box attacks"
+GROUPS: dict[str, Callable[[Condition], bool]] = {
+    "iterative attacks": lambda c: c.attack in ITERATIVE,
+    "single-step attacks": lambda c: c.attack in SINGLE_STEP,
+    "white-box attacks": lambda c: c.kind == "white",
+    STRONGEST: lambda c: c.kind == "white",
+    "black-box attacks": lambda c: c.kind == "black",
+    "transferred perturbations": lambda c: c.kind == "transfer",
+    "random noise": lambda c: c.kind == "noise",
 }
 #: Those of the checks that name two groups of attacks: of one model and eps the first must leave no more Dice.
 ORDERS = (
@@ -164,19 +170,11 @@ class _Table:
         return _Found(len(differences), bad, number(max(differences, default=None)))
 
     def group(self, words: str) -> list[Condition]:
-        """The conditions that :data:`SENTENCES` calls so."""
-        if words == "the strongest white-box attacks":
-            # A weak white-box attack beside a strong one does no harm.
-            white = sorted(self.group("white-box attacks"), key=_dice)
-            return list({(c.model, c.eps): c for c in reversed(white)}.values())
-        names = {"iterative attacks": ITERATIVE, "single-step attacks": SINGLE_STEP}.get(words, ())
-        kind = {
-            "white-box attacks": "white",
-            "black-box attacks": "black",
-            "transferred perturbations": "transfer",
-            "random noise": "noise",
-        }.get(words)
-        return [c for c in self.conditions if c.attack in names or c.kind == kind]
+        """The conditions of a group; of the strongest one for each model and eps."""
+        found = [c for c in self.conditions if GROUPS[words](c)]
+        if words == STRONGEST:  # a weak white-box attack beside a strong one does no harm
+            return list({(c.model, c.eps): c for c in sorted(found, key=_dice, reverse=True)}.values())
+        return found
 
     def ordered(self, name: str) -> _Found:
         strong, weak = (self.group(words) for words in SENTENCES[name])
@@ -285,9 +283,9 @@ def _enough_cases(summary: Summary) -> _Found:
 
 def _complete(summary: Summary) -> _Found:
     lacking = [
-        f"{item.case}, {item.model}: {f'{len(item.lacking)} records' if item.lacking else 'everything'}"
-        for item in summary.incomplete
-        if not item.failed
+        f"{i.case}, {i.model}: {f'{len(i.lacking)} records' if i.lacking else 'everything'}"
+        for i in summary.incomplete
+        if not i.failed
     ]
     return _Found(summary.cases * len({c.model for c in summary.conditions}), lacking)
 

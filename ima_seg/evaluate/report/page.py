@@ -66,12 +66,11 @@ def render(evaluation: Evaluation, summary: Summary) -> str:
 def _context(evaluation: Evaluation, summary: Summary) -> dict[str, Any]:
     run = evaluation.run
     flags = check(evaluation, summary)
-    both = (words.headline, words.headline_eps, views.budget_sizes, views.class_rows)
-    drawn = (views.dice_charts, views.corruption_charts)
+    of_both = (words.headline, words.headline_eps, views.budget_sizes, views.dice_charts, views.corruption_charts)
     return {
         "run": run,
         "summary": summary,
-        **{make.__name__: make(run, summary) for make in (*both, *drawn)},
+        **{make.__name__: make(run, summary) for make in of_both},
         **views.case_table(evaluation, summary),
         "kinds": words.KINDS,
         "unit": words.unit_short(run),

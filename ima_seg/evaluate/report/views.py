@@ -157,17 +157,6 @@ def attack_rows(summary: Summary) -> dict[str, list[Condition]]:
     return {name: items for name, items in ordered if items}
 
 
-def class_rows(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, Condition]]]]:
-    """(heading, (class, condition)) for the clean images and the worst attack at each eps."""
-    found = []
-    for attack, eps in [("clean", None), *((WORST, e) for e in sorted(run.settings.eps))]:
-        there = [c for model in run.models if (c := summary.find(model.name, attack, eps)) is not None]
-        if there:
-            heading = "Unchanged images" if eps is None else f"Worst attack at eps {eps:g}"
-            found.append((heading, [(name, c) for name in run.classes for c in there]))
-    return found
-
-
 def case_table(evaluation: Evaluation, summary: Summary) -> dict[str, list[Any]]:
     """Per case the clean Dice, that of the worst attack at each eps, and the smallest breaking size.
 
