@@ -25,7 +25,6 @@ Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Image = npt.NDArray[np.float32]
 
-_HD_PERCENTILE = 95.0
 _SLACK = 1 + 1e-6  # a distance equal to the tolerance is within it, whatever its rounding in float32
 _THREADS = min(4, os.cpu_count() or 1)
 _SSIM_WINDOW = 7
@@ -118,7 +117,8 @@ def case_metrics(
         nsd: float | None = 0.0
         hd95: float | None = diagonal
         if n_p and n_r:
-            nsd, hd95 = _surface_metrics(p, r, axes or [0], spacing_mm, nsd_tolerance_mm)
+            p, r = _surface(p, axes or [0]), _surface(r, axes or [0])
+            nsd, hd95 = _surface_metrics(p, r, spacing_mm, nsd_tolerance_mm)
         elif n_p or n_r:
             state = "reference_empty" if n_p else "prediction_empty"
         else:
@@ -139,9 +139,7 @@ def case_metrics(
     per_slice = dice_sum[slices] / dice_count[slices]
     return CaseMetrics(
         classes=results,
-        dice=mean(c.dice for c in results.values()),
-        nsd=mean(c.nsd for c in results.values()),
-        hd95_mm=mean(c.hd95_mm for c in results.values()),
+        **{name: mean(getattr(c, name) for c in results.values()) for name in ("dice", "nsd", "hd95_mm")},
         slice_dice=SliceDice(mean=float(per_slice.mean()), slices=len(per_slice)) if len(per_slice) else None,
     )
 
@@ -189,14 +187,11 @@ def _distances(points: Mask, others: Mask, spacing: Sequence[float]) -> Floats:
     return distances
 
 
-def _surface_metrics(
-    p: Mask, r: Mask, axes: Sequence[int], spacing: Sequence[float], tolerance: float
-) -> tuple[float, float]:
-    """Normalised surface Dice and HD95 in mm of two masks that are not empty."""
-    p, r = _surface(p, axes), _surface(r, axes)
+def _surface_metrics(p: Mask, r: Mask, spacing: Sequence[float], tolerance: float) -> tuple[float, float]:
+    """Normalised surface Dice and HD95 in mm of two surfaces that are not empty."""
     directed = [_distances(p, r, spacing), _distances(r, p, spacing)]
     near = sum(np.count_nonzero(distances <= tolerance * _SLACK) for distances in directed)
-    hd95 = max(float(np.percentile(distances, _HD_PERCENTILE)) for distances in directed)
+    hd95 = max(float(np.percentile(distances, 95)) for distances in directed)
     return near / sum(map(len, directed)), hd95
 
 
@@ -245,8 +240,7 @@ def measure_size(
         ranges[channel] = float(np.ptp(clean[channel])) or 1.0
     mean_squares = squares.sum(1) / clean[0].size
     relative = np.sqrt(mean_squares) / ranges
-    noise = float(np.square(relative).mean())
-    native = scale is not None
+    noise, native = float(np.square(relative).mean()), scale is not None
     return Size(
         rms=float(np.sqrt(mean_squares.mean())),
         l2=float(np.sqrt(squares.sum())),
@@ -278,8 +272,7 @@ def ssim(a: Image, b: Image, *, data_range: float) -> float:
     while stride < _SSIM_WINDOW and math.prod(-(-n // stride) for n in a.shape) > _SSIM_WINDOWS:
         stride += 1
     strides = [min(stride, window) for window in windows]
-    size = math.prod(windows)
-    correction = size / max(size - 1, 1)
+    correction = math.prod(windows) / max(math.prod(windows) - 1, 1)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     total, count = 0.0, 0
     depth = max(1, 2_000_000 // math.prod(a.shape[1:]))  # windows along the first axis at a time, to save memory

@@ -1,4 +1,7 @@
-"""The numbers of an evaluation: means with intervals, comparisons, areas, breaking sizes; nothing is recomputed."""
+"""The numbers of an evaluation: means with intervals, comparisons, areas, breaking sizes; nothing is recomputed.
+
+Long for its types: they are the layout of ``summary.json``, and each stands beside what fills it.
+"""
 
 from __future__ import annotations
 
