@@ -2,17 +2,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ima_seg.evaluate.measure.compare import holm, non_inferiority, paired
 from ima_seg.evaluate.measure.statistics import (
-    Interval,
+    Estimate,
     area_under_dice,
     bootstrap_mean,
-    holm,
     median_breaking,
-    non_inferiority,
-    paired,
     pooled_dice,
     wilson,
 )
+
+
+def interval(estimate, low, high, n):
+    return Estimate(estimate=estimate, low=low, high=high, n=n)
 
 
 def test_bootstrap_mean_equals_scipy():
@@ -31,16 +33,16 @@ def test_bootstrap_mean_covers():
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(150):
-        interval = bootstrap_mean(rng.normal(0.7, 0.1, 25), resamples=999)
-        hits += interval.low <= 0.7 <= interval.high
+        found = bootstrap_mean(rng.normal(0.7, 0.1, 25), resamples=999)
+        hits += found.low <= 0.7 <= found.high
     assert 0.87 <= hits / 150 <= 0.99
 
 
 @pytest.mark.filterwarnings("error")
 def test_bootstrap_mean_of_few_values():
     assert bootstrap_mean([]) is None
-    assert bootstrap_mean([0.3]) == Interval(0.3, None, None, 1)
-    assert bootstrap_mean([0.3] * 5) == Interval(0.3, 0.3, 0.3, 5)
+    assert bootstrap_mean([0.3]) == interval(0.3, None, None, 1)
+    assert bootstrap_mean([0.3] * 5) == interval(0.3, 0.3, 0.3, 5)
     two = bootstrap_mean([0.0, 1.0])
     assert two is not None and 0 <= two.low <= 0.5 <= two.high <= 1
     skewed = bootstrap_mean([0.0] * 9 + [1.0])
@@ -69,10 +71,8 @@ def test_paired():
     b = a + rng.normal(0.05, 0.05, 25)
     result = paired(a, b)
     assert result is not None and result.n == 25
-    assert result.mean.estimate == pytest.approx((b - a).mean())
-    assert result.median.estimate == pytest.approx(np.median(b - a))
-    assert result.mean.low < result.mean.estimate < result.mean.high
-    assert result.median.low <= result.median.estimate <= result.median.high
+    assert result.difference.estimate == pytest.approx((b - a).mean())
+    assert result.difference.low < result.difference.estimate < result.difference.high
     assert result.p == pytest.approx(stats.wilcoxon(b, a).pvalue)
     swapped = paired(b, a)
     assert swapped is not None and swapped.p == pytest.approx(result.p)
@@ -95,10 +95,10 @@ def test_paired_by_hand():
 def test_paired_edges():
     same = paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     assert same is not None and (same.p, same.effect) == (1.0, 0.0)
-    assert same.mean == same.median == Interval(0.0, 0.0, 0.0, 3)
+    assert same.difference == interval(0.0, 0.0, 0.0, 3)
     single = paired([0.5], [0.75])
     assert single is not None and (single.p, single.effect) == (1.0, 1.0)
-    assert single.mean == Interval(0.25, None, None, 1)
+    assert single.difference == interval(0.25, None, None, 1)
     assert paired([], []) is None
     with pytest.raises(ValueError, match="pairs"):
         paired([1.0], [])
@@ -139,21 +139,21 @@ def test_area_under_dice():
 
 def test_median_breaking():
     odd = median_breaking([3.0, 1.0, None])
-    assert odd is not None and (odd.n, odd.broken, odd.median) == (3, 2, 3.0)
+    assert odd is not None and (odd.n, odd.broken, odd.median_rms) == (3, 2, 3.0)
     assert odd.low is None and odd.high is None  # too few cases for an interval
-    assert median_breaking([1.0, 2.0, 3.0, 4.0]).median == 2.5
-    assert median_breaking([1.0, 2.0, None, None]).median == 2.0
-    assert median_breaking([1.0, None, None]).median is None
-    assert median_breaking([None]).median is None
+    assert median_breaking([1.0, 2.0, 3.0, 4.0]).median_rms == 2.5
+    assert median_breaking([1.0, 2.0, None, None]).median_rms == 2.0
+    assert median_breaking([1.0, None, None]).median_rms is None
+    assert median_breaking([None]).median_rms is None
     assert median_breaking([]) is None
     # Tables of order statistics: n = 6 gives the extremes, n = 10 the second and ninth, n = 20 the sixth and 15th.
     for n, k in ((6, 1), (10, 2), (20, 6)):
         result = median_breaking(list(range(1, n + 1)))
         assert (result.low, result.high) == (k, n + 1 - k)
     censored = median_breaking([*range(1, 16), *[None] * 5])
-    assert (censored.median, censored.low, censored.high) == (10.5, 6, 15)
+    assert (censored.median_rms, censored.low, censored.high) == (10.5, 6, 15)
     censored = median_breaking([*range(1, 13), *[None] * 8])
-    assert (censored.median, censored.low, censored.high) == (10.5, 6, None)
+    assert (censored.median_rms, censored.low, censored.high) == (10.5, 6, None)
 
 
 def test_pooled_dice():

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.robustness.methods import MATCHED, METHODS, OURS, STANDARD
 from benchmarks.shared.measuring import ROOT, table
-from ima_seg.evaluate.measure.statistics import holm, paired
+from ima_seg.evaluate.measure.compare import holm, paired
 from ima_seg.files import replacing, write_text
 
 matplotlib.use("Agg")

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ima_seg.errors import UserError
+from ima_seg.evaluate.run import Budget, Norm, Strict, Unit
 
 #: Kinds of records. ``white``: uses gradients of the model; ``black``: its outputs only; ``transfer``: perturbation
 #: made on another model; ``noise``: random; ``minimal``: the smallest perturbation that breaks the case, of no fixed
@@ -26,11 +27,7 @@ Kind = Literal["clean", "white", "black", "transfer", "noise", "minimal", "targe
 ClassState = Literal["ok", "reference_empty", "prediction_empty", "both_empty"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ClassMetrics(_Strict):
+class ClassMetrics(Strict):
     """Metrics of one class or region of one prediction, in the geometry of the label file."""
 
     state: ClassState
@@ -49,14 +46,14 @@ class ClassMetrics(_Strict):
         return self.prediction_ml - self.reference_ml
 
 
-class SliceDice(_Strict):
+class SliceDice(Strict):
     """Mean over slices with foreground of the per-slice foreground Dice, in the network's slice direction."""
 
     mean: float
     slices: int
 
 
-class Size(_Strict):
+class Size(Strict):
     """Size of a perturbation."""
 
     rms: float  # per voxel, network units
@@ -70,7 +67,7 @@ class Size(_Strict):
     ssim: float | None
 
 
-class Disk(_Strict):
+class Disk(Strict):
     """The adversarial file, re-read from disk and predicted again from the start."""
 
     image: list[str]  # paths relative to the output folder, one per channel
@@ -81,18 +78,18 @@ class Disk(_Strict):
     resampled: bool  # whether the preprocessing of this case resamples (then dice may differ from the record's)
 
 
-class Record(_Strict):
+class Record(Strict):
     """One evaluation of one case."""
 
     case: str
     model: str
     kind: Kind
     attack: str  # "clean", "pgd", "transfer:OTHER", "disappear:CLASS", "corruption:blur", ...
-    norm: Literal["l2", "linf"] | None = None
-    unit: str | None = None  # of eps: rms, l2, linf, hu, percent
+    norm: Norm | None = None
+    unit: Unit | None = None  # of eps
     eps: float | None = None  # budget as asked for, in ``unit``; None without a budget
     eps_network: float | None = None  # budget per voxel in network units
-    budget: Literal["volume", "slice"] | None = None
+    budget: Budget | None = None
     severity: int | None = None  # 1-5, corruptions
     classes: dict[str, ClassMetrics]
     dice: float | None  # mean over classes that have a value
@@ -102,7 +99,7 @@ class Record(_Strict):
     size: Size | None = None
     breaking_rms: float | None = None  # minimal: smallest breaking perturbation found; None: the case was not broken
     disk: Disk | None = None
-    trace: list[float] = []  # worst Dice (network space) found up to each step, best restart
+    trace: list[float] = Field(default_factory=list)  # worst Dice (network space) found up to each step, best restart
     zero_gradient: float | None = None  # share of gradient passes that were exactly zero
     #: Clean record of a process's first case: largest difference of two computations of the same input gradient, as a
     #: share of the largest gradient. 0: the device is deterministic.
@@ -119,7 +116,7 @@ class Record(_Strict):
         return (self.case, self.model, self.attack, self.norm, self.unit, self.eps, self.budget, self.severity)
 
 
-class Failure(_Strict):
+class Failure(Strict):
     """A case that could not be evaluated; ``model`` is None where no model could."""
 
     case: str
@@ -129,23 +126,15 @@ class Failure(_Strict):
 
 def append_line(path: Path, item: BaseModel) -> None:
     """Append ``item`` as one line, in one write that is on the disk when this returns."""
-    line = item.model_dump_json() + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(handle, line.encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{item.model_dump_json()}\n".encode())
+        os.fsync(file.fileno())
 
 
 def drop_half_line(path: Path) -> None:
     """Cut off a last line without its end, which a killed run may have left."""
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_lines(paths: Iterable[Path], kind: type[Any]) -> Iterator[Any]:
@@ -155,8 +144,7 @@ def read_lines(paths: Iterable[Path], kind: type[Any]) -> Iterator[Any]:
         UserError: a line that is no such record; names file and line.
     """
     for path in paths:
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 yield kind.model_validate(json.loads(line))
             except (ValidationError, json.JSONDecodeError) as error:

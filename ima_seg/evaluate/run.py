@@ -13,11 +13,13 @@ Budget = Literal["volume", "slice"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A model that refuses fields it does not know."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class EvaluationSettings(_Strict):
+class EvaluationSettings(Strict):
     """What is evaluated and how; two runs with equal settings may be merged, others never.
 
     Attributes:
@@ -65,7 +67,7 @@ class EvaluationSettings(_Strict):
     bundle_output: Literal["softmax", "sigmoid"] | None = None
 
 
-class ModelInfo(_Strict):
+class ModelInfo(Strict):
     """One evaluated model: of nnU-Net, or a MONAI bundle."""
 
     name: str
@@ -86,7 +88,7 @@ class ModelInfo(_Strict):
     ima: dict[str, Any] | None = None
 
 
-class Run(_Strict):
+class Run(Strict):
     """Everything in ``run.json``."""
 
     version: int = 1

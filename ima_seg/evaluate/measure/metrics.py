@@ -1,21 +1,22 @@
 """Metrics of one prediction and sizes of one perturbation: numpy in, :mod:`ima_seg.evaluate.records` out.
 
 Definitions follow MONAI's (``compute_dice``, ``compute_surface_dice``, ``compute_hausdorff_distance``), whose numbers
-these functions reproduce; both surface metrics share one pair of distance computations on the box around the masks.
+these functions reproduce; both surface metrics share one pair of distance transforms on the box around the masks.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import distance_transform_edt
-from scipy.spatial import KDTree
+from edt import edt
 
+from ima_seg.evaluate.measure.statistics import mean
 from ima_seg.evaluate.records import ClassMetrics, ClassState, Size, SliceDice
 from ima_seg.evaluate.run import Budget
 
@@ -24,9 +25,8 @@ Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Image = npt.NDArray[np.float32]
 
-_HD_PERCENTILE = 95.0
-_SLACK_MM = 1e-6  # a distance equal to the tolerance is within it, whatever its rounding
-_PROBES = 50  # points whose near ties are counted, see _distances
+_SLACK = 1 + 1e-6  # a distance equal to the tolerance is within it, whatever its rounding in float32
+_THREADS = min(4, os.cpu_count() or 1)
 _SSIM_WINDOW = 7
 _SSIM_WINDOWS = 4_000_000  # about as many windows are looked at, see ssim
 
@@ -90,14 +90,11 @@ def case_metrics(
     voxel_ml = math.prod(spacing_mm) / 1000
     axes = [axis for axis, length in enumerate(reference.shape) if length > 1]
     diagonal = math.hypot(*(reference.shape[axis] * spacing_mm[axis] for axis in axes))
-    flat_axes = tuple(axis for axis in range(3) if axis not in axes)
-    spacing = [spacing_mm[axis] for axis in axes]
     other_axes = tuple(axis for axis in range(3) if axis != slice_axis % 3)
 
     if not any(0 in values for values in classes.values()):
         box = _bounding_box((prediction.any(0) if masks else prediction != 0) | (reference != 0))
-        everywhere: tuple[Any, ...] = (..., *box)
-        prediction, reference = prediction[everywhere], reference[box]
+        prediction, reference = prediction[(slice(None), *box) if masks else box], reference[box]
     valid = None if ignore_label is None else reference != ignore_label
 
     results: dict[str, ClassMetrics] = {}
@@ -109,24 +106,21 @@ def case_metrics(
             p, r = p & valid, r & valid
         box = _bounding_box(p | r)
         p, r = p[box], r[box]
-        in_both = np.count_nonzero(p & r, axis=other_axes)
-        in_p, in_r = np.count_nonzero(p, axis=other_axes), np.count_nonzero(r, axis=other_axes)
+        in_both, in_p, in_r = (np.count_nonzero(mask, axis=other_axes) for mask in (p & r, p, r))
         present = in_r > 0
         dice_sum[box[slice_axis]][present] += (2 * in_both / np.maximum(in_p + in_r, 1))[present]
         dice_count[box[slice_axis]] += present
 
         tp, n_p, n_r = int(in_both.sum()), int(in_p.sum()), int(in_r.sum())
         state: ClassState = "ok"
-        dice: float | None = 0.0
+        dice: float | None = 2 * tp / max(n_p + n_r, 1)
         nsd: float | None = 0.0
         hd95: float | None = diagonal
         if n_p and n_r:
-            dice = 2 * tp / (n_p + n_r)
-            nsd, hd95 = _surface_metrics(p.squeeze(flat_axes), r.squeeze(flat_axes), spacing, nsd_tolerance_mm)
-        elif n_p:
-            state = "reference_empty"
-        elif n_r:
-            state = "prediction_empty"
+            p, r = _surface(p, axes or [0]), _surface(r, axes or [0])
+            nsd, hd95 = _surface_metrics(p, r, spacing_mm, nsd_tolerance_mm)
+        elif n_p or n_r:
+            state = "reference_empty" if n_p else "prediction_empty"
         else:
             state, dice, nsd, hd95 = "both_empty", None, None, None
         results[name] = ClassMetrics(
@@ -145,16 +139,9 @@ def case_metrics(
     per_slice = dice_sum[slices] / dice_count[slices]
     return CaseMetrics(
         classes=results,
-        dice=_mean([c.dice for c in results.values()]),
-        nsd=_mean([c.nsd for c in results.values()]),
-        hd95_mm=_mean([c.hd95_mm for c in results.values()]),
+        **{name: mean(getattr(c, name) for c in results.values()) for name in ("dice", "nsd", "hd95_mm")},
         slice_dice=SliceDice(mean=float(per_slice.mean()), slices=len(per_slice)) if len(per_slice) else None,
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
 
 
 def _members(labels: LabelMap, values: tuple[int, ...]) -> Mask:
@@ -176,87 +163,36 @@ def _bounding_box(mask: Mask) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _surface(mask: Mask) -> Mask:
-    """Voxels of ``mask`` with a face neighbour outside of it or of the array."""
-    inside = mask.copy()
-    for axis in range(mask.ndim):
+def _surface(mask: Mask, axes: Sequence[int]) -> Mask:
+    """Voxels of ``mask`` with a neighbour along ``axes`` outside of it or of the array."""
+    inside = np.array(mask, order="C")
+    for axis in axes:
         m, i = np.moveaxis(mask, axis, 0), np.moveaxis(inside, axis, 0)
         i[1:] &= m[:-1]
         i[:-1] &= m[1:]
-        i[0] = False
-        i[-1] = False
+        i[0] = i[-1] = False
     return mask & ~inside
 
 
-def _distances(surface: Mask, other: Mask, spacing: Sequence[float]) -> Floats:
-    """Distances in mm from each voxel of ``surface`` to the nearest of ``other``; neither is empty.
+def _distances(points: Mask, others: Mask, spacing: Sequence[float]) -> Floats:
+    """Distances in mm from each voxel of ``points`` to the nearest of ``others``, which are not empty.
 
-    Exact. A tree is fastest but for points deep inside a large hollow surface (an organ within a prediction of half the
-    body), each of which has thousands of others almost as near, and for surfaces that fill the volume. So the near ties
-    of some points are counted, and what a tree would take at worst is compared with what the other ways take.
+    By the package ``edt``: a prediction of half a body in 512 x 512 x 300 voxels takes it a third of the time of a tree
+    and a fifth of that of scipy's transform (2.7, 9 and 15 s of one core); a liver takes it 0.6, 0.4 and 1.7 s.
     """
-    apart = surface & ~other
-    queries = np.argwhere(apart)
-    distances = np.zeros(np.count_nonzero(surface))
-    if not len(queries):
-        return distances
-    scale = np.asarray(spacing, float)
-    tree = KDTree(np.argwhere(other) * scale, leafsize=32)
-    seconds = {"tree": 0.0}
-    if len(queries) > 100 * _PROBES and other.ndim > 1:
-        some = queries[:: len(queries) // _PROBES] * scale
-        ties = tree.query_ball_point(some, 1.05 * tree.query(some)[0], return_length=True)
-        seconds["tree"] = len(queries) * (3e-6 + 3e-7 * float(ties.mean()))
-        box = [part.stop - part.start for part in _bounding_box(other)][-2:]
-        seconds["transform"] = 2.5e-7 * other.size
-        seconds["rows"] = 2e-9 * (np.count_nonzero(apart.any(-1)) * math.prod(box) + len(queries) * box[-1])
-    method = min(seconds, key=lambda name: seconds[name])
-    if method == "tree":
-        found = tree.query(queries * scale)[0]
-    else:
-        found = (_by_transform if method == "transform" else _by_rows)(apart, other, spacing)
-    distances[apart[surface]] = found
+    # In units of the last axis, along which edt adds up its float32 steps: ones add up without rounding.
+    steps = [size / spacing[-1] for size in spacing]
+    field = edt(np.ascontiguousarray(~others), anisotropy=steps, parallel=_THREADS)
+    distances: Floats = spacing[-1] * field[points].astype(np.float64)
     return distances
-
-
-def _by_transform(points: Mask, other: Mask, spacing: Sequence[float]) -> Floats:
-    """Distances from ``points`` to ``other`` by a distance transform of the whole array."""
-    nearest = distance_transform_edt(~other, sampling=spacing, return_distances=False, return_indices=True)
-    offsets = np.argwhere(points) - nearest[:, points].T
-    distances: Floats = np.sqrt(np.square(offsets * np.asarray(spacing, float)).sum(1))
-    return distances
-
-
-def _by_rows(points: Mask, other: Mask, spacing: Sequence[float]) -> Floats:
-    """The same, axis by axis, for those rows along the last axis alone that have points; two or three dimensions."""
-    extra = (None,) * (3 - other.ndim)
-    points, other, (dz, dy, dx) = points[extra], other[extra], (1.0,) * len(extra) + tuple(spacing)
-    _, rows, columns = _bounding_box(other)
-    other = other[:, rows, columns]
-    z = np.arange(len(other), dtype=np.float32)[:, None, None]
-    before = np.maximum.accumulate(np.where(other, z, np.float32(-np.inf)), axis=0)
-    after = np.minimum.accumulate(np.where(other, z, np.float32(np.inf))[::-1], axis=0)[::-1]
-    steps = np.minimum(z - before, after - z)  # along Z, to the nearest voxel of the column
-    ys, xs = np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop)
-    found: list[Floats] = []
-    for plane in np.flatnonzero(points.any((1, 2))):
-        squares = np.square(steps[plane].astype(np.float64) * dz)
-        for row in np.flatnonzero(points[plane].any(1)):
-            to_columns = (squares + np.square((ys - row) * dy)[:, None]).min(0)
-            across = np.square((np.flatnonzero(points[plane, row])[:, None] - xs) * dx)
-            found.append((across + to_columns).min(1))
-    return np.sqrt(np.concatenate(found))
 
 
 def _surface_metrics(p: Mask, r: Mask, spacing: Sequence[float], tolerance: float) -> tuple[float, float]:
-    """Normalised surface Dice and HD95 in mm of two masks that are not empty."""
-    if not spacing:  # an image of one voxel
-        return 1.0, 0.0
-    p, r = _surface(p), _surface(r)
-    forth, back = _distances(p, r, spacing), _distances(r, p, spacing)
-    near = np.count_nonzero(forth <= tolerance + _SLACK_MM) + np.count_nonzero(back <= tolerance + _SLACK_MM)
-    hd95 = max(np.percentile(forth, _HD_PERCENTILE), np.percentile(back, _HD_PERCENTILE))
-    return near / (len(forth) + len(back)), float(hd95)
+    """Normalised surface Dice and HD95 in mm of two surfaces that are not empty."""
+    directed = [_distances(p, r, spacing), _distances(r, p, spacing)]
+    near = sum(np.count_nonzero(distances <= tolerance * _SLACK) for distances in directed)
+    hd95 = max(float(np.percentile(distances, 95)) for distances in directed)
+    return near / sum(map(len, directed)), hd95
 
 
 def measure_size(
@@ -285,13 +221,11 @@ def measure_size(
     Raises:
         ValueError: shapes that do not fit.
     """
-    channels = clean.shape[0]
-    if scale is None:
-        size = measure_size(clean, adversarial, scale=[1.0] * channels, native_range=native_range, budget=budget)
-        return size.model_copy(update={"native_rms": [], "native_linf": [], "percent_rms": []})
-    if clean.ndim != 4 or clean.shape != adversarial.shape or len(scale) != channels or len(native_range) != channels:
+    channels = len(clean)
+    factors = np.ones(channels) if scale is None else np.asarray(scale, float)
+    if clean.ndim != 4 or clean.shape != adversarial.shape or not len(factors) == len(native_range) == channels:
         raise ValueError(
-            f"clean {clean.shape}, adversarial {adversarial.shape}, scale ({len(scale)}) and native range "
+            f"clean {clean.shape}, adversarial {adversarial.shape}, scale ({len(factors)}) and native range "
             f"({len(native_range)}) do not fit together as (C, Z, Y, X), twice (C,)"
         )
     squares = np.zeros(clean.shape[:2])  # summed over each slice
@@ -301,31 +235,23 @@ def measure_size(
         squares[channel, z] = np.square(delta).sum()
         largest[channel] = max(largest[channel], np.abs(delta).max())
 
+    ranges = np.asarray(native_range, float) / factors
+    for channel in np.flatnonzero(ranges <= 0):
+        ranges[channel] = float(np.ptp(clean[channel])) or 1.0
     mean_squares = squares.sum(1) / clean[0].size
-    native_rms = np.sqrt(mean_squares) * np.asarray(scale)
-    ranges = _data_ranges(clean, np.asarray(scale, float), np.asarray(native_range, float))
-    relative = native_rms / (ranges * np.asarray(scale))
-    noise = float(np.square(relative).mean())
-    similar = [ssim(*pair, data_range=float(r)) for *pair, r in zip(clean, adversarial, ranges, strict=True)]
+    relative = np.sqrt(mean_squares) / ranges
+    noise, native = float(np.square(relative).mean()), scale is not None
     return Size(
         rms=float(np.sqrt(mean_squares.mean())),
         l2=float(np.sqrt(squares.sum())),
         linf=float(largest.max()),
         l2_slice=float(np.sqrt(squares.sum(0).max())) if budget == "slice" else None,
-        native_rms=native_rms.tolist(),
-        native_linf=(largest * np.asarray(scale)).tolist(),
-        percent_rms=(100 * relative).tolist(),
-        psnr_db=-10 * math.log10(noise) if noise > 0 else None,
-        ssim=math.fsum(similar) / channels,
+        native_rms=(np.sqrt(mean_squares) * factors).tolist() if native else [],
+        native_linf=(largest * factors).tolist() if native else [],
+        percent_rms=(100 * relative).tolist() if native else [],
+        psnr_db=-10 * math.log10(noise) if noise > 0 else None,  # one line, and over all channels: no library's
+        ssim=mean(ssim(*pair, data_range=float(r)) for *pair, r in zip(clean, adversarial, ranges, strict=True)),
     )
-
-
-def _data_ranges(clean: Image, scale: Floats, native_range: Floats) -> Floats:
-    """(C,) positive data ranges in network units, see :func:`measure_size`."""
-    ranges = native_range / scale
-    for channel in np.flatnonzero(ranges <= 0):
-        ranges[channel] = float(np.ptp(clean[channel])) or 1.0
-    return ranges
 
 
 def ssim(a: Image, b: Image, *, data_range: float) -> float:
@@ -335,6 +261,9 @@ def ssim(a: Image, b: Image, *, data_range: float) -> float:
     K2 = 0.03, as in ``skimage.metrics.structural_similarity``. On an axis shorter than that the window is the longest
     odd one that fits: 1 for a single slice. In volumes of more than about 4 million windows every second, third ...
     window along each axis is looked at (at most every seventh, so that each voxel counts).
+
+    Our own for its cost: 512 x 512 x 300 voxels take 1.3 s and 0.2 GB, scikit-image 19 s and 4.2 GB (in slabs 10 s),
+    MONAI 85 s and 7 GB; the values differ by 2e-5.
     """
     if np.array_equal(a, b):
         return 1.0
@@ -343,15 +272,13 @@ def ssim(a: Image, b: Image, *, data_range: float) -> float:
     while stride < _SSIM_WINDOW and math.prod(-(-n // stride) for n in a.shape) > _SSIM_WINDOWS:
         stride += 1
     strides = [min(stride, window) for window in windows]
-
-    size = math.prod(windows)
-    correction = size / max(size - 1, 1)
+    correction = math.prod(windows) / max(math.prod(windows) - 1, 1)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     total, count = 0.0, 0
     depth = max(1, 2_000_000 // math.prod(a.shape[1:]))  # windows along the first axis at a time, to save memory
     for start in range(0, a.shape[0] - windows[0] + 1, depth * strides[0]):
         part = slice(start, start + (depth - 1) * strides[0] + windows[0])
-        x, y = a[part].astype(np.float32, copy=False), b[part].astype(np.float32, copy=False)
+        x, y = (v[part].astype(np.float32, copy=False) for v in (a, b))
         mx, my, xx, yy, xy = (_window_means(v, windows, strides) for v in (x, y, x * x, y * y, x * y))
         variances = correction * (xx - mx * mx + yy - my * my)
         covariance = correction * (xy - mx * my)

@@ -1,32 +1,33 @@
-"""The numbers of an evaluation: means with intervals, comparisons, areas, breaking sizes; nothing is recomputed."""
+"""The numbers of an evaluation: means with intervals, comparisons, areas, breaking sizes; nothing is recomputed.
+
+Long for its types: they are the layout of ``summary.json``, and each stands beside what fills it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
 
 from ima_seg.evaluate.measure.compare import CleanCost, Comparison, clean_costs, comparisons
-from ima_seg.evaluate.measure.estimates import Estimate, estimate, mean, median
-from ima_seg.evaluate.measure.saved import Saved, saved_files
-from ima_seg.evaluate.measure.statistics import area_under_dice, median_breaking, pooled_dice, wilson
-from ima_seg.evaluate.records import ClassMetrics, Failure, Record
-from ima_seg.evaluate.run import Run
+from ima_seg.evaluate.measure.groups import WORST, WORST_OF, Group, Groups, clean_dice, group_records, worst_groups
+from ima_seg.evaluate.measure.statistics import (
+    Breaking,
+    Estimate,
+    area_under_dice,
+    bootstrap_mean,
+    mean,
+    median_breaking,
+    pooled_dice,
+    wilson,
+)
+from ima_seg.evaluate.records import ClassMetrics, Disk, Failure, Record, Size
+from ima_seg.evaluate.run import Run, Strict
 
-#: Kinds of attacks of which the worst per case is taken.
-WORST_OF = ("white", "black", "transfer")
-#: Name of the pseudo-attack: per case the attack with the lowest Dice.
-WORST = "worst"
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ClassSummary(_Strict):
+class ClassSummary(Strict):
     """One class over the cases of a condition."""
 
     dice: Estimate | None
@@ -37,7 +38,7 @@ class ClassSummary(_Strict):
     states: dict[str, int]
 
 
-class SizeSummary(_Strict):
+class SizeSummary(Strict):
     """Mean size of the perturbations of a condition; percentages are means over channels too."""
 
     rms: float
@@ -49,7 +50,7 @@ class SizeSummary(_Strict):
     ssim: float | None
 
 
-class Condition(_Strict):
+class Condition(Strict):
     """One model under one attack and budget, or one corruption and severity, or unchanged images.
 
     Attributes:
@@ -83,7 +84,7 @@ class Condition(_Strict):
     size: SizeSummary | None
 
 
-class Area(_Strict):
+class Area(Strict):
     """Normalised area under the Dice-eps curve from 0 to the largest eps; cases that lack a point are left out."""
 
     model: str
@@ -92,19 +93,7 @@ class Area(_Strict):
     left_out: int
 
 
-class Breaking(_Strict):
-    """Smallest perturbations that break a case; unbroken cases count as larger than any."""
-
-    model: str
-    attack: str
-    median_rms: float | None  # None: more than half of the cases were not broken
-    low: float | None
-    high: float | None
-    broken: int
-    n: int
-
-
-class Targeted(_Strict):
+class Targeted(Strict):
     """One organ made to disappear (share of its reference volume that is left) or to appear (share of the volume
     predicted on the clean image).
     """
@@ -119,7 +108,27 @@ class Targeted(_Strict):
     left_out: int  # nothing to divide by
 
 
-class Incomplete(_Strict):
+class Saved(Strict):
+    """Adversarial files of one model, attack and budget, read again from disk.
+
+    Attributes:
+        resampled: of how many files the plans resample the image; there the two Dice may differ.
+        dice: mean in network space, as everywhere else in the report; ``disk_dice`` of the files, predicted anew.
+        rms: mean size in network space, SD per voxel; ``disk_rms`` measured on the files.
+    """
+
+    model: str
+    attack: str
+    eps: float | None
+    n: int
+    resampled: int
+    dice: float | None
+    disk_dice: float | None
+    rms: float | None
+    disk_rms: float | None
+
+
+class Incomplete(Strict):
     """A case that lacks records which other cases of the same model have."""
 
     case: str
@@ -128,7 +137,7 @@ class Incomplete(_Strict):
     failed: bool
 
 
-class Summary(_Strict):
+class Summary(Strict):
     """``summary.json``."""
 
     version: int = 1
@@ -152,64 +161,6 @@ class Summary(_Strict):
         return next((c for c in self.conditions if (c.model, c.attack, c.eps, c.severity) == wanted), None)
 
 
-class Group(NamedTuple):
-    """What the records of a condition have in common."""
-
-    model: str
-    kind: str
-    attack: str
-    eps: float | None
-    severity: int | None
-
-    def __str__(self) -> str:
-        budget = "" if self.eps is None else f" at {self.eps:g}"
-        return self.attack + budget + ("" if self.severity is None else f", severity {self.severity}")
-
-
-Groups = dict[Group, dict[str, Record]]
-
-
-def group_records(records: Iterable[Record]) -> Groups:
-    """Records by condition and case, in their order; ``worst`` is not in it."""
-    groups: Groups = {}
-    for r in records:
-        groups.setdefault(Group(r.model, r.kind, r.attack, r.eps, r.severity), {})[r.case] = r
-    return groups
-
-
-def worst_groups(groups: Groups) -> tuple[Groups, dict[Group, set[str]]]:
-    """Per model and eps, of each case the record of the attack that leaves the lowest Dice; and the cases that lack an
-    attack which other cases or models have.
-    """
-    everyones: dict[float, set[str]] = defaultdict(set)
-    for group in groups:
-        if group.kind in WORST_OF and group.kind != "transfer" and group.eps is not None:
-            everyones[group.eps].add(group.attack)
-    found: dict[tuple[str, float], dict[str, dict[str, Record]]] = defaultdict(dict)
-    for group, records in groups.items():
-        if group.kind in WORST_OF and group.eps is not None:
-            found[group.model, group.eps][group.attack] = records
-    worst: Groups = {}
-    partial: dict[Group, set[str]] = {}
-    for model, eps in sorted(found, key=lambda key: (list(dict.fromkeys(m for m, _ in found)).index(key[0]), key[1])):
-        attacks = found[model, eps]
-        chosen: dict[str, Record] = {}
-        for case in dict.fromkeys(case for records in attacks.values() for case in records):
-            there = [records[case] for records in attacks.values() if case in records]
-            chosen[case] = min(there, key=lambda r: math.inf if r.dice is None else r.dice)
-        group = Group(model, WORST, WORST, eps, None)
-        worst[group] = chosen
-        expected = attacks.keys() | everyones[eps]
-        partial[group] = {case for case in chosen if any(case not in attacks.get(name, {}) for name in expected)}
-    return worst, partial
-
-
-def clean_dice(groups: Groups, model: str) -> dict[str, float]:
-    """Dice of each case on the unchanged image, where it has one."""
-    records = groups.get(Group(model, "clean", "clean", None, None), {})
-    return {case: record.dice for case, record in records.items() if record.dice is not None}
-
-
 def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) -> Summary:
     """Summarise the records of a run; the first model of the run is the reference of all comparisons."""
     groups = group_records(records)
@@ -221,7 +172,7 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
         reference=run.models[0].name,
         cases=len(run.cases),
         conditions=[
-            _condition(run, group, members, clean.get(group.model, {}), len(partial.get(group, ())))
+            _condition(run, group, list(members.values()), clean.get(group.model, {}), len(partial.get(group, ())))
             for group, members in everything.items()
         ],
         areas=_areas(everything, clean),
@@ -229,7 +180,7 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
         targeted=_targeted(groups),
         comparisons=comparisons([model.name for model in run.models], _dice_of_groups(everything, partial)),
         clean_costs=clean_costs([model.name for model in run.models], clean),
-        saved=saved_files(records),
+        saved=_saved(records),
         incomplete=_incomplete(run, groups, failures),
         forwards=sum(r.forwards for r in records),
         gradients=sum(r.gradients for r in records),
@@ -253,69 +204,52 @@ def _dice_of_groups(groups: Groups, partial: Mapping[Group, set[str]]) -> dict[G
     }
 
 
-def _present(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+def _estimates(items: Sequence[Record] | Sequence[ClassMetrics]) -> dict[str, Any]:
+    return {name: bootstrap_mean(getattr(item, name) for item in items) for name in ("dice", "nsd", "hd95_mm")}
 
 
 def _condition(
-    run: Run, group: Group, members: Mapping[str, Record], clean: Mapping[str, float], partial: int
+    run: Run, group: Group, records: Sequence[Record], clean: Mapping[str, float], partial: int
 ) -> Condition:
-    records = list(members.values())
     classes = {name: _class([r.classes[name] for r in records if name in r.classes]) for name in run.classes}
-    pooled = _present(summary.pooled_dice for summary in classes.values())
-    budgets = _present(r.eps_network for r in records)
+    budgets = [r.eps_network for r in records if r.eps_network is not None]
     usable = [r for r in records if r.dice is not None and clean.get(r.case, 0.0) > 0]
     broken = sum((r.dice or 0.0) < run.settings.broken_below * clean[r.case] for r in usable)
     attacked = group.kind != "clean"
     return Condition(
         **group._asdict(),
+        **_estimates(records),
         n=len(records),
         undefined=sum(r.dice is None for r in records),
         missing=0 if group.kind == "targeted" else len(run.cases) - len(records),
         partial=partial,
-        eps_network=median(budgets),
+        eps_network=median(budgets) if budgets else None,
         eps_network_range=(min(budgets), max(budgets)) if budgets else None,
-        dice=estimate(r.dice for r in records),
-        nsd=estimate(r.nsd for r in records),
-        hd95_mm=estimate(r.hd95_mm for r in records),
-        pooled_dice=mean(pooled),
-        slice_dice=estimate(None if r.slice_dice is None else r.slice_dice.mean for r in records),
+        pooled_dice=mean(summary.pooled_dice for summary in classes.values()),
+        slice_dice=bootstrap_mean(r.slice_dice.mean for r in records if r.slice_dice is not None),
         classes=classes,
-        success=Estimate.of(wilson(broken, len(usable))) if attacked else None,
+        success=wilson(broken, len(usable)) if attacked else None,
         success_left_out=len(records) - len(usable) if attacked else 0,
-        size=_size(records),
+        size=_size([r.size for r in records if r.size is not None]),
     )
 
 
 def _class(items: Sequence[ClassMetrics]) -> ClassSummary:
     counts = [[getattr(item, name) for item in items] for name in ("tp", "fp", "fn")]
     return ClassSummary(
-        dice=estimate(item.dice for item in items),
-        nsd=estimate(item.nsd for item in items),
-        hd95_mm=estimate(item.hd95_mm for item in items),
+        **_estimates(items),
         pooled_dice=pooled_dice(*counts),
-        volume_error_ml=mean([item.volume_error_ml for item in items if item.state != "both_empty"]),
+        volume_error_ml=mean(item.volume_error_ml for item in items if item.state != "both_empty"),
         states=dict(sorted(Counter(item.state for item in items).items())),
     )
 
 
-def _size(records: Sequence[Record]) -> SizeSummary | None:
-    sizes = [r.size for r in records if r.size is not None]
-    if not sizes:
-        return None
+def _size(sizes: Sequence[Size]) -> SizeSummary | None:
+    def average(name: str) -> float | None:
+        values = [getattr(size, name) for size in sizes]
+        return mean(mean(value) if isinstance(value, list) else value for value in values)
 
-    def average(get: Callable[[Any], float | None]) -> float | None:
-        return mean(_present(get(size) for size in sizes))
-
-    return SizeSummary(
-        rms=average(lambda s: s.rms) or 0.0,
-        linf=average(lambda s: s.linf) or 0.0,
-        l2=average(lambda s: s.l2) or 0.0,
-        percent_rms=average(lambda s: mean(s.percent_rms)),
-        native_rms=average(lambda s: mean(s.native_rms)),
-        psnr_db=average(lambda s: s.psnr_db),
-        ssim=average(lambda s: s.ssim),
-    )
+    return SizeSummary.model_validate({name: average(name) for name in SizeSummary.model_fields}) if sizes else None
 
 
 def _areas(groups: Groups, clean: Mapping[str, Mapping[str, float]]) -> list[Area]:
@@ -327,38 +261,25 @@ def _areas(groups: Groups, clean: Mapping[str, Mapping[str, float]]) -> list[Are
     for (model, attack), by_eps in curves.items():
         eps = sorted(by_eps)
         values = []
-        cases = list(dict.fromkeys(case for records in by_eps.values() for case in records))
+        cases = dict.fromkeys(case for records in by_eps.values() for case in records)
         for case in cases:
-            dice = [by_eps[e][case].dice if case in by_eps[e] else None for e in eps]
-            present = _present([clean[model].get(case), *dice])
-            if len(present) == len(eps) + 1:
-                values.append(float(area_under_dice([0.0, *eps], present)))
-        areas.append(Area(model=model, attack=attack, area=estimate(values), left_out=len(cases) - len(values)))
+            dice = [clean[model].get(case), *(by_eps[e][case].dice if case in by_eps[e] else None for e in eps)]
+            present = [value for value in dice if value is not None]
+            if len(present) == len(dice):
+                values.append(area_under_dice([0.0, *eps], present))
+        areas.append(Area(model=model, attack=attack, area=bootstrap_mean(values), left_out=len(cases) - len(values)))
     return areas
 
 
 def _breaking(groups: Groups) -> list[Breaking]:
     found = []
     for group, records in groups.items():
-        if group.kind != "minimal":
-            continue
-        before = clean_dice(groups, group.model)
-        # What has no clean Dice to lose is not robust.
-        result = median_breaking(r.breaking_rms for case, r in records.items() if before.get(case, 0) > 0)
-        if result is None:
-            continue
-        found.append(
-            Breaking(
-                model=group.model,
-                attack=group.attack,
-                median_rms=result.median,
-                low=result.low,
-                high=result.high,
-                broken=result.broken,
-                n=result.n,
-            )
-        )
-    return found
+        if group.kind == "minimal":
+            before = clean_dice(groups, group.model)
+            # What has no clean Dice to lose is not robust.
+            sizes = [r.breaking_rms for case, r in records.items() if before.get(case, 0) > 0]
+            found.append(median_breaking(sizes, group.model, group.attack))
+    return [result for result in found if result is not None]
 
 
 def _targeted(groups: Groups) -> list[Targeted]:
@@ -368,11 +289,9 @@ def _targeted(groups: Groups) -> list[Targeted]:
             continue
         goal, _, target = group.attack.partition(":")
         before = groups.get(Group(group.model, "clean", "clean", None, None), {})
+        there = {case: record.classes[target] for case, record in records.items() if target in record.classes}
         shares = []
-        for case, record in records.items():
-            if target not in record.classes:
-                continue
-            now = record.classes[target]
+        for case, now in there.items():
             base = now.reference_ml
             if goal == "appear":
                 base = before[case].classes[target].prediction_ml if case in before else 0.0
@@ -384,13 +303,38 @@ def _targeted(groups: Groups) -> list[Targeted]:
                 attack=group.attack,
                 target=target,
                 eps=group.eps,
-                share=estimate(shares),
-                dice=estimate(r.classes[target].dice for r in records.values() if target in r.classes),
+                share=bootstrap_mean(shares),
+                dice=bootstrap_mean(now.dice for now in there.values()),
                 n=len(records),
                 left_out=len(records) - len(shares),
             )
         )
     return found
+
+
+def _saved(records: Iterable[Record]) -> list[Saved]:
+    """One row per model, attack and budget with saved files, in the order of the records."""
+    groups: dict[tuple[str, str, float | None], list[tuple[Record, Disk]]] = defaultdict(list)
+    for r in records:
+        if r.disk is not None:
+            groups[r.model, r.attack, r.eps].append((r, r.disk))
+    rows = []
+    for (model, attack, eps), members in groups.items():
+        both = [(r.dice, disk.dice) for r, disk in members if r.dice is not None and disk.dice is not None]
+        rows.append(
+            Saved(
+                model=model,
+                attack=attack,
+                eps=eps,
+                n=len(members),
+                resampled=sum(disk.resampled for _, disk in members),
+                dice=mean(dice for dice, _ in both),
+                disk_dice=mean(dice for _, dice in both),
+                rms=mean(r.size.rms for r, _ in members if r.size is not None),
+                disk_rms=mean(disk.rms for _, disk in members),
+            )
+        )
+    return rows
 
 
 def _incomplete(run: Run, groups: Groups, failures: Sequence[Failure]) -> list[Incomplete]:

@@ -58,39 +58,28 @@ def render(evaluation: Evaluation, summary: Summary) -> str:
         "bounds": words.bounds,
         "p_value": words.p_value,
         "attack_name": words.attack_name,
-        # The charts escape their texts themselves.
-        "svg": lambda text: Markup(text),
+        "svg": Markup,  # the charts escape their texts themselves
     }
     return environment.get_template("report.html.j2").render(**_context(evaluation, summary))
 
 
 def _context(evaluation: Evaluation, summary: Summary) -> dict[str, Any]:
     run = evaluation.run
-    by_kind = {kind: [c for c in summary.conditions if c.kind == kind] for kind in ("clean", "corruption", "targeted")}
     flags = check(evaluation, summary)
+    of_both = (words.headline, words.headline_eps, views.budget_sizes, views.dice_charts, views.corruption_charts)
     return {
         "run": run,
         "summary": summary,
+        **{make.__name__: make(run, summary) for make in of_both},
+        **views.case_table(evaluation, summary),
         "kinds": words.KINDS,
         "unit": words.unit_short(run),
         "sd": words.network_unit(run),
-        "headline": words.headline(run, summary),
-        "headline_rule": words.headline_rule(run, summary),
-        "headline_eps": words.headline_eps(run, summary),
-        "threat": words.threat_model(run),
-        "budgets": views.budget_sizes(run, summary),
-        "definitions": words.definitions(run),
-        "limits": words.limits(run, summary),
-        "colours": views.colours(run),
         "swatches": {name: charts.swatch(colour) for name, colour in views.colours(run).items()},
-        "clean": by_kind["clean"],
-        "corruptions": by_kind["corruption"],
-        "dice_charts": views.dice_charts(run, summary),
-        "corruption_charts": views.corruption_charts(run, summary),
+        "clean": [c for c in summary.conditions if c.kind == "clean"],
+        "corruptions": [c for c in summary.conditions if c.kind == "corruption"],
         "margin_charts": views.margin_charts(run),
         "attacks": views.attack_rows(summary),
-        "class_rows": views.class_rows(run, summary),
-        "cases": views.case_table(evaluation, summary),
         "panels": views.panels(evaluation),
         "class_swatches": views.class_swatches(run),
         "flags": flags,

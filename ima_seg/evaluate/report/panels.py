@@ -8,10 +8,13 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import generate_binary_structure, maximum_filter, minimum_filter
+
+Floats = npt.NDArray[np.floating[Any]]
 
 #: Longest side of a picture, in pixels; small slices are enlarged to about half of it.
 LONGEST = 384
@@ -20,8 +23,7 @@ CLASS_COLOURS = ((86, 180, 233), (240, 228, 66), (230, 90, 60), (0, 200, 140), (
 _ARRAYS = ("clean", "delta", "adversarial", "before", "after", "truth")
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG as a data address, with what it shows."""
 
     source: str
@@ -57,11 +59,12 @@ def _round_factor(value: float) -> float:
     return next(step for step in (5 * power, 2 * power, power) if step <= value * (1 + 1e-9))
 
 
-def _picture(pixels: npt.NDArray[np.uint8], caption: str) -> Picture:
+def _picture(values: Floats, caption: str) -> Picture:
+    """From grey values or colours of 0 to 255."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(values.round().astype(np.uint8))
     if image.mode == "RGB":
         image = image.quantize(colors=256, dither=Image.Dither.NONE)
     image.save(buffer, "PNG", optimize=True)
@@ -69,40 +72,24 @@ def _picture(pixels: npt.NDArray[np.uint8], caption: str) -> Picture:
     return Picture(f"data:image/png;base64,{data}", caption, image.width, image.height)
 
 
-def _outline(labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Pixels of a label beside another, two wide."""
-    edge = np.zeros(labels.shape, bool)
-    for axis in (0, 1):
-        change = np.diff(labels, axis=axis) != 0
-        for side in (slice(None, -1), slice(1, None)):
-            index: list[slice] = [slice(None), slice(None)]
-            index[axis] = side
-            edge[tuple(index)] |= change
-    return edge
-
-
-def _overlay(
-    grey: npt.NDArray[np.uint8], filled: npt.NDArray[Any], outlined: npt.NDArray[Any]
-) -> npt.NDArray[np.uint8]:
-    """Prediction as a translucent area, truth as a white outline."""
-    colour = np.repeat(grey[..., None], 3, axis=2).astype(np.float32)
+def _overlay(grey: Floats, filled: npt.NDArray[Any], outlined: npt.NDArray[Any]) -> Floats:
+    """Prediction as a translucent area, truth as a white outline, two wide."""
+    colour = np.repeat(grey[..., None], 3, axis=2)
     for label in np.unique(filled[filled > 0]):
-        area = filled == label
         paint = np.array(CLASS_COLOURS[(int(label) - 1) % len(CLASS_COLOURS)], np.float32)
-        colour[area] = 0.5 * colour[area] + 0.5 * paint
-    colour[_outline(outlined)] = 255
-    return colour.round().astype(np.uint8)
+        colour[filled == label] = 0.5 * colour[filled == label] + 0.5 * paint
+    cross = generate_binary_structure(2, 1)
+    colour[maximum_filter(outlined, footprint=cross) != minimum_filter(outlined, footprint=cross)] = 255
+    return colour
 
 
-def _diverging(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def _diverging(values: Floats) -> Floats:
     """-1 blue, 0 white, 1 red."""
     v = np.clip(np.nan_to_num(values), -1, 1)[..., None]
-    white = np.array([247.0, 247.0, 247.0])
     end = np.where(v < 0, np.array([33.0, 102.0, 172.0]), np.array([178.0, 24.0, 43.0]))
     # 64 steps of colour keep the file small: noise does not compress.
-    share = np.round(np.abs(v) * 32) / 32
-    pixels: npt.NDArray[np.uint8] = (white + (end - white) * share).round().astype(np.uint8)
-    return pixels
+    colour: Floats = 247.0 + (end - 247.0) * np.round(np.abs(v) * 32) / 32
+    return colour
 
 
 def read_panel(path: Path) -> Panel | None:
@@ -118,32 +105,29 @@ def read_panel(path: Path) -> Panel | None:
     spacing = [max(float(value), 1e-6) for value in data["spacing"].ravel()[:2]]
     mm = [n * s for n, s in zip(shape, spacing, strict=True)]
     longest = min(LONGEST, max(*shape, LONGEST // 2))
-    rows, columns = (max(1, round(length / max(mm) * longest)) for length in mm)
     # Nearest neighbour: the pixels shown are those of the file.
     at = np.ix_(
-        np.minimum((np.arange(rows) + 0.5) * shape[0] / rows, shape[0] - 1).astype(int),
-        np.minimum((np.arange(columns) + 0.5) * shape[1] / columns, shape[1] - 1).astype(int),
+        *(
+            np.minimum((np.arange(count) + 0.5) * n / count, n - 1).astype(int)
+            for n, count in zip(shape, (max(1, round(length / max(mm) * longest)) for length in mm), strict=True)
+        )
     )
     low, high = (float(value) for value in data["window"].ravel()[:2])
     width = max(high - low, 1e-6)
-
-    def grey(name: str) -> npt.NDArray[np.uint8]:
-        values = (np.nan_to_num(data[name][at].astype(np.float32)) - low) / width
-        pixels: npt.NDArray[np.uint8] = (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
-        return pixels
-
+    clean, adversarial = (
+        255 * np.clip((np.nan_to_num(data[name][at].astype(np.float32)) - low) / width, 0, 1)
+        for name in ("clean", "adversarial")
+    )
     delta = data["delta"].astype(np.float32)
-    size = float(np.quantile(np.abs(delta), 0.995)) if delta.size else 0.0
+    size = float(np.quantile(np.abs(delta), 0.995))
     factor = _round_factor(0.5 * width / size) if size > 0 else 1.0
-    labels = {name: data[name][at] for name in ("before", "after", "truth")}
-    clean, adversarial = grey("clean"), grey("adversarial")
+    before, after, truth = (data[name][at] for name in ("before", "after", "truth"))
     pictures = [
         _picture(clean, "clean image"),
         _picture(_diverging(factor * delta[at] / (0.5 * width)), f"perturbation × {factor:g}"),
         _picture(adversarial, "adversarial image"),
-        _picture(_overlay(clean, labels["before"], labels["truth"]), "prediction before"),
-        _picture(_overlay(adversarial, labels["after"], labels["truth"]), "prediction after"),
+        _picture(_overlay(clean.round(), before, truth), "prediction before"),
+        _picture(_overlay(adversarial.round(), after, truth), "prediction after"),
     ]
-    return Panel(
-        pictures, int(data["index"]), int(data["axis"]), factor, (low, high), sum(len(p.source) for p in pictures)
-    )
+    length = sum(len(picture.source) for picture in pictures)
+    return Panel(pictures, int(data["index"]), int(data["axis"]), factor, (low, high), length)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ima_seg.evaluate.measure.collect import Evaluation
-from ima_seg.evaluate.measure.summary import WORST, WORST_OF, Condition, Summary, group_records, worst_groups
+from ima_seg.evaluate.measure.groups import WORST, WORST_OF, group_records, worst_groups
+from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.report import charts
 from ima_seg.evaluate.report.panels import CLASS_COLOURS, Panel, read_panel
@@ -20,17 +20,11 @@ PANELS_PER_MODEL = 3
 PANEL_CHARACTERS = 3_500_000
 
 
-@dataclass(frozen=True)
-class Chart:
-    """An SVG with its heading and explanation."""
-
-    title: str
-    note: str
-    svg: str
+#: Heading, explanation and SVG.
+Chart = tuple[str, str, str]
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """A panel with the record it belongs to."""
 
     record: Record
@@ -43,120 +37,96 @@ def colours(run: Run) -> dict[str, int]:
     return {model.name: i % charts.COLOURS for i, model in enumerate(run.models)}
 
 
-def _point(x: float, c: Condition) -> charts.Point | None:
-    if c.dice is None:
-        return None
-    return charts.Point(x, c.dice.estimate, c.dice.low, c.dice.high, describe(c))
-
-
-def _line(colour: int, points: Iterable[charts.Point | None]) -> charts.Line:
-    return charts.Line(colour, [point for point in points if point is not None])
-
-
-def _facets(run: Run, conditions: Sequence[Condition]) -> dict[str, list[Condition]]:
-    """Conditions with a budget by chart: the worst first; of two models the one transfer of each shares a chart."""
-    facets: dict[str, list[Condition]] = {WORST: []}
-    for c in conditions:
-        if c.eps is None or c.kind not in (*WORST_OF, "noise", WORST):
-            continue
-        facets.setdefault("transfer" if c.kind == "transfer" and len(run.models) == 2 else c.attack, []).append(c)
-    return {name: items for name, items in facets.items() if items}
+def _curves(
+    run: Run, summary: Summary, ident: str, title: str, note: str, items: Sequence[tuple[float, Condition]], **axis: Any
+) -> Chart:
+    """One line per model through its clean Dice, at 0, and its (x, condition) of ``items``."""
+    against = axis["x_label"].split(" (")[0]
+    lines = []
+    for model, colour in colours(run).items():
+        clean = summary.find(model, "clean")
+        mine = sorted(((x, c) for x, c in items if c.model == model), key=lambda item: item[0])
+        if mine and clean is not None:
+            mine.insert(0, (0.0, clean))
+        points = [(x, c.dice, describe(c)) for x, c in mine if c.dice is not None]
+        if points:
+            lines.append((colour, points))
+    return title, note, charts.curves(ident, f"Mean Dice against {against}, {title}", lines, **axis)
 
 
 def dice_charts(run: Run, summary: Summary) -> list[Chart]:
-    """Dice against eps, one chart per attack, one line per model."""
-    found = []
-    for number, (name, items) in enumerate(_facets(run, summary.conditions).items()):
-        axis = charts.Budgets([c.eps for c in items if c.eps is not None])
-        lines = []
-        for model, colour in colours(run).items():
-            mine = sorted((c for c in items if c.model == model), key=lambda c: c.eps or 0.0)
-            clean = summary.find(model, "clean")
-            points = [None if clean is None else _point(axis.at(0.0), clean)] if mine else []
-            lines.append(_line(colour, [*points, *(_point(axis.at(c.eps or 0.0), c) for c in mine)]))
-        title = "Transfer from the other model" if name == "transfer" else attack_name(name)
-        svg = charts.curves(
+    """Dice against eps, one chart per attack; the worst comes first, the transfers of two models share a chart."""
+    facets: dict[str, list[tuple[float, Condition]]] = {WORST: []}
+    for c in summary.conditions:
+        if c.eps is not None and c.kind in (*WORST_OF, "noise", WORST):
+            name = "transfer" if c.kind == "transfer" and len(run.models) == 2 else c.attack
+            facets.setdefault(name, []).append((c.eps, c))
+    return [
+        _curves(
+            run,
+            summary,
             f"curve-{number}",
-            f"Mean Dice against eps, {title}",
-            [line for line in lines if line.points],
-            axis.ticks(),
-            charts.unit_range(),
-            f"eps ({unit_short(run)})",
-            "mean Dice",
+            "Transfer from the other model" if name == "transfer" else attack_name(name),
+            KINDS[items[0][1].kind],
+            items,
+            x_label=f"eps ({unit_short(run)})",
+            ticks=sorted({0.0, *(eps for eps, _ in items)}),
+            log=True,
         )
-        found.append(Chart(title, KINDS[items[0].kind], svg))
-    return found
+        for number, (name, items) in enumerate(facets.items())
+        if items
+    ]
 
 
 def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
     """Dice against severity, one chart per corruption."""
-    facets: dict[str, list[Condition]] = {}
+    facets: dict[str, list[tuple[float, Condition]]] = {}
     for c in summary.conditions:
         if c.kind == "corruption" and c.severity is not None:
-            facets.setdefault(c.attack, []).append(c)
-    found = []
-    for number, (name, items) in enumerate(facets.items()):
-        lines = []
-        for model, colour in colours(run).items():
-            mine = sorted((c for c in items if c.model == model), key=lambda c: c.severity or 0)
-            clean = summary.find(model, "clean")
-            points = [None if clean is None else _point(0.0, clean)] if mine else []
-            lines.append(_line(colour, [*points, *(_point(float(c.severity or 0), c) for c in mine)]))
-        last = max(c.severity or 0 for c in items)
-        ticks = charts.Ticks(-0.12, last + 0.12, [(float(i), str(i)) for i in range(last + 1)])
-        svg = charts.curves(
+            facets.setdefault(c.attack, []).append((float(c.severity), c))
+    return [
+        _curves(
+            run,
+            summary,
             f"corruption-{number}",
-            f"Mean Dice against severity, {attack_name(name)}",
-            [line for line in lines if line.points],
-            ticks,
-            charts.unit_range(),
-            "severity (0: unchanged)",
-            "mean Dice",
+            attack_name(name),
+            "",
+            items,
+            x_label="severity (0: unchanged)",
+            ticks=[float(i) for i in range(1 + int(max(severity for severity, _ in items)))],
         )
-        found.append(Chart(attack_name(name), "", svg))
-    return found
+        for number, (name, items) in enumerate(facets.items())
+    ]
 
 
-def _finite(row: Mapping[str, Any], name: str) -> float | None:
+def _finite(row: Mapping[str, Any], name: str) -> float:
+    """NaN where there is no finite number."""
     try:
         value = float(row[name])
     except (KeyError, TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def margin_charts(run: Run) -> list[Chart]:
     """Histogram and course of the margins of each model that has them."""
-    found = []
-    for number, model in enumerate(run.models):
+    found: list[Chart] = []
+    for number, (model, colour) in enumerate(zip(run.models, colours(run).values(), strict=True)):
         ima = model.ima or {}
-        colour = colours(run)[model.name]
-        unit = "SD, largest change per voxel" if ima.get("norm") == "linf" else "SD, RMS per voxel"
-        margins = [float(v) for v in (ima.get("margins") or {}).values() if v is not None and math.isfinite(float(v))]
+        label = f"margin (SD, {'largest change' if ima.get('norm') == 'linf' else 'RMS'} per voxel)"
+        title = f"Margins of {model.name}"
+        margins = [v for name in ima.get("margins") or {} if not math.isnan(v := _finite(ima["margins"], name))]
         if margins and max(margins) > 0:
-            svg = charts.histogram(
-                f"margins-{number}", f"Margins of {model.name}", margins, colour, f"margin ({unit})", "training cases"
-            )
-            found.append(
-                Chart(f"Margins of {model.name}", f"{len(margins)} training cases at the end of training", svg)
-            )
-        rows = list(ima.get("history") or [])
+            svg = charts.histogram(f"margins-{number}", title, margins, colour, label, "training cases")
+            found.append((title, f"{len(margins)} training cases at the end of training", svg))
+        title = f"Course of the margins of {model.name}"
         names = ("epoch", "margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
-        points = [tuple(_finite(row, name) for name in names) for row in rows]
-        whole = [[v for v in point if v is not None] for point in points if None not in point]
-        if len(whole) > 1 and any(max(p[1:]) > 0 for p in whole):
-            svg = charts.course(
-                f"course-{number}",
-                f"Course of the margins of {model.name}",
-                [[(p[0], p[1], p[5]) for p in whole], [(p[0], p[2], p[4]) for p in whole]],
-                [(p[0], p[3]) for p in whole],
-                colour,
-                "epoch",
-                f"margin ({unit})",
-                _finite(ima, "eps_max"),
-            )
+        points = [tuple(_finite(row, name) for name in names) for row in ima.get("history") or []]
+        rows = [row for row in points if not any(map(math.isnan, row))]
+        if len(rows) > 1 and any(max(row[1:]) > 0 for row in rows):
+            svg = charts.course(f"course-{number}", title, rows, colour, "epoch", label, _finite(ima, "eps_max"))
             note = "Median over training cases, with the ranges from 25 to 75 % and from 5 to 95 %"
-            found.append(Chart(f"Course of the margins of {model.name}", note, svg))
+            found.append((title, note, svg))
     return found
 
 
@@ -166,25 +136,17 @@ def budget_sizes(run: Run, summary: Summary) -> list[tuple[float, dict[str, floa
     for eps in sorted(run.settings.eps):
         sizes = [c.size for c in summary.conditions if c.eps == eps and c.size is not None and c.kind != "targeted"]
         if sizes:
-            names = ("rms", "linf", "native_rms", "percent_rms")
-            found.append(
-                (
-                    eps,
-                    {
-                        name: max((v for size in sizes if (v := getattr(size, name)) is not None), default=None)
-                        for name in names
-                    },
-                )
-            )
+            values = {name: [getattr(size, name) for size in sizes] for name in type(sizes[0]).model_fields}
+            largest = {k: max((v for v in each if v is not None), default=None) for k, each in values.items()}
+            found.append((eps, largest))
     return found
 
 
 def attack_rows(summary: Summary) -> dict[str, list[Condition]]:
     """Conditions of the main table by attack, the worst first, then by eps and model."""
-    kinds = (WORST, *WORST_OF, "noise")
     found: dict[str, list[Condition]] = {WORST: []}
     for c in summary.conditions:
-        if c.kind in kinds:
+        if c.kind in (WORST, *WORST_OF, "noise"):
             found.setdefault(c.attack, []).append(c)
     models = list(dict.fromkeys(c.model for c in summary.conditions))
     for items in found.values():
@@ -195,51 +157,29 @@ def attack_rows(summary: Summary) -> dict[str, list[Condition]]:
     return {name: items for name, items in ordered if items}
 
 
-def class_rows(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, Condition]]]]:
-    """(heading, (class, condition)) for the clean images and the worst attack at each eps."""
-    found = []
-    for attack, eps in [("clean", None), *((WORST, e) for e in sorted(run.settings.eps))]:
-        there = [c for model in run.models if (c := summary.find(model.name, attack, eps)) is not None]
-        if there:
-            heading = "Unchanged images" if eps is None else f"Worst attack at eps {eps:g}"
-            found.append((heading, [(name, c) for name in run.classes for c in there]))
-    return found
+def case_table(evaluation: Evaluation, summary: Summary) -> dict[str, list[Any]]:
+    """Per case the clean Dice, that of the worst attack at each eps, and the smallest breaking size.
 
-
-@dataclass(frozen=True)
-class CaseTable:
-    """Dice per case; ``columns`` are (model, what), ``rows`` (case, values, remark)."""
-
-    columns: list[tuple[str, str]]
-    rows: list[tuple[str, list[float | None], str]]
-
-
-def case_table(evaluation: Evaluation, summary: Summary) -> CaseTable:
-    """Per case the clean Dice, that of the worst attack at each eps, and the smallest breaking size."""
+    Columns are (model, what), rows (case, values, remark).
+    """
     run = evaluation.run
     groups = group_records(evaluation.records)
-    everything = groups | worst_groups(groups)[0]
-    failed = {failure.case for failure in evaluation.failures}
-    lacking = {item.case for item in summary.incomplete if not item.failed}
-    columns: list[tuple[str, str]] = []
-    values: list[dict[str, float | None]] = []
+    groups |= worst_groups(groups)[0]
+    columns: dict[tuple[str, str], dict[str, float | None]] = {}
     for model in run.models:
-        for group, records in sorted(
-            everything.items(), key=lambda item: (item[0].kind == "minimal", item[0].eps or 0)
-        ):
-            if group.model != model.name or group.kind not in ("clean", WORST, "minimal"):
-                continue
+        mine = {group: records for group, records in groups.items() if group.model == model.name}
+        for group, records in sorted(mine.items(), key=lambda item: (item[0].kind == "minimal", item[0].eps or 0)):
             if group.kind == "minimal":
-                columns.append((model.name, f"breaking RMS, {network_unit(run)}"))
-                values.append({case: record.breaking_rms for case, record in records.items()})
+                what, field = f"breaking RMS, {network_unit(run)}", "breaking_rms"
+            elif group.kind in ("clean", WORST):
+                what, field = "clean" if group.eps is None else f"eps {group.eps:g}", "dice"
             else:
-                columns.append((model.name, "clean" if group.eps is None else f"eps {group.eps:g}"))
-                values.append({case: record.dice for case, record in records.items()})
-    rows = []
-    for case in run.cases:
-        remark = "failed" if case in failed else "incomplete" if case in lacking else ""
-        rows.append((case, [column.get(case) for column in values], remark))
-    return CaseTable(columns, rows)
+                continue
+            columns[model.name, what] = {case: getattr(record, field) for case, record in records.items()}
+    remarks = {item.case: "incomplete" for item in summary.incomplete if not item.failed}
+    remarks |= {failure.case: "failed" for failure in evaluation.failures}
+    rows = [(c, [column.get(c) for column in columns.values()], remarks.get(c, "")) for c in run.cases]
+    return {"case_columns": list(columns), "case_rows": rows}
 
 
 def panels(evaluation: Evaluation) -> list[Shown]:
@@ -249,26 +189,18 @@ def panels(evaluation: Evaluation) -> list[Shown]:
     room = PANEL_CHARACTERS
     for model in evaluation.run.models:
         usable = [
-            r
+            (r.eps, r.dice - clean[r.case, r.model], r)
             for r in evaluation.records
-            if r.model == model.name
-            and r.kind in WORST_OF
-            and r.eps is not None
-            and r.dice is not None
-            and r.key in evaluation.panels
-            and (r.case, r.model) in clean
+            if r.model == model.name and r.kind in WORST_OF and r.eps is not None and r.dice is not None
+            if r.key in evaluation.panels and (r.case, r.model) in clean
         ]
-        budgets = sorted({r.eps for r in usable if r.eps is not None})
-        if not budgets:
-            continue
-        middle = budgets[len(budgets) // 2]
-        lowest: dict[str, Record] = {}
-        for r in usable:
-            if r.eps == middle and (r.case not in lowest or (r.dice or 0.0) < (lowest[r.case].dice or 0.0)):
-                lowest[r.case] = r
-        drops = sorted(lowest.values(), key=lambda r: (r.dice or 0.0) - clean[r.case, r.model])
+        budgets = sorted({eps for eps, _, _ in usable})
+        middle = [item for item in usable if item[0] == budgets[len(budgets) // 2]]
+        drops: dict[str, Record] = {}
+        for _, _, r in sorted(middle, key=lambda item: item[1]):
+            drops.setdefault(r.case, r)
         shown = 0
-        for r in drops:
+        for r in drops.values():
             panel = read_panel(evaluation.panels[r.key]) if shown < PANELS_PER_MODEL else None
             if panel is not None and panel.length <= room:
                 room -= panel.length

@@ -1,10 +1,11 @@
-"""The sentences of the report, made from its numbers."""
+"""The sentences of the report that depend on its numbers; those that do not are in the templates."""
 
 from __future__ import annotations
 
 from ima_seg.evaluate.measure.compare import Comparison
-from ima_seg.evaluate.measure.estimates import Estimate
-from ima_seg.evaluate.measure.summary import WORST, Condition, Summary
+from ima_seg.evaluate.measure.groups import WORST
+from ima_seg.evaluate.measure.statistics import Estimate
+from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.run import Run
 
 KINDS = {
@@ -86,13 +87,12 @@ def network_unit(run: Run) -> str:
 
 def unit_short(run: Run) -> str:
     """Unit of eps for axis labels."""
-    settings = run.settings
+    settings, sd = run.settings, network_unit(run)
     kind = "RMS" if settings.norm == "l2" else "largest change"
-    where, sd = "slice" if settings.budget == "slice" else "volume", network_unit(run)
     return {
         "rms": f"RMS per voxel, {sd}",
         "linf": f"largest change per voxel, {sd}",
-        "l2": f"L2 norm of the {where}, {sd}",
+        "l2": f"L2 norm of the {settings.budget}, {sd}",
         "hu": f"{kind} per voxel, {run.modality_native_unit}",
         "percent": f"{kind} per voxel, % of intensity range",
     }[settings.unit]
@@ -100,16 +100,14 @@ def unit_short(run: Run) -> str:
 
 def budget_words(run: Run, eps: float) -> str:
     """A budget within a sentence."""
-    settings = run.settings
-    kind = "an RMS perturbation" if settings.norm == "l2" else "a perturbation"
-    most = "" if settings.norm == "l2" else "at most "
-    where, sd = "slice" if settings.budget == "slice" else "volume", network_unit(run)
+    settings, sd = run.settings, network_unit(run)
+    kind = "an RMS perturbation of " if settings.norm == "l2" else "a perturbation of at most "
     return {
         "rms": f"an RMS perturbation of {eps:g} {sd} per voxel",
         "linf": f"a perturbation of at most {eps:g} {sd} per voxel",
-        "l2": f"a perturbation of L2 norm {eps:g} {sd} over the {where}",
-        "hu": f"{kind} of {most}{eps:g} {run.modality_native_unit} per voxel",
-        "percent": f"{kind} of {most}{eps:g} % of the image's intensity range per voxel",
+        "l2": f"a perturbation of L2 norm {eps:g} {sd} over the {settings.budget}",
+        "hu": f"{kind}{eps:g} {run.modality_native_unit} per voxel",
+        "percent": f"{kind}{eps:g} % of the image's intensity range per voxel",
     }[settings.unit]
 
 
@@ -119,69 +117,54 @@ def headline_eps(run: Run, summary: Summary) -> float | None:
     The rule looks at the reference model alone, so that it cannot favour another.
     """
     clean = summary.find(summary.reference, "clean")
-    found = [c for c in summary.conditions if c.model == summary.reference and c.attack == WORST and c.eps is not None]
-    found.sort(key=lambda c: c.eps or 0.0)
-    if not found:
-        return None
-    for c in found:
-        if c.dice and clean and clean.dice and c.dice.estimate < 0.5 * clean.dice.estimate:
-            return c.eps
-    return found[-1].eps
-
-
-def comparison_of(summary: Summary, model: str, attack: str, eps: float | None = None) -> Comparison | None:
-    """The comparison of a model with the reference in a condition."""
-    wanted = (model, attack, eps)
-    return next((c for c in summary.comparisons if (c.model, c.attack, c.eps) == wanted), None)
+    half = 0.5 * clean.dice.estimate if clean is not None and clean.dice is not None else 0.0
+    worst = [c for c in summary.conditions if c.model == summary.reference and c.attack == WORST]
+    below = [c.eps for c in worst if c.eps is not None and c.dice is not None and c.dice.estimate < half]
+    return min(below, default=max((c.eps for c in worst if c.eps is not None), default=None))
 
 
 def _difference(test: Comparison, total: int) -> str:
     p = p_value(test.p_holm)
     p = p if p.startswith("<") else f"=\u00a0{p}"
     correction = f", Holm-corrected for {total} comparisons" if total > 1 else ""
-    return (
-        f"difference {with_interval(test.difference)}, p\u00a0{p} (Wilcoxon signed-rank test, "
-        f"{test.n} cases{correction})"
-    )
-
-
-def _clean_sentence(run: Run, summary: Summary) -> str:
-    clean = {model.name: summary.find(model.name, "clean") for model in run.models}
-    parts = [f"{with_interval(c.dice)} for {name}" for name, c in clean.items() if c is not None]
-    if not parts:
-        return "No model was run on unchanged images."
-    return f"On unchanged images the mean Dice is {', '.join(parts)}. No attack with a budget was run."
+    test_words = f"Wilcoxon signed-rank test, {test.n} cases{correction}"
+    return f"difference {with_interval(test.difference)}, p\u00a0{p} ({test_words})"
 
 
 def headline(run: Run, summary: Summary) -> list[str]:
     """What was found, in a few sentences."""
-    sentences: list[str] = []
+    clean = {model.name: c for model in run.models if (c := summary.find(model.name, "clean")) is not None}
     eps = headline_eps(run, summary)
     if eps is None:
-        return [_clean_sentence(run, summary)]
+        if not clean:
+            return ["No model was run on unchanged images."]
+        parts = ", ".join(f"{with_interval(c.dice)} for {name}" for name, c in clean.items())
+        return [f"On unchanged images the mean Dice is {parts}. No attack with a budget was run."]
     falls: list[str] = []
     tests: list[str] = []
-    for model in run.models:
-        clean, worst = summary.find(model.name, "clean"), summary.find(model.name, WORST, eps)
-        if clean is None or clean.dice is None or worst is None or worst.dice is None:
+    for name, c in clean.items():
+        worst = summary.find(name, WORST, eps)
+        if c.dice is None or worst is None or worst.dice is None:
             continue
-        before = number(clean.dice.estimate)
-        verb = "falls" if worst.dice.estimate < clean.dice.estimate else "goes"
-        falls.append(f"{'that of' if falls else 'of'} {model.name} {verb} from {before} to {with_interval(worst.dice)}")
-        test = comparison_of(summary, model.name, WORST, eps)
-        if test is not None:
-            against = f"{model.name} minus {test.reference}: " if len(run.models) > 2 else ""
-            tests.append(against + _difference(test, len(summary.comparisons)))
+        verb = "falls" if worst.dice.estimate < c.dice.estimate else "goes"
+        falls.append(
+            f"{'that of' if falls else 'of'} {name} {verb} from {number(c.dice.estimate)} to "
+            f"{with_interval(worst.dice)}"
+        )
+        for test in summary.comparisons:
+            if (test.model, test.attack, test.eps) == (name, WORST, eps):
+                against = f"{name} minus {test.reference}: " if len(run.models) > 2 else ""
+                tests.append(against + _difference(test, len(summary.comparisons)))
+    sentences: list[str] = []
     if falls:
-        budget = budget_words(run, eps)
-        sentence = f"At {budget} the mean Dice {', '.join(falls)}"
-        sentences.append(sentence + (f"; {'; '.join(tests)}." if tests else "."))
+        compared = f"; {'; '.join(tests)}" if tests else ""
+        sentences.append(f"At {budget_words(run, eps)} the mean Dice {', '.join(falls)}{compared}.")
     for cost in summary.clean_costs:
         bound = f" (one-sided 95\u00a0% lower bound {number(cost.lower)})" if cost.lower is not None else ""
-        verdict = f"a loss of {cost.margin:g} or more is {'' if cost.holds else 'not '}ruled out"
         sentences.append(
             f"On unchanged images the Dice of {cost.model} differs from that of {cost.reference} by "
-            f"{number(cost.difference)}{bound}: {verdict}."
+            f"{number(cost.difference)}{bound}: a loss of {cost.margin:g} or more is "
+            f"{'' if cost.holds else 'not '}ruled out."
         )
     for item in summary.breaking:
         sentences.append(
@@ -192,125 +175,6 @@ def headline(run: Run, summary: Summary) -> list[str]:
             f"({item.broken} of {item.n} were)."
         )
     return sentences
-
-
-def headline_rule(run: Run, summary: Summary) -> str:
-    """How the budget of the headline was chosen."""
-    if headline_eps(run, summary) is None:
-        return ""
-    return (
-        "Of several attacks the one with the lowest Dice counts, per case. The budget is the smallest at which the "
-        f"reference model {summary.reference} is below half of its clean Dice, else the largest; the choice does not "
-        "look at other models."
-    )
-
-
-def threat_model(run: Run) -> list[tuple[str, str]]:
-    """What the adversary knows and may change."""
-    settings = run.settings
-    norm = {
-        "l2": "L2: the root mean square (RMS) of the change over all voxels is limited; single voxels may change more",
-        "linf": "L-infinity: the change of every single voxel is limited",
-    }[settings.norm]
-    bundles = [model.name for model in run.models if model.bundle]
-    deviations = "standard deviations (SD) of the normalised image that the network sees"
-    network = "network units, those of the image that the bundle's pre-processing makes" if bundles else deviations
-    unit = {
-        "rms": f"RMS per voxel, in {network}",
-        "linf": f"largest change of a voxel, in {network}",
-        "l2": f"L2 norm of the whole perturbation, in {network}",
-        "hu": f"{run.modality_native_unit} of the image file",
-        "percent": "per cent of the image's own range from its 0.5 to its 99.5 percentile",
-    }[settings.unit]
-    nnunet = (
-        "The whole volume through the real pipeline: preprocessing, sliding window (step "
-        f"{settings.step_size:g} of a patch), test-time mirroring {'on' if settings.mirroring else 'off'}. One "
-        "perturbation for all windows, added to the image before it is normalised, in units of the clean image's "
-        "normalisation. Where the plans resample, it is added on the network's grid, after resampling"
-    )
-    monai = (
-        f"{', '.join(bundles)}: the whole volume through the bundle's own pre-processing, inferer and post-processing. "
-        "One perturbation for all windows, added to the pre-processed image, which is not normalised or clipped again"
-    )
-    systems = [*([nnunet] if len(bundles) < len(run.models) else []), *([monai] if bundles else [])]
-    names = ", ".join(attack_name(name) for name in settings.attacks) or "none"
-    return [
-        ("Norm", norm),
-        ("Unit of eps", unit),
-        ("eps", ", ".join(f"{eps:g}" for eps in sorted(settings.eps)) or "none"),
-        ("Budget", "For the whole volume" if settings.budget == "volume" else "For each slice separately"),
-        ("Attacks", names[:1].upper() + names[1:]),
-        ("Knowledge", "White-box attacks know the model, its weights and its preprocessing; black-box attacks see its "
-         "outputs only; transferred perturbations were made on another model. All know the reference segmentation"),
-        ("Effort", f"{settings.steps} gradient steps, {settings.restarts} restart"
-         f"{'s' if settings.restarts != 1 else ''}; FGSM makes one step, Square "
-         f"{10 * settings.steps} queries, noise one draw per restart"),
-        ("Attacked system", ". ".join(systems)),
-        ("Broken", f"A case counts as broken when its Dice is below {settings.broken_below:g} of its clean Dice"),
-    ]  # fmt: skip
-
-
-def definitions(run: Run) -> list[tuple[str, str]]:
-    """What the numbers mean."""
-    settings = run.settings
-    return [
-        ("Dice", "2 TP / (2 TP + FP + FN) of a class over the voxels of a case. The Dice of a case is the mean over "
-         "its classes, the mean Dice the mean over cases."),
-        ("Pooled Dice", "The same formula with the voxels of all cases counted together, then the mean over classes; "
-         "large structures weigh more."),
-        ("Slice Dice", "Mean over slices with foreground of the foreground Dice of a slice."),
-        ("NSD", f"Normalised surface Dice: share of both surfaces that lies within {settings.nsd_tolerance_mm:g} mm "
-         "of the other."),
-        ("HD95", "95th percentile of the distances between the surfaces, in mm."),
-        ("Empty classes", "A class in only one of reference and prediction has Dice and NSD 0 and the image diagonal "
-         "as HD95. A class in neither has no value and is left out of means; such cases are counted."),
-        ("Success rate", f"Share of cases whose Dice under attack is below {settings.broken_below:g} of their clean "
-         "Dice. Cases without clean Dice, or with 0, are left out and counted. 95 % Wilson intervals."),
-        ("Worst attack", "Per case the lowest Dice over all white-box, black-box and transferred perturbations of "
-         "the same budget; noise, corruptions and targeted attacks are not among them."),
-        ("Area", "Area under the Dice-eps curve from 0 to the largest eps, on a linear axis, divided by that eps: "
-         "the mean Dice over budgets. Only cases with every point count."),
-        ("Smallest breaking perturbation", "RMS of the smallest perturbation found that breaks the case. Cases that "
-         "were not broken count as larger than any; the median has a distribution-free interval."),
-        ("95 % CI", "Bias-corrected and accelerated bootstrap over cases, with a fixed seed. It speaks of other cases "
-         "of the same kind, not of other trainings of the model."),
-        ("p", "Two-sided Wilcoxon signed-rank test over the cases that both models have, with Holm's correction for "
-         "all comparisons in this report. Effect: matched-pairs rank-biserial correlation, 1 where every case gains."),
-    ]  # fmt: skip
-
-
-def limits(run: Run, summary: Summary) -> list[str]:
-    """What the report cannot say."""
-    cases = min((c.n for c in summary.conditions if c.kind == "clean"), default=0)
-    return [
-        "Attacks give an upper bound on robustness. A stronger attack, or more steps, may lower every Dice here; no "
-        "number is a guarantee.",
-        "Where the plans resample, perturbations are made on the network's grid, and no file gives exactly the same "
-        "input; what is left of them on the image's own grid is known only for saved files.",
-        *(
-            [
-                "The input of a bundle is perturbed after its pre-processing. A file with that perturbation is "
-                "normalised anew, and clipped where the bundle clips, so that less of it may be left; saved files show "
-                "how much. Where sizes in original intensities are missing, the pre-processing is no line between "
-                "those and the network's; then neither such units nor adversarial files are available."
-            ]
-            if any(model.bundle for model in run.models)
-            else []
-        ),
-        "With several channels and the L2 norm a budget is the RMS over all channels together; one channel may take "
-        "more than its share.",
-        "Attacks keep the point of lowest Dice over the classes that the reference has. A class that it lacks and that "
-        "is predicted counts as Dice 0 in this report, but no attack looks for it.",
-        "Natural corruptions are applied to the images as they are given. Of skull-stripped images they also fill the "
-        "empty background, which a scanner would not do.",
-        f"{cases} cases of {run.dataset} were evaluated. Other scanners, protocols and patients may differ, and "
-        "intervals do not cover that.",
-        "Each model is one training. Differences between models include the chance of training, which the intervals "
-        "do not contain.",
-        "Adversarial perturbations are worst cases, not what scanners do. Noise and natural corruptions, where they "
-        "were run, say more about daily use.",
-        "Results of different classes, budgets and attacks on the same cases are not independent.",
-    ]
 
 
 def describe(condition: Condition) -> str:
