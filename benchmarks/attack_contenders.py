@@ -23,8 +23,8 @@ from torch import nn
 
 from ima_seg import Labels, Target, ThreatModel
 from ima_seg.attacks import GraphedPasses, pgd
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.network import frozen
-from ima_seg.attacks.sample_losses import dice_ce_loss
 from ima_seg.types import Norm
 
 #: Lengths of all steps together, in budgets: this package's default.

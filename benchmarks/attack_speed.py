@@ -44,8 +44,8 @@ from common import (
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
 from ima_seg import Labels, Target
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.network import full_precision
-from ima_seg.attacks.sample_losses import dice_ce_loss
 from ima_seg.files import write_text
 from ima_seg.ops import perturbation_size
 from ima_seg.types import Norm

@@ -22,8 +22,8 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import SearchSettings, boundary_search
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.network import frozen
-from ima_seg.attacks.sample_losses import dice_ce_loss
 
 STEPS = 20
 CASES: dict[str, tuple[int, tuple[int, ...], int]] = {

@@ -20,7 +20,7 @@ from monai.networks.nets import UNet
 
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import boundary_search, gaussian_noise, pgd
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.data.phantom import draw_case
 from ima_seg.methods.ledger import EpochSummary
 from ima_seg.ops import hard_dice

@@ -3,12 +3,12 @@ import pickle
 
 import pytest
 import torch
+from ima_seg.attacks.base import lost_dice
 
 from ima_seg.attacks import GOALS, UNTARGETED, Goal, apgd, appear, disappear, fgsm, ifgsm, pgd
 from ima_seg.attacks.apgd import checkpoints, stage_lengths
-from ima_seg.attacks.base import lost_dice
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.passes import Perturbed
-from ima_seg.attacks.sample_losses import dice_ce_loss
 from ima_seg.errors import UserError
 from ima_seg.ops import perturbation_size
 from ima_seg.types import Labels, Target, ThreatModel

@@ -4,8 +4,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-
 from ima_seg.attacks.base import UNTARGETED, Goal
+
 from ima_seg.attacks.minimal import minimal_norm
 from ima_seg.attacks.noise import gaussian_noise, uniform_noise
 from ima_seg.attacks.passes import Perturbed, forward

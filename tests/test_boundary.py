@@ -394,7 +394,7 @@ def test_pgd_on_a_network_is_as_strong_as_foolboxs(norm):
     foolbox = pytest.importorskip("foolbox")
     ep = pytest.importorskip("eagerpy")
     network, x, target = trained_unet(2)
-    from ima_seg.attacks.sample_losses import dice_ce_loss
+    from ima_seg.attacks.losses import dice_ce_loss
 
     eps = 0.3
     ours = pgd(network, x, target, eps=torch.full((6,), eps), steps=20, threat=ThreatModel(norm), start=False,

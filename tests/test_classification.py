@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from ima_seg.attacks.base import UNTARGETED
 
 from ima_seg import IMA, Classes, IMASettings, Labels, Target, ThreatModel, UserError
 from ima_seg.attacks import (
@@ -24,9 +25,8 @@ from ima_seg.attacks import (
     uniform_noise,
     vafa,
 )
-from ima_seg.attacks.base import UNTARGETED
+from ima_seg.attacks.losses import class_ce_loss
 from ima_seg.attacks.passes import Perturbed
-from ima_seg.attacks.sample_losses import class_ce_loss
 from ima_seg.ops import perturbation_size
 from tests.models import Linear
 from tests.test_graphs import Replayed

@@ -6,7 +6,7 @@ import torch
 from ima_seg import IMASettings, UserError
 from ima_seg.attacks import SearchSettings, boundary_search
 from ima_seg.attacks.boundary import loss_quality
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.methods.settings import AMAT
 from ima_seg.ops import hard_dice
 from ima_seg.types import Labels, Target, ThreatModel

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ima_seg import methods
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.errors import UserError
 from ima_seg.methods.trades import divergence
 from ima_seg.types import Labels, Target
