@@ -53,8 +53,11 @@ def apgd(
     A loss that changes with the progress (SegPGD's) is compared between steps as it was at each.
 
     Args:
-        problem, eps, restarts, start: as for :func:`ima_seg.attacks.pgd`.
+        problem: what is attacked.
+        eps: budget, as for :func:`ima_seg.attacks.pgd`.
         steps: gradient steps of each restart, over all stages.
+        restarts: as for PGD.
+        start: as for PGD.
         red_eps: stages of radius 2, 1.5 and 1 times ``eps`` with 3 : 3 : 4 of the steps, each from the projection of
             the point of greatest loss of the one before. Points beyond the budget are climbed over, never returned.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -50,7 +50,7 @@ class Problem:
     network: Network
     x: torch.Tensor
     target: Target
-    threat: ThreatModel = ThreatModel()
+    threat: ThreatModel = field(default_factory=ThreatModel)
     goal: Goal = UNTARGETED
     support: torch.Tensor | None = None
     precision: Precision = "auto"

@@ -38,10 +38,11 @@ def square(
     no box [0, 1] to clip to; windows lie where there is support; a window that would change nothing is flipped.
 
     Args:
-        problem, eps, restarts: as for :func:`ima_seg.attacks.pgd`. The loss is taken at progress 0 throughout, for its
-            values are compared.
+        problem: what is attacked; its loss is taken at progress 0 throughout, for the values are compared.
+        eps: budget, as for :func:`ima_seg.attacks.pgd`.
         queries: forwards per sample and restart, the start included; the clean image, the first row of the trace, costs
             one more.
+        restarts: how often to start anew.
         p_init: share of the voxels in the first windows; halved on the paper's schedule, scaled to ``queries``.
     """
     best, search = Best(problem, eps, queries), _Search(problem, eps)

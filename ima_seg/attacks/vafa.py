@@ -52,7 +52,9 @@ def vafa(
     above stands for a steepening tanh; images are edge-padded to whole blocks; the worst point visited is returned.
 
     Args:
-        problem, eps, steps: as for :func:`ima_seg.attacks.pgd`.
+        problem: what is attacked.
+        eps: budget, as for :func:`ima_seg.attacks.pgd`.
+        steps: gradient steps of each restart.
         restarts: the first starts at q = q_max as the paper does, the others at random tables.
         block: edge of a block, in voxels; an axis shorter than that is one block.
         headroom: see above. Above 1, for once the steps of the less harmful frequencies have shrunk the perturbation
