@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from monai.networks.nets import UNet
 
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
-from ima_seg.attacks import boundary_search, gaussian_noise, pgd
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks import Problem, boundary_search, gaussian_noise, pgd
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.data.phantom import draw_case
 from ima_seg.methods.ledger import EpochSummary
 from ima_seg.ops import hard_dice
@@ -140,10 +140,8 @@ def walk(network: torch.nn.Module, folder: Path) -> None:
     settings = IMASettings(steps=20).search(delta=0.02, multiple_of=1)
     recorder = Recorder(network, x, target)
     clean = hard_dice(network(x).detach(), target)
-    found = boundary_search(
-        recorder, x, target, eps=torch.tensor([eps]), threshold=torch.tensor([tau]), clean_quality=clean,
-        settings=settings, threat=THREAT, precision="fp32", generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
+    problem = Problem(recorder, x, target, THREAT, precision="fp32", generator=torch.Generator().manual_seed(3))
+    found = boundary_search(problem, eps, threshold=torch.tensor([tau]), clean_quality=clean, settings=settings)
     assert bool(found.crossed), "the figure shows a walk that crosses"
     voxels = x.numel() ** 0.5
     steps = next(i for i, dice in enumerate(recorder.dice) if dice < tau) + 1
@@ -293,10 +291,9 @@ def units(network: torch.nn.Module, folder: Path) -> None:
     for name, attack, options in (("Gaussian noise", gaussian_noise, {}), ("PGD, 20 steps", pgd, {"steps": 20})):
         row = []
         for eps in sizes:
-            hit = attack(
-                network, x, target, eps=torch.tensor([eps]), threat=THREAT, precision="fp32",
-                generator=torch.Generator().manual_seed(0), **options,
-            )  # fmt: skip
+            generator = torch.Generator().manual_seed(0)
+            problem = Problem(network, x, target, THREAT, precision="fp32", generator=generator)
+            hit = attack(problem, eps, **options)
             with torch.no_grad():
                 logits = network(hit.adversarial)
             row.append(

@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from monai.networks.nets import DenseNet
 
 import ima_seg
-from ima_seg import IMA, Classes, IMASettings, Target, ThreatModel, UserError
-from ima_seg.attacks import pgd
+from ima_seg import IMA, Classes, IMASettings, Target, UserError
+from ima_seg.attacks import Problem, pgd
 from ima_seg.files import write_text
 
 #: The keys of a MedMNIST file that are read.
@@ -178,11 +178,10 @@ def accuracy(network: torch.nn.Module, data: Data, classes: Classes, eps: float)
     """Share of the images whose answer is wholly right under PGD-20 of L2 size ``eps`` per voxel; 0 is clean."""
     right = 0
     for x, y in zip(data.images.split(100), data.answers.split(100), strict=True):
-        hit = pgd(
-            network, x, Target.from_raw(y, classes), eps=torch.full((len(x),), eps), threat=ThreatModel("l2"), steps=20,
-            precision="fp32", generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        right += int((hit.damage == 0).sum())
+        problem = Problem(
+            network, x, Target.from_raw(y, classes), precision="fp32", generator=torch.Generator().manual_seed(0)
+        )
+        right += int((pgd(problem, eps, steps=20).damage == 0).sum())
     return right / len(data.images)
 
 

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import torch
 
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.data.phantom import write_phantom_dataset
 from ima_seg.monai.bundle import load_bundle

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.data.phantom import write_phantom_dataset
-from ima_seg.evaluate.attack.problem import make_problem
+from ima_seg.evaluate.attack.problem import make_stage
 from ima_seg.nnunet.case import prepare_case, read_case
 from ima_seg.nnunet.folder import load_model
 from ima_seg.types import ThreatModel
@@ -103,8 +103,8 @@ class Phantoms:
         for name in names:
             images = sorted(self.images(flavour).glob(f"{name}_0*.nii.gz"))
             case = prepare_case(read_case(model, name, images, self.labels(flavour) / f"{name}.nii.gz"), model)
-            problem = make_problem(case, window, ThreatModel(), "slice" if model.is_2d else "volume")
-            shape = [2**3 * (size // 8) for size in problem.x.shape[2:]]
+            stage = make_stage(case, window, ThreatModel(), "slice" if model.is_2d else "volume")
+            shape = [2**3 * (size // 8) for size in stage.problem.x.shape[2:]]
             crop = (slice(None), slice(None), *(slice(0, size) for size in shape))
             reference = case.reference[0].movedim(1, 0) if model.is_2d else case.reference
             clean = case.clean[0].movedim(1, 0) if model.is_2d else case.clean

@@ -90,8 +90,8 @@ class Result:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda network, x, target, **_: Result(x), "the plain loop's is"),
-        (lambda network, x, target, eps, **_: Result(x + 1.01 * eps.max()), r"perturbation of 1\.01"),
+        (lambda problem, eps, **_: Result(problem.x), "the plain loop's is"),
+        (lambda problem, eps, **_: Result(problem.x + 1.01 * eps.max()), r"perturbation of 1\.01"),
     ],
 )
 def test_nothing_is_timed_or_written_when_ours_is_wrong(benchmark, broken, message, monkeypatch, tmp_path, capsys):

@@ -4,11 +4,10 @@ import pickle
 import pytest
 import torch
 
-from ima_seg.attacks import GOALS, UNTARGETED, Goal, apgd, appear, disappear, fgsm, ifgsm, pgd
+from ima_seg.attacks import GOALS, UNTARGETED, Goal, Problem, apgd, appear, disappear, fgsm, ifgsm, pgd
 from ima_seg.attacks.apgd import checkpoints, stage_lengths
-from ima_seg.attacks.base import lost_dice
-from ima_seg.attacks.passes import Perturbed
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.goals import lost_dice
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.errors import UserError
 from ima_seg.ops import perturbation_size
 from ima_seg.types import Labels, Target, ThreatModel
@@ -20,15 +19,23 @@ STEPS = 4
 LAST = Goal("last", UNTARGETED.loss, lambda logits, target: torch.zeros(len(logits)))
 
 
-def red_apgd(*args, **options):
-    return apgd(*args, red_eps=True, **options)
+def red_apgd(problem, eps, **options):
+    return apgd(problem, eps, red_eps=True, **options)
 
 
-ATTACKS = {"fgsm": fgsm, "ifgsm": ifgsm, "pgd": pgd, "apgd": apgd, "red_apgd": red_apgd}
+def one_step(problem, eps, *, steps, restarts=1):
+    return fgsm(problem, eps)
+
+
+def few_steps(problem, eps, *, steps, restarts=1):
+    return ifgsm(problem, eps, steps=steps)
+
+
+ATTACKS = {"fgsm": one_step, "ifgsm": few_steps, "pgd": pgd, "apgd": apgd, "red_apgd": red_apgd}
 #: The same without a random start.
 FROM_CLEAN = {
-    "fgsm": ({}, fgsm),
-    "ifgsm": ({}, ifgsm),
+    "fgsm": ({}, one_step),
+    "ifgsm": ({}, few_steps),
     "pgd": ({"start": False}, pgd),
     "apgd": ({"start": False}, apgd),
     "red_apgd": ({"start": False}, red_apgd),
@@ -51,7 +58,7 @@ def test_budgets_are_each_samples_own_used_up_and_never_exceeded(attack, norm, d
     network, x, target = problem(dims)
     eps = torch.tensor([0.0, 0.1, 0.5])
     for goal in (UNTARGETED, LAST):
-        hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm), steps=STEPS, goal=goal)
+        hit = attack(Problem(network, x, target, ThreatModel(norm), goal), eps, steps=STEPS)
         size = perturbation_size(hit.adversarial - x, norm)
         torch.testing.assert_close(size, hit.distance)
         assert (size <= eps * (1 + 1e-5) + 1e-6).all()
@@ -64,7 +71,7 @@ def test_the_hyperplane_is_crossed_at_its_distance_and_not_below(attack, options
     network, x, target = hyperplane_problem((9, 7))
     true = network.distance(x, norm).detach()
     for share, damage in ((0.999, 0.0), (1.001, 1.0)):
-        hit = attack(network, x, target, eps=true * share, threat=ThreatModel(norm), steps=10, **options)
+        hit = attack(Problem(network, x, target, ThreatModel(norm)), true * share, steps=10, **options)
         assert (hit.damage == damage).all()
         torch.testing.assert_close(hit.distance, true * share, rtol=1e-4, atol=0)
         assert torch.equal(lost_dice(network(hit.adversarial).detach(), target), hit.damage)
@@ -75,11 +82,11 @@ def test_the_hyperplane_is_crossed_at_its_distance_and_not_below(attack, options
 def test_batched_equals_one_at_a_time(attack, options, norm):
     network, x, target = trained_unet(2)
     x, target, eps = x[:3], target[torch.arange(3)], torch.tensor([0.1, 0.3, 0.6])
-    settings = {"threat": ThreatModel(norm), "steps": STEPS, **options}
-    together = attack(network, x, target, eps=eps, **settings)
+    problem = Problem(network, x, target, ThreatModel(norm))
+    together = attack(problem, eps, steps=STEPS, **options)
     for i in range(3):
         row = torch.tensor([i])
-        alone = attack(network, x[row], target[row], eps=eps[row], **settings)
+        alone = attack(problem.select(row), eps[row], steps=STEPS, **options)
         torch.testing.assert_close(alone.adversarial[0], together.adversarial[i], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(alone.trace[:, 0], together.trace[:, i], rtol=1e-3, atol=1e-4)
 
@@ -93,7 +100,7 @@ def test_network_is_left_as_it_was_found(attack):
     state = {name: value.clone() for name, value in network.state_dict().items()}
     modes = [m.training for m in network.modules()]
     flags = [p.requires_grad for p in network.parameters()]
-    hit = attack(network, x, target, eps=torch.full((3,), 0.1), threat=ThreatModel(), steps=2)
+    hit = attack(Problem(network, x, target), 0.1, steps=2)
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
     assert [m.training for m in network.modules()] == modes
     assert [p.requires_grad for p in network.parameters()] == flags
@@ -108,7 +115,7 @@ def test_only_the_support_of_the_image_channels_is_perturbed(attack, norm):
     support = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     support[..., 2:5, 3:7] = True
     eps = torch.full((3,), 0.2)
-    hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm, 2), steps=STEPS, support=support, goal=LAST)
+    hit = attack(Problem(network, x, target, ThreatModel(norm, 2), LAST, support=support), eps, steps=STEPS)
     delta = hit.adversarial - x
     assert torch.equal(hit.adversarial[:, 2:], x[:, 2:])
     assert (delta * ~support == 0).all()
@@ -119,33 +126,35 @@ def test_only_the_support_of_the_image_channels_is_perturbed(attack, norm):
 
 def test_random_starts_are_as_large_within_a_support_as_without():
     x, eps = torch.randn(4, 1, 16), torch.full((4,), 0.3)
+    target = Target.from_raw(torch.ones(4, 1, 16), Labels(2))
     support = torch.arange(16).view(1, 1, 16) < 3
     for norm in ("l2", "linf"):
         sizes = []
         for mask in (None, support):
-            batch = Perturbed(lambda x: x, x, ThreatModel(norm), support=mask)
-            delta = batch.random(eps, torch.Generator().manual_seed(1))
+            generator = torch.Generator().manual_seed(1)
+            batch = Problem(lambda x: x, x, target, ThreatModel(norm), support=mask, generator=generator)
+            delta = batch.random(eps)
             sizes.append(perturbation_size(delta, norm))
         assert (delta * ~support == 0).all()
         if norm == "l2":
             torch.testing.assert_close(*sizes)
-    empty = Perturbed(lambda x: x, x, ThreatModel(), support=support & False)
-    assert (empty.random(eps, None) == 0).all()
+    empty = Problem(lambda x: x, x, target, support=support & False)
+    assert (empty.random(eps) == 0).all()
 
 
 @pytest.mark.parametrize("support", [torch.ones(1, 1, 8, 8), torch.ones(1, 1, 7, 8).bool(), torch.ones(8, 8).bool()])
 def test_a_support_that_does_not_fit_is_refused(support):
     network, x, target = problem()
     with pytest.raises(UserError, match=r"support is .* expected bool that broadcasts to \(3, 1, 8, 8\)"):
-        pgd(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=1, support=support)
+        pgd(Problem(network, x, target, support=support), torch.ones(3), steps=1)
 
 
 def test_attacks_without_a_step_are_refused():
     network, x, target = problem()
     with pytest.raises(UserError, match="steps is 0"):
-        apgd(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=0)
+        apgd(Problem(network, x, target), torch.ones(3), steps=0)
     with pytest.raises(UserError, match="restarts is 2"):
-        pgd(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=1, restarts=2, keep="last")
+        pgd(Problem(network, x, target), torch.ones(3), steps=1, restarts=2, keep="last")
 
 
 @from_clean
@@ -158,7 +167,7 @@ def test_zero_gradients_stall_and_are_counted(attack, options):
     _, x, _ = problem()
     target = Target.from_raw(torch.ones(3, 1, 8, 8), Labels(2))
     eps = torch.full((3,), 0.1)
-    hit = attack(Flat(), x, target, eps=eps, threat=ThreatModel(), steps=STEPS, **options)
+    hit = attack(Problem(Flat(), x, target), eps, steps=STEPS, **options)
     assert hit.zero_gradient.tolist() == [1.0, 0.0, 1.0]
     assert torch.equal(hit.adversarial[::2], x[::2]) and torch.isfinite(hit.adversarial).all()
     torch.testing.assert_close(hit.distance, eps * torch.tensor([0.0, 1.0, 0.0]))
@@ -174,7 +183,7 @@ def test_nan_of_one_sample_leaves_the_others_alone(attack, always):
             far = perturbation_size(batch - x, "l2") > (-1 if always else 0.02)
             return torch.where((far & (torch.arange(3) == 1)).view(-1, 1, 1, 1), torch.nan, network(batch))
 
-    hit = attack(Breaks(), x, target, eps=torch.full((3,), 0.1), threat=ThreatModel(), steps=STEPS, goal=LAST)
+    hit = attack(Problem(Breaks(), x, target, goal=LAST), 0.1, steps=STEPS)
     assert torch.isfinite(hit.adversarial).all()
     assert hit.distance[1] <= 0.02 and bool(hit.damage[1].isnan()) == always
     others = torch.tensor([0, 2])
@@ -186,13 +195,13 @@ def test_nan_of_one_sample_leaves_the_others_alone(attack, always):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_precisions(attack, dtype):
     network, x, target = trained_unet(2)
-    eps = torch.full((6,), 0.5)
-    common = {"eps": eps, "threat": ThreatModel(), "steps": STEPS}
-    exact = attack(network, x, target, generator=torch.Generator().manual_seed(1), **common)
-    hit = attack(network.to(dtype), x.to(dtype), target, generator=torch.Generator().manual_seed(1), **common)
+    exact = attack(Problem(network, x, target, generator=torch.Generator().manual_seed(1)), 0.5, steps=STEPS)
+    hit = attack(
+        Problem(network.to(dtype), x.to(dtype), target, generator=torch.Generator().manual_seed(1)), 0.5, steps=STEPS
+    )
     assert hit.adversarial.dtype == dtype and hit.damage.dtype == hit.distance.dtype == torch.float32
     assert abs(hit.damage.mean() - exact.damage.mean()) < 0.1
-    cast = attack(network.float(), x, target, precision="bf16", **common)
+    cast = attack(Problem(network.float(), x, target, precision="bf16"), 0.5, steps=STEPS)
     assert cast.adversarial.dtype == torch.float32 and abs(cast.damage.mean() - exact.damage.mean()) < 0.1
 
 
@@ -203,7 +212,7 @@ def test_the_point_of_most_damage_within_the_budget_is_returned(attack, norm):
     eps = torch.full((6,), 0.3)
     visited = []
     network.register_forward_hook(lambda _, inputs, output: visited.append((inputs[0].detach(), output.detach())))
-    hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm), steps=6, restarts=2)
+    hit = attack(Problem(network, x, target, ThreatModel(norm)), eps, steps=6, restarts=2)
     assert hit.passes.total == 6 * len(visited)
     damages = []
     for point, logits in visited:
@@ -213,7 +222,7 @@ def test_the_point_of_most_damage_within_the_budget_is_returned(attack, norm):
     with torch.no_grad():
         torch.testing.assert_close(lost_dice(network(hit.adversarial), target), hit.damage, rtol=0, atol=0.02)
         assert (hit.damage >= lost_dice(network(x), target)).all()
-    assert hit.trace.shape == (2 if attack is fgsm else 7, 6)
+    assert hit.trace.shape == (2 if attack is one_step else 7, 6)
     assert (hit.trace.diff(dim=0) >= 0).all()
     torch.testing.assert_close(hit.trace[-1], hit.damage)
 
@@ -221,9 +230,10 @@ def test_the_point_of_most_damage_within_the_budget_is_returned(attack, norm):
 @pytest.mark.parametrize("attack", [pgd, apgd, red_apgd])
 def test_restarts_never_do_less_damage(attack):
     network, x, target = trained_unet(2)
-    common = {"eps": torch.full((6,), 0.3), "threat": ThreatModel(), "steps": STEPS}
     once, thrice = (
-        attack(network, x, target, restarts=restarts, generator=torch.Generator().manual_seed(3), **common)
+        attack(
+            Problem(network, x, target, generator=torch.Generator().manual_seed(3)), 0.3, steps=STEPS, restarts=restarts
+        )
         for restarts in (1, 3)
     )
     assert (thrice.damage >= once.damage).all() and (thrice.damage > once.damage).any()
@@ -238,11 +248,11 @@ def test_keeping_the_last_point_costs_gradient_passes_alone():
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
     unmeasured = Goal("unmeasured", UNTARGETED.loss, lambda logits, target: 1 / 0)
-    common = {"eps": torch.full((3,), 0.1), "threat": ThreatModel(), "steps": STEPS, "start": False}
-    hit = pgd(network, x, target, goal=unmeasured, keep="last", **common)
+    common = {"steps": STEPS, "start": False}
+    hit = pgd(Problem(network, x, target, goal=unmeasured), 0.1, keep="last", **common)
     assert len(calls) == STEPS and (hit.passes.gradients, hit.passes.forwards) == (3 * STEPS, 0)
     assert hit.damage.isnan().all() and hit.trace.shape == (0, 3)
-    torch.testing.assert_close(hit.adversarial, pgd(network, x, target, goal=LAST, **common).adversarial)
+    torch.testing.assert_close(hit.adversarial, pgd(Problem(network, x, target, goal=LAST), 0.1, **common).adversarial)
 
 
 @attacks
@@ -250,7 +260,7 @@ def test_the_host_never_waits_once_the_budgets_are_checked(attack):
     network, x, target = problem()
     support = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     with HostReads() as reads:
-        attack(network, x, target, eps=torch.ones(3), threat=ThreatModel(), steps=STEPS, restarts=2, support=support)
+        attack(Problem(network, x, target, support=support), torch.ones(3), steps=STEPS, restarts=2)
     assert reads.count == 1
 
 
@@ -260,8 +270,9 @@ def test_apgd_climbs_at_least_as_high_as_pgd(norm):
     reached = {}
     climb = Goal("climb", UNTARGETED.loss, dice_ce_loss)  # its best point is that of greatest loss
     for name, attack in {"pgd": pgd, "apgd": apgd}.items():
-        common = {"eps": torch.full((6,), 0.3), "threat": ThreatModel(norm), "start": False}
-        reached[name] = attack(network, x, target, steps=30, goal=climb, **common).damage.mean()
+        reached[name] = attack(
+            Problem(network, x, target, ThreatModel(norm), climb), 0.3, steps=30, start=False
+        ).damage.mean()
     assert reached["apgd"] >= reached["pgd"]
 
 
@@ -386,7 +397,7 @@ def test_targeted_goals_equal_loops_over_the_voxels(regions, ignore):
 def test_targeted_attacks_reach_their_goal(goal):
     network, x, target = trained_unet(2)
     clean = goal.damage(network(x).detach(), target)
-    hit = apgd(network, x, target, eps=torch.full((6,), 1.0), threat=ThreatModel(), steps=20, goal=goal)
+    hit = apgd(Problem(network, x, target, goal=goal), 1.0, steps=20)
     assert (hit.damage > clean + 0.2).all()
 
 
@@ -394,7 +405,7 @@ def test_targeted_attacks_reach_their_goal(goal):
 @pytest.mark.parametrize("name", GOALS)
 def test_every_loss_does_damage(name, norm):
     network, x, target = trained_unet(2)
-    hit = pgd(network, x, target, eps=torch.full((6,), 0.5), threat=ThreatModel(norm), steps=10, goal=GOALS[name])
+    hit = pgd(Problem(network, x, target, ThreatModel(norm), GOALS[name]), 0.5, steps=10)
     clean = lost_dice(network(x).detach(), target)
     assert (hit.damage > clean + 0.2).all()
 
@@ -410,5 +421,5 @@ def test_a_class_appears_next_to_the_decision_although_most_voxels_are_far_from_
 
     x = torch.zeros(1, 1, 64)
     target = Target.from_raw(torch.zeros(1, 1, 64), Labels(2))
-    hit = pgd(Ramp(), x, target, eps=torch.tensor([0.2]), threat=ThreatModel(), steps=10, goal=appear(0), start=False)
+    hit = pgd(Problem(Ramp(), x, target, goal=appear(0)), torch.tensor([0.2]), steps=10, start=False)
     assert hit.damage.item() == pytest.approx(8 / 64)

@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from ima_seg.attacks.base import UNTARGETED, Goal
-from ima_seg.attacks.minimal import minimal_norm
-from ima_seg.attacks.noise import gaussian_noise, uniform_noise
-from ima_seg.attacks.passes import Perturbed, forward
-from ima_seg.attacks.square import _bump_pair, _edges, _Search, square
-from ima_seg.attacks.vafa import _Quantised, block_transform, join, split, vafa
+from ima_seg.attacks import UNTARGETED, Goal, Problem, gaussian_noise, minimal_norm, square, uniform_noise, vafa
+from ima_seg.attacks.passes import forward
+from ima_seg.attacks.square import _bump_pair, _edges, _Search
+from ima_seg.attacks.vafa import _Quantised, block_transform, join, split
 from ima_seg.errors import UserError
 from ima_seg.ops import hard_dice, perturbation_size
 from ima_seg.types import Labels, Target, ThreatModel
@@ -20,10 +18,10 @@ from tests.test_boundary import HostReads, hyperplane_problem, trained_unet
 SHAPES = [(40,), (16, 12), (8, 10, 6)]
 
 
-def unbreakable(network, x, target, **options):
+def unbreakable(problem, eps, **options):
     """All searches of ``minimal_norm``, none of which can cross."""
-    ones = torch.ones(len(x))
-    return minimal_norm(network, x, target, threshold=-ones, clean_dice=ones, steps=3, rounds=3, **options)
+    ones = torch.ones(len(problem))
+    return minimal_norm(problem, eps, threshold=-ones, clean_quality=ones, steps=3, rounds=3, **options)
 
 
 ATTACKS = {
@@ -63,7 +61,7 @@ def seeded(seed=3):
 def test_the_budget_is_never_exceeded_and_is_used(name, norm, shape):
     network, x, target = problem(shape)
     eps = torch.tensor([0.0, 0.1, 0.3])
-    hit = ATTACKS[name](network, x, target, eps=eps, threat=ThreatModel(norm), goal=moved(network, x))
+    hit = ATTACKS[name](Problem(network, x, target, ThreatModel(norm), moved(network, x)), eps)
     size = perturbation_size(hit.adversarial - x, norm)
     torch.testing.assert_close(hit.distance, size, rtol=1e-4, atol=1e-6)
     assert (size <= eps * (1 + 1e-4) + 1e-7).all()
@@ -93,7 +91,7 @@ def test_a_seed_repeats_an_attack_and_another_does_not(name, norm):
 
     def attack(seed):
         return ATTACKS[name](
-            network, x, target, eps=torch.full((3,), 0.3), threat=ThreatModel(norm), goal=goal, generator=seeded(seed)
+            Problem(network, x, target, ThreatModel(norm), goal, generator=seeded(seed)), 0.3
         ).adversarial
 
     assert torch.equal(attack(1), attack(1))
@@ -108,10 +106,7 @@ def test_nothing_changes_outside_the_support_and_other_channels(name, norm, shap
     support = torch.zeros(1, 1, *shape, dtype=torch.bool)
     support[(0, 0) + (slice(2, 5),) * len(shape)] = True
     support = support | torch.tensor([False, False, True]).view(3, 1, *(1,) * len(shape))
-    hit = ATTACKS[name](
-        network, x, target, eps=torch.full((3,), 0.05), threat=ThreatModel(norm, 2), support=support,
-        goal=moved(network, x),
-    )  # fmt: skip
+    hit = ATTACKS[name](Problem(network, x, target, ThreatModel(norm, 2), moved(network, x), support=support), 0.05)
     change = hit.adversarial - x
     assert (change[:, 2:] == 0).all()
     assert (change[:, :2][~support.expand(3, 2, *shape)] == 0).all()
@@ -121,9 +116,7 @@ def test_nothing_changes_outside_the_support_and_other_channels(name, norm, shap
     assert (hit.distance <= 0.05 * (1 + 1e-4)).all()
     if name in ("gaussian", "square"):
         torch.testing.assert_close(hit.distance, torch.full((3,), 0.05), rtol=1e-4, atol=0)
-    nothing = ATTACKS[name](
-        network, x, target, eps=torch.full((3,), 0.05), threat=ThreatModel(norm), support=support & False
-    )
+    nothing = ATTACKS[name](Problem(network, x, target, ThreatModel(norm), support=support & False), 0.05)
     assert torch.equal(nothing.adversarial, x)
 
 
@@ -133,7 +126,7 @@ def test_the_network_is_left_as_it_was_found(name):
     network.first[0].weight.requires_grad_(False)
     state = copy.deepcopy(network.state_dict())
     _, x, target = problem((16, 12))
-    ATTACKS[name](network, x, target, eps=torch.full((3,), 0.3), threat=ThreatModel())
+    ATTACKS[name](Problem(network, x, target), 0.3)
     assert all(torch.equal(a, b) for a, b in zip(state.values(), network.state_dict().values(), strict=True))
     assert all(module.training for module in network.modules())
     assert [p.requires_grad for p in network.parameters()] == [False] + [True] * (len(list(network.parameters())) - 1)
@@ -152,9 +145,8 @@ def test_logits_that_are_not_finite_stay_in_their_row(name, when, value):
             changed = (batch != x).flatten(1).any(1) if when == "moved" else True
             return torch.where((victim & changed).view(-1, 1, 1, 1), value, network(batch))
 
-    common = {"eps": torch.full((3,), 0.3), "threat": ThreatModel()}
-    whole = ATTACKS[name](network, x, target, generator=seeded(), **common)
-    hit = ATTACKS[name](Broken(), x, target, generator=seeded(), **common)
+    whole = ATTACKS[name](Problem(network, x, target, generator=seeded()), 0.3)
+    hit = ATTACKS[name](Problem(Broken(), x, target, generator=seeded()), 0.3)
     assert torch.equal(hit.adversarial[~victim], whole.adversarial[~victim])
     assert torch.equal(hit.damage[~victim], whole.damage[~victim])
     assert torch.equal(hit.adversarial[victim], x[victim])
@@ -169,7 +161,7 @@ def test_no_attack_waits_for_the_device_once_it_runs(name, norm):
     support = torch.zeros(1, 1, 16, 12, dtype=torch.bool)
     support[..., 3:9, 3:9] = True
     with HostReads() as reads:
-        ATTACKS[name](network, x, target, eps=torch.full((3,), 0.3), threat=ThreatModel(norm), support=support)
+        ATTACKS[name](Problem(network, x, target, ThreatModel(norm), support=support), 0.3)
     assert reads.count == 1  # of the budgets, before anything runs
 
 
@@ -177,7 +169,7 @@ def test_no_attack_waits_for_the_device_once_it_runs(name, norm):
 @every_attack
 def test_other_floating_dtypes_are_attacked_too(name, dtype):
     network, x, target = problem((16, 12))
-    hit = ATTACKS[name](network.to(dtype), x.to(dtype), target, eps=torch.full((3,), 0.3), threat=ThreatModel())
+    hit = ATTACKS[name](Problem(network.to(dtype), x.to(dtype), target), 0.3)
     assert hit.adversarial.dtype == dtype and hit.damage.dtype == torch.float32
     assert (hit.distance <= 0.3 * 1.01).all()
 
@@ -186,16 +178,16 @@ def test_other_floating_dtypes_are_attacked_too(name, dtype):
 def test_bad_arguments_are_refused_by_name(name):
     network, x, target = problem((16, 12))
     with pytest.raises(UserError, match=r"eps has shape \(2,\)"):
-        ATTACKS[name](network, x, target, eps=torch.ones(2), threat=ThreatModel())
+        ATTACKS[name](Problem(network, x, target), torch.ones(2))
     with pytest.raises(UserError, match="restarts is 0"):
-        ATTACKS[name](network, x, target, eps=torch.ones(3), threat=ThreatModel(), restarts=0)
+        ATTACKS[name](Problem(network, x, target), torch.ones(3), restarts=0)
 
 
 def test_noise_has_the_distribution_that_it_names():
     network, x, target = problem((64, 64), batch=1)
-    common = {"eps": torch.tensor([0.5]), "goal": moved(network, x)}
-    gauss = gaussian_noise(network, x, target, threat=ThreatModel("l2"), **common).adversarial - x
-    flat = uniform_noise(network, x, target, threat=ThreatModel("linf"), **common).adversarial - x
+    goal = moved(network, x)
+    gauss = gaussian_noise(Problem(network, x, target, ThreatModel("l2"), goal), 0.5).adversarial - x
+    flat = uniform_noise(Problem(network, x, target, ThreatModel("linf"), goal), 0.5).adversarial - x
     # Mean of squares, and of fourth powers over its square: 3 for a Gaussian; a third, and 9 / 5 for a box.
     for noise, second, fourth in ((gauss, 0.25, 3.0), (flat, 0.25 / 3, 1.8)):
         torch.testing.assert_close(noise.square().mean().item(), second, rtol=0.05, atol=0)
@@ -208,18 +200,18 @@ def test_noise_has_the_distribution_that_it_names():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_square_does_more_damage_than_noise_of_as_many_queries(norm, dims):
     network, x, target = trained_unet(dims)
-    common = {"eps": torch.full((6,), 0.3), "threat": ThreatModel(norm)}
-    noise = gaussian_noise(network, x, target, restarts=60, **common)
-    found = square(network, x, target, queries=60, **common)
+    problem = Problem(network, x, target, ThreatModel(norm))
+    noise = gaussian_noise(problem, 0.3, restarts=60)
+    found = square(problem, 0.3, queries=60)
     assert found.damage.mean() > 1.5 * noise.damage.mean()
 
 
 @every_norm
 def test_square_reaches_a_hyperplane_that_noise_does_not(norm):
     network, x, target = hyperplane_problem((5, 6, 4))
-    common = {"eps": 2.5 * network.distance(x, norm).detach(), "threat": ThreatModel(norm)}
-    assert (square(network, x, target, queries=1000, **common).damage == 1).all()
-    assert (gaussian_noise(network, x, target, restarts=300, **common).damage < 1).all()
+    problem, eps = Problem(network, x, target, ThreatModel(norm)), 2.5 * network.distance(x, norm).detach()
+    assert (square(problem, eps, queries=1000).damage == 1).all()
+    assert (gaussian_noise(problem, eps, restarts=300).damage < 1).all()
 
 
 @every_norm
@@ -234,7 +226,7 @@ def test_square_keeps_what_raises_the_loss_and_proposes_one_window_at_a_time(nor
 
     goal = Goal("recorded", loss, lambda logits, target: UNTARGETED.loss(logits, target, 0.0))
     network.register_forward_pre_hook(lambda _, inputs: points.append(inputs[0] - x))
-    hit = square(network, x, target, eps=torch.tensor([eps]), threat=ThreatModel(norm), queries=40, goal=goal)
+    hit = square(Problem(network, x, target, ThreatModel(norm), goal), torch.tensor([eps]), queries=40)
     losses, points = torch.tensor(losses), points[1:]  # the clean one first
     assert len(losses) == len(points) == 40 and losses.max() > losses[0]
     torch.testing.assert_close(hit.trace[1:, 0], torch.cummax(losses, 0).values, rtol=1e-5, atol=1e-6)
@@ -276,15 +268,15 @@ def test_bumps_fall_off_as_in_the_paper():
 
 
 def test_windows_lie_where_there_is_support_and_anywhere_without():
-    network, x, _ = problem((16, 12), batch=200)
+    network, x, target = problem((16, 12), batch=200)
     eps = torch.ones(200)
     support = torch.zeros(1, 1, 16, 12, dtype=torch.bool)
     support[..., 15, 4] = True
-    search = _Search(Perturbed(network, x, ThreatModel(), support=support), eps, None)
+    search = _Search(Problem(network, x, target, support=support), eps)
     place = search._place(search._window((3, 5)))
     assert place.shape == (200, 1, 15)
     assert (place == 15 * 12 + 4).any(2).all() and place.max() < 16 * 12
-    search = _Search(Perturbed(network, x, ThreatModel()), eps, None)
+    search = _Search(Problem(network, x, target), eps)
     place = search._place(search._window((3, 5)))
     assert (place % 12).amin() == 0 and (place % 12).amax() == 11 and place.amin() == 0 and place.amax() // 12 == 15
     assert (place[..., 0] % 12 <= 12 - 5).all()
@@ -310,18 +302,18 @@ def test_blocks_are_transformed_as_by_scipy_and_back(shape):
 
 @every_norm
 def test_vafa_sets_the_scale_of_its_steps_from_the_budget(norm):
-    network, x, _ = problem((20, 24))
+    network, x, target = problem((20, 24))
     support = torch.zeros(1, 1, 20, 24, dtype=torch.bool)
     support[..., 4:16, :] = True
-    quantised = _Quantised(Perturbed(network, x, ThreatModel(norm), support=support), 8)
+    quantised = _Quantised(Problem(network, x, target, ThreatModel(norm), support=support), 8)
     eps = torch.tensor([0.01, 0.1, 0.2])
     q = quantised.uniform_step(eps, 1.5).view(-1, *(1,) * (quantised.coefficients.ndim - 1))
     torch.testing.assert_close(perturbation_size(quantised.perturbation(q), norm), 1.5 * eps, rtol=2e-3, atol=0)
 
 
 def test_a_quantised_coefficient_moves_to_the_smoothly_rounded_multiple():
-    network, x, _ = problem((8, 8))
-    quantised = _Quantised(Perturbed(network, x, ThreatModel()), 8)
+    network, x, target = problem((8, 8))
+    quantised = _Quantised(Problem(network, x, target), 8)
     z = quantised.coefficients / 0.7
     rounded = z - torch.sin(2 * torch.pi * z) / (2 * torch.pi)
     image = join(block_transform(0.7 * rounded, (8, 8), inverse=True), (8, 8))
@@ -335,21 +327,24 @@ def test_vafa_does_damage_and_leaves_empty_blocks_alone(norm, dims):
     network, x, target = trained_unet(dims)
     corner = (slice(None), slice(None)) + (slice(8),) * dims
     x[corner] = 0
-    hit = vafa(network, x, target, eps=torch.full((6,), 0.3), threat=ThreatModel(norm), steps=20)
+    hit = vafa(Problem(network, x, target, ThreatModel(norm)), 0.3, steps=20)
     clean = 1 - hard_dice(forward(network, x, None).detach(), target)
-    noise = gaussian_noise(network, x, target, eps=torch.full((6,), 0.3), threat=ThreatModel(norm))
+    noise = gaussian_noise(Problem(network, x, target, ThreatModel(norm)), 0.3)
     assert (hit.damage > clean + 0.02).all() and hit.damage.mean() > noise.damage.mean() + 0.02
     assert hit.adversarial[corner].abs().max() < 1e-6
     assert (hit.distance > 0.2).all() and (hit.zero_gradient == 0).all()
 
 
-def smallest(network, x, target, eps, norm, threshold=0.6, clean=None, **options):
+def smallest(network, x, target, eps, norm, threshold=0.6, clean=None, support=None, generator=None, **options):
     if clean is None:
         clean = hard_dice(forward(network, x, None).detach(), target)
     return minimal_norm(
-        network, x, target, eps=torch.as_tensor(eps).expand(len(x)).clone(), threat=ThreatModel(norm),
-        threshold=torch.full((len(x),), threshold), clean_dice=clean, **options,
-    )  # fmt: skip
+        Problem(network, x, target, ThreatModel(norm), support=support, generator=generator),
+        float(eps),
+        threshold=torch.full((len(x),), threshold),
+        clean_quality=clean,
+        **options,
+    )
 
 
 @every_norm

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ima_seg.attacks import SearchSettings, boundary_search, pgd
+from ima_seg.attacks import Problem, SearchSettings, boundary_search, pgd
 from ima_seg.attacks.network import autocast, frozen
-from ima_seg.attacks.passes import Perturbed
+from ima_seg.attacks.passes import Passes
 from ima_seg.errors import UserError
 from ima_seg.ops import hard_dice, perturbation_size
 from ima_seg.types import Labels, Target, ThreatModel
@@ -35,7 +35,7 @@ def hyperplane_problem(shape, channels=1, batch=5):
 def no_random_start(monkeypatch):
     """Starts at the clean image, so that the walk is a function of the sample alone."""
     monkeypatch.setattr(
-        "ima_seg.attacks.passes.random_start", lambda like, radius, norm, seeds, mask=None: torch.zeros_like(like)
+        "ima_seg.attacks.problem.random_start", lambda like, radius, norm, seeds, mask=None: torch.zeros_like(like)
     )
 
 
@@ -44,14 +44,11 @@ def search(network, x, target, eps, norm="l2", image_channels=None, tau=TAU, **s
     output = network(x)
     clean = hard_dice((output[0] if isinstance(output, list) else output).detach(), target)
     return boundary_search(
-        network,
-        x,
-        target,
-        eps=eps,
+        Problem(network, x, target, ThreatModel(norm, image_channels)),
+        eps,
         threshold=torch.full_like(eps, tau),
         clean_quality=clean,
         settings=SearchSettings(**settings),
-        threat=ThreatModel(norm, image_channels),
     )
 
 
@@ -83,7 +80,7 @@ def test_pgd_reaches_the_optimum_of_a_linear_network(norm):
     network, x, target = hyperplane_problem((9, 7))
     true = network.distance(x, norm).detach()
     for share, dice in ((0.999, 1.0), (1.001, 0.0)):
-        hit = pgd(network, x, target, eps=true * share, steps=10, threat=ThreatModel(norm), start=False)
+        hit = pgd(Problem(network, x, target, ThreatModel(norm)), true * share, steps=10, start=False)
         torch.testing.assert_close(hit.distance, true * share, rtol=1e-4, atol=0)
         assert (hard_dice(network(hit.adversarial), target) == dice).all()
 
@@ -184,18 +181,16 @@ def test_only_the_searched_samples_are_searched(no_random_start, multiple_of):
     network, x, target = trained_unet(2)
     eps = torch.tensor([0.2, 0.5, 1.0, 2.0, 3.0, 0.1])
     clean = hard_dice(network(x).detach(), target)
-    common = {"threat": ThreatModel(), "settings": SearchSettings(steps=10, multiple_of=multiple_of)}
+    common = {"settings": SearchSettings(steps=10, multiple_of=multiple_of)}
     everything = boundary_search(
-        network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=clean, **common
+        Problem(network, x, target), eps, threshold=torch.full_like(eps, TAU), clean_quality=clean, **common
     )
     searched = torch.tensor([False, True, False, True, False, True])
     sizes = []
     network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     some = boundary_search(
-        network,
-        x,
-        target,
-        eps=eps,
+        Problem(network, x, target),
+        eps,
         threshold=torch.full_like(eps, TAU),
         clean_quality=clean,
         searched=searched,
@@ -281,14 +276,7 @@ def test_network_is_left_as_it_was_found():
     network.second.eval()
     eps = torch.full((2,), 0.1)
     boundary_search(
-        network,
-        x,
-        target,
-        eps=eps,
-        threshold=-eps,
-        clean_quality=eps,
-        settings=SearchSettings(steps=2),
-        threat=ThreatModel(),
+        Problem(network, x, target), eps, threshold=-eps, clean_quality=eps, settings=SearchSettings(steps=2)
     )
     assert all(torch.equal(a, b) for a, b in zip(state.values(), network.state_dict().values(), strict=True))
     assert [m.training for m in network.modules()] == modes
@@ -340,42 +328,42 @@ def test_only_the_full_resolution_head_is_attacked():
     network = TinyUNet(2, outputs=2, heads=True)
     x = torch.randn(2, 1, 16, 16)
     target = Target.from_raw(torch.randint(0, 2, (2, 1, 16, 16)), Labels(2))
-    batch = Perturbed(network, x, ThreatModel())
+    passes = Passes(Problem(network, x, target))
     zero = torch.zeros_like(x)
-    gradient = batch.at(zero, target).gradient()
+    gradient = passes.at(zero).gradient()
     with torch.no_grad():
         network.low.weight.mul_(100)
-    torch.testing.assert_close(batch.at(zero, target).gradient(), gradient)
+    torch.testing.assert_close(passes.at(zero).gradient(), gradient)
 
 
 def test_bad_batches_are_refused_by_name():
     network, x, target = hyperplane_problem((9, 7))
     with pytest.raises(UserError, match=r"eps has shape \(2,\) for a batch of 5"):
-        pgd(network, x, target, eps=torch.ones(2), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x, target), torch.ones(2), steps=1)
     with pytest.raises(UserError, match=r"torch.int64"):
-        pgd(network, x.long(), target, eps=torch.ones(5), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x.long(), target), torch.ones(5), steps=1)
     with pytest.raises(UserError, match="'l1'"):
         ThreatModel("l1")
     with pytest.raises(UserError, match=r"-0\.5"):
-        pgd(network, x, target, eps=torch.tensor([1.0, -0.5, 1, 1, 1]), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x, target), torch.tensor([1.0, -0.5, 1, 1, 1]), steps=1)
     with pytest.raises(UserError, match="nan"):
-        pgd(network, x, target, eps=torch.full((5,), math.nan), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x, target), math.nan, steps=1)
     with pytest.raises(UserError, match=r"eps is torch.int64"):
-        pgd(network, x, target, eps=torch.ones(5, dtype=torch.long), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x, target), torch.ones(5, dtype=torch.long), steps=1)
     with pytest.raises(UserError, match=r"5 samples of 63 voxels, the batch \(5, 1, 9, 6\)"):
-        pgd(network, x[..., :-1], target, eps=torch.ones(5), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x[..., :-1], target), torch.ones(5), steps=1)
     with pytest.raises(UserError, match="reference is on meta"):
         elsewhere = target.map(lambda part: part.to("meta"))
-        pgd(network, x, elsewhere, eps=torch.ones(5), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x, elsewhere), torch.ones(5), steps=1)
     with pytest.raises(UserError, match="inf"):
-        pgd(network, x, target, eps=torch.full((5,), math.inf), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x, target), math.inf, steps=1)
     with pytest.raises(UserError, match="not empty"):
-        pgd(network, x[:0], target[:0], eps=torch.ones(0), steps=1, threat=ThreatModel())
+        pgd(Problem(network, x[:0], target[:0]), torch.ones(0), steps=1)
     one = torch.ones(5)
     for name, value in (("threshold", one[:1]), ("clean_quality", one[:, None]), ("searched", one), ("start", one)):
         given = {"threshold": one * 0.6, "clean_quality": one, name: value}
         with pytest.raises(UserError, match=name):
-            boundary_search(network, x, target, eps=one, settings=SearchSettings(), threat=ThreatModel(), **given)
+            boundary_search(Problem(network, x, target), one, settings=SearchSettings(), **given)
     for setting in (
         {"steps": 0},
         {"multiple_of": 0},
@@ -386,7 +374,7 @@ def test_bad_batches_are_refused_by_name():
         with pytest.raises(UserError, match=next(iter(setting))):
             SearchSettings(**setting)
     with pytest.raises(UserError, match="bf17"):
-        pgd(network, x, target, eps=torch.ones(5), steps=1, threat=ThreatModel(), precision="bf17")
+        pgd(Problem(network, x, target, precision="bf17"), torch.ones(5), steps=1)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -394,11 +382,10 @@ def test_pgd_on_a_network_is_as_strong_as_foolboxs(norm):
     foolbox = pytest.importorskip("foolbox")
     ep = pytest.importorskip("eagerpy")
     network, x, target = trained_unet(2)
-    from ima_seg.attacks.sample_losses import dice_ce_loss
+    from ima_seg.attacks.losses import dice_ce_loss
 
     eps = 0.3
-    ours = pgd(network, x, target, eps=torch.full((6,), eps), steps=20, threat=ThreatModel(norm), start=False,
-               keep="last")  # fmt: skip
+    ours = pgd(Problem(network, x, target, ThreatModel(norm)), eps, steps=20, start=False, keep="last")
     base = foolbox.attacks.L2PGD if norm == "l2" else foolbox.attacks.LinfPGD
 
     class Attack(base):
@@ -432,8 +419,13 @@ def test_one_host_read_per_step():
     clean = hard_dice(network(x).detach(), target)
     settings = SearchSettings(steps=7, refine_steps=4)
     with HostReads() as reads:
-        boundary_search(network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=clean,
-                        settings=settings, threat=ThreatModel())  # fmt: skip
+        boundary_search(
+            Problem(network, x, target),
+            eps,
+            threshold=torch.full_like(eps, TAU),
+            clean_quality=clean,
+            settings=settings,
+        )
     # And one before the first, of the budgets.
     assert 1 + 7 <= reads.count <= 1 + 7 + 4
 
@@ -453,9 +445,12 @@ def test_cuda_finds_the_hyperplane_and_waits_once_per_step(norm, no_random_start
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = boundary_search(
-                network, x, target, eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=torch.ones_like(eps),
-                settings=SearchSettings(steps=20, multiple_of=2), threat=ThreatModel(norm),
-            )  # fmt: skip
+                Problem(network, x, target, ThreatModel(norm)),
+                eps,
+                threshold=torch.full_like(eps, TAU),
+                clean_quality=torch.ones_like(eps),
+                settings=SearchSettings(steps=20, multiple_of=2),
+            )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchroniz" in str(warning.message) for warning in caught)
@@ -472,11 +467,11 @@ def test_a_given_start_is_projected_and_searched_from(norm):
     start[0] = 0  # no crossing from here in one step of a hundredth
     eps = torch.full((len(x),), 0.35)
     settings = SearchSettings(steps=1, step_factor=0.01)
-    options = dict(eps=eps, threshold=torch.full_like(eps, TAU), clean_quality=torch.ones_like(eps), settings=settings)
-    found = boundary_search(network, x, target, threat=ThreatModel(norm), start=start, **options)
+    options = dict(threshold=torch.full_like(eps, TAU), clean_quality=torch.ones_like(eps), settings=settings)
+    found = boundary_search(Problem(network, x, target, ThreatModel(norm)), eps, start=start, **options)
     distance = network.distance(x, norm)
     assert found.crossed.tolist() == [False, *(distance[1:] < 0.35).tolist()]
     torch.testing.assert_close(found.distance[found.crossed], distance[found.crossed], rtol=0.02, atol=1e-4)
     assert (found.distance[1:] <= 0.35 + 1e-5).all() and found.distance[0] < 0.01
     with pytest.raises(UserError, match=r"start is torch.float32 of shape \(5, 1, 9\)"):
-        boundary_search(network, x, target, threat=ThreatModel(norm), start=start[..., 0], **options)
+        boundary_search(Problem(network, x, target, ThreatModel(norm)), eps, start=start[..., 0], **options)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from ima_seg import IMA, Classes, IMASettings, Labels, Target, ThreatModel, UserError
 from ima_seg.attacks import (
     GOALS,
+    UNTARGETED,
+    Problem,
     SearchSettings,
     apgd,
     boundary_search,
@@ -19,14 +21,14 @@ from ima_seg.attacks import (
     gaussian_noise,
     ifgsm,
     minimal_norm,
+    passes,
     pgd,
     square,
     uniform_noise,
     vafa,
 )
-from ima_seg.attacks.base import UNTARGETED
-from ima_seg.attacks.passes import Perturbed
-from ima_seg.attacks.sample_losses import class_ce_loss
+from ima_seg.attacks.losses import class_ce_loss
+from ima_seg.attacks.passes import begin
 from ima_seg.ops import perturbation_size
 from tests.models import Linear
 from tests.test_graphs import Replayed
@@ -50,9 +52,13 @@ def search(network, x, target, eps, norm="l2", **options):
     clean = class_quality(network(x).detach(), target)[0]
     settings = SearchSettings(steps=40, refine_steps=10, refine_tolerance=0.01)
     return boundary_search(
-        network, x, target, eps=eps, threshold=torch.zeros_like(clean), clean_quality=clean, settings=settings,
-        threat=ThreatModel(norm), precision="fp32", **options,
-    )  # fmt: skip
+        Problem(network, x, target, ThreatModel(norm), precision="fp32"),
+        eps,
+        threshold=torch.zeros_like(clean),
+        clean_quality=clean,
+        settings=settings,
+        **options,
+    )
 
 
 def cross_entropy(y):
@@ -149,13 +155,11 @@ def test_logits_that_are_not_finite_are_no_quality():
 def test_outputs_that_fit_no_classifier_are_named():
     network, x, _, target = problem()
     with pytest.raises(UserError, match=r"shape \(8, 3, 1\); the reference of a classifier expects.*\(8, 3\)"):
-        pgd(
-            lambda x: network(x)[..., None], x, target, eps=torch.ones(8), threat=ThreatModel(), steps=1,
-        )  # fmt: skip
+        pgd(Problem(lambda x: network(x)[..., None], x, target), torch.ones(8), steps=1)
     with pytest.raises(UserError, match="8 samples of classes"):
-        pgd(network, x[:4], target, eps=torch.ones(4), threat=ThreatModel(), steps=1)
+        pgd(Problem(network, x[:4], target), torch.ones(4), steps=1)
     with pytest.raises(UserError, match="those of a segmentation"):
-        pgd(network, x, target, eps=torch.ones(8), threat=ThreatModel(), steps=1, goal=disappear(0))
+        pgd(Problem(network, x, target, goal=disappear(0)), torch.ones(8), steps=1)
 
 
 # --- attacks
@@ -176,11 +180,11 @@ ATTACKS = {
 def test_attacks_reduce_accuracy_within_the_budget_but_not_below_the_distance(attack, options, norm, multilabel):
     network, x, y, target = problem(multilabel=multilabel)
     true = network.distance(x, y, norm)
-    near = attack(network, x, target, eps=0.99 * true, threat=ThreatModel(norm), **options)
+    near = attack(Problem(network, x, target, ThreatModel(norm)), 0.99 * true, **options)
     assert (near.damage == 0).all(), "no image has a boundary nearer than its distance"
     # A random search is weaker, and the way that the mean loss takes is not the shortest to the nearest boundary.
     eps = true * (2.5 if attack is square else 1.3)
-    hit = attack(network, x, target, eps=eps, threat=ThreatModel(norm), **options)
+    hit = attack(Problem(network, x, target, ThreatModel(norm)), eps, **options)
     assert (perturbation_size(hit.adversarial - x, norm) <= eps * (1 + 1e-4)).all()
     logits = network(hit.adversarial)
     answers = (logits > 0).long() if multilabel else logits.argmax(1)
@@ -195,14 +199,14 @@ def test_two_classes_are_confused_exactly_at_the_distance():
         true = network.distance(x, y, norm)
         for attack, options in ((fgsm, {}), (ifgsm, {"steps": 8}), (pgd, {"steps": 8, "start": False})):
             for share, damage in ((0.999, 0), (1.001, 1)):
-                hit = attack(network, x, target, eps=share * true, threat=ThreatModel(norm), **options)
+                hit = attack(Problem(network, x, target, ThreatModel(norm)), share * true, **options)
                 assert (hit.damage == damage).all(), (norm, attack, share)
 
 
 def test_noise_and_vafa_take_classifiers():
     network, x, y, target = problem()
     for attack, options in ((gaussian_noise, {"restarts": 3}), (uniform_noise, {}), (vafa, {"steps": 3})):
-        hit = attack(network, x, target, eps=torch.full((8,), 0.5), threat=ThreatModel(), **options)
+        hit = attack(Problem(network, x, target), 0.5, **options)
         expected = (network(hit.adversarial).argmax(1) != y).float()
         torch.testing.assert_close(hit.damage, expected)
 
@@ -213,13 +217,13 @@ def test_batched_equals_one_at_a_time(multilabel):
     network, x = network.double(), x.double()  # the bracket of the boundary closes differently by rounding
     eps = torch.linspace(0.1, 1.0, 8)
     together = search(network, x, target, eps, start=torch.zeros_like(x))
-    attacked = apgd(network, x, target, eps=eps, threat=ThreatModel(), steps=5, start=False)
+    attacked = apgd(Problem(network, x, target), eps, steps=5, start=False)
     for i in range(8):
         row = torch.tensor([i])
         alone = search(network, x[row], target[row], eps[row], start=torch.zeros_like(x[row]))
         torch.testing.assert_close(alone.adversarial[0], together.adversarial[i], rtol=1e-4, atol=1e-5)
         assert alone.crossed[0] == together.crossed[i]
-        alone = apgd(network, x[row], target[row], eps=eps[row], threat=ThreatModel(), steps=5, start=False)
+        alone = apgd(Problem(network, x[row], target[row]), eps[row], steps=5, start=False)
         torch.testing.assert_close(alone.adversarial[0], attacked.adversarial[i], rtol=1e-4, atol=1e-5)
 
 
@@ -241,31 +245,32 @@ def test_minimal_norm_measures_the_distance():
     y = torch.cat([y[:7], 1 - y[7:]])
     target = Target.from_raw(y, Classes(2))
     clean = class_quality(network(x).detach(), target)[0]
-    found = minimal_norm(
-        network, x, target, eps=3 * true, threshold=torch.zeros(8), clean_dice=clean, threat=ThreatModel(), rounds=8
-    )
+    found = minimal_norm(Problem(network, x, target), 3 * true, threshold=torch.zeros(8), clean_quality=clean, rounds=8)
     assert found.broken.all() and found.foreground.all() and found.crossing[7] == 0
     torch.testing.assert_close(found.crossing[:7], true[:7], rtol=0.02, atol=0)
 
 
 def test_captured_passes_do_the_same(monkeypatch):
     network, x, _, target = problem()
-    options = {"eps": torch.full((8,), 0.6), "threat": ThreatModel(), "steps": 5, "start": False}
-    plain = pgd(network, x, target, **options)
+    given = Problem(network, x, target)
+    plain = pgd(given, 0.6, steps=5, start=False)
     with Replayed() as graphs:
-        captured = [pgd(network, x, target, **options) for _ in range(2)]
+        captured = [pgd(given, 0.6, steps=5, start=False) for _ in range(2)]
     assert graphs.replays > 0
     for result in captured:
         torch.testing.assert_close(result.adversarial, plain.adversarial)
 
 
-def test_scale_of_the_loss_in_float16_begins_at_one():
+def test_scale_of_the_loss_in_float16_begins_at_one(monkeypatch):
     network, x, _, target = problem()
-    batch = Perturbed(network, x, ThreatModel(), "fp32")
+    given = Problem(network, x, target, precision="fp32")
     seen = []
-    begin = batch.begin
-    batch.begin = lambda delta, target, scale, progress: seen.append(scale) or begin(delta, target, scale, progress)
-    batch.at(batch.zero(), target)
+    monkeypatch.setattr(
+        passes,
+        "begin",
+        lambda problem, delta, scale, progress: seen.append(scale) or begin(problem, delta, scale, progress),
+    )
+    passes.Passes(given).at(given.zero())
     assert torch.equal(seen[0], torch.ones(8)), "the loss is no mean over voxels, whose number would overflow"
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from ima_seg import IMASettings, UserError
-from ima_seg.attacks import SearchSettings, boundary_search
-from ima_seg.attacks.boundary import loss_quality
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks import Problem, SearchSettings, boundary_search
+from ima_seg.attacks.losses import dice_ce_loss
+from ima_seg.attacks.quality import loss_quality
 from ima_seg.methods.settings import AMAT
 from ima_seg.ops import hard_dice
-from ima_seg.types import Labels, Target, ThreatModel
+from ima_seg.types import Labels, Target
 from tests.test_boundary import hyperplane_problem, trained_unet
 from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima
 
@@ -29,10 +29,15 @@ def test_search_finds_where_the_loss_reaches_the_threshold():
     searched = clean > -threshold
     assert searched.sum() > 0 and not torch.allclose(high, network.distance(x, "l2").detach(), rtol=0.1)
     found = boundary_search(
-        network, x, target, eps=torch.full((len(x),), 3.0), threshold=torch.full((len(x),), -threshold),
-        clean_quality=clean, searched=searched, settings=SearchSettings(steps=40, **PRECISE), threat=ThreatModel(),
-        quality=loss_quality, start=torch.zeros_like(x), precision="fp32",
-    )  # fmt: skip
+        Problem(network, x, target, precision="fp32"),
+        3.0,
+        threshold=torch.full((len(x),), -threshold),
+        clean_quality=clean,
+        searched=searched,
+        settings=SearchSettings(steps=40, **PRECISE),
+        quality=loss_quality,
+        start=torch.zeros_like(x),
+    )
     assert torch.equal(found.crossed, searched)
     loss = 1 + dice_ce_loss(network(found.adversarial), target).detach()
     torch.testing.assert_close(loss[searched], torch.full_like(loss[searched], threshold), rtol=0, atol=2e-3)

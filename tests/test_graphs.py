@@ -5,11 +5,10 @@ import logging
 import pytest
 import torch
 
-from ima_seg.attacks import GraphedPasses, SearchSettings, apgd, boundary_search, pgd
-from ima_seg.attacks.losses import GOALS
-from ima_seg.attacks.passes import LossScale, Perturbed
+from ima_seg.attacks import GOALS, GraphedPasses, Problem, SearchSettings, apgd, boundary_search, pgd
+from ima_seg.attacks.passes import LossScale, Passes
 from ima_seg.ops import hard_dice
-from ima_seg.types import Labels, Target, ThreatModel
+from ima_seg.types import Labels, Target
 from tests.models import TinyUNet
 
 
@@ -18,7 +17,7 @@ class Replayed(GraphedPasses):
 
     replays = 0
 
-    def _obstacle(self, batch):
+    def _obstacle(self, problem):
         return None
 
     def _record(self, work, device):
@@ -44,19 +43,19 @@ def problem(regions=False, seed=0):
 
 
 def attacks(network, x, target):
-    eps, common = torch.linspace(0.0, 0.4, 5), {"threat": ThreatModel(), "precision": "fp32"}
+    eps = torch.linspace(0.0, 0.4, 5)
     support = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.7
-    seeded = lambda: torch.Generator().manual_seed(1)  # noqa: E731
-    yield pgd(network, x, target, eps=eps, steps=3, generator=seeded(), **common)
-    yield pgd(network, x, target, eps=eps, steps=3, support=support, keep="last", generator=seeded(), **common)
-    yield apgd(network, x, target, eps=eps, steps=5, generator=seeded(), **common)
+
+    def seeded(**options):
+        return Problem(network, x, target, precision="fp32", generator=torch.Generator().manual_seed(1), **options)
+
+    yield pgd(seeded(), eps, steps=3)
+    yield pgd(seeded(support=support), eps, steps=3, keep="last")
+    yield apgd(seeded(), eps, steps=5)
     # Its loss changes with the progress of the attack, which a graph holds in a tensor.
-    yield pgd(network, x, target, eps=eps, steps=4, goal=GOALS["segpgd"], generator=seeded(), **common)
+    yield pgd(seeded(goal=GOALS["segpgd"]), eps, steps=4)
     clean = hard_dice(network(x).detach(), target)
-    yield boundary_search(
-        network, x, target, eps=eps, threshold=clean * 0.8, clean_quality=clean, settings=SearchSettings(steps=6),
-        generator=seeded(), **common,
-    )  # fmt: skip
+    yield boundary_search(seeded(), eps, threshold=clean * 0.8, clean_quality=clean, settings=SearchSettings(steps=6))
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -77,7 +76,6 @@ def test_replayed_passes_find_what_the_passes_themselves_find(regions):
 def test_a_batch_and_a_support_may_change_in_place():
     network, graphs = TinyUNet(2).eval(), Replayed()
     x, target = problem()
-    options = {"eps": torch.full((5,), 0.3), "threat": ThreatModel(), "steps": 3, "start": False}
     for change in (
         lambda: None,
         lambda: x.copy_(torch.randn_like(x)),
@@ -86,9 +84,10 @@ def test_a_batch_and_a_support_may_change_in_place():
         change()
         for support in (None, torch.arange(16) < 5, torch.arange(16) > 9):
             support = None if support is None else support.expand(1, 1, 16, 16)
-            expected = pgd(network, x, target, support=support, **options)
+            given = Problem(network, x, target, support=support)
+            expected = pgd(given, 0.3, steps=3, start=False)
             with graphs:
-                found = pgd(network, x, target, support=support, **options)
+                found = pgd(given, 0.3, steps=3, start=False)
             torch.testing.assert_close(found.adversarial, expected.adversarial, atol=1e-4, rtol=1e-4)
     assert len(graphs) == 2
 
@@ -134,7 +133,7 @@ def test_the_number_of_graphs_is_bounded(monkeypatch, caplog):
     for size in (8, 12, 16):
         target = Target.from_raw(torch.ones(2, 1, size, size), Labels(3))
         with graphs:
-            pgd(network, torch.randn(2, 1, size, size), target, eps=torch.ones(2), steps=1, threat=ThreatModel())
+            pgd(Problem(network, torch.randn(2, 1, size, size), target), torch.ones(2), steps=1)
     assert len(graphs) == 2 and "2 have been captured" in caplog.text
 
 
@@ -155,14 +154,14 @@ class Flushes(torch.autograd.Function):
 def test_float16_gradients_that_vanish_or_leave_the_range_come_back(share):
     network = TinyUNet(2).eval().requires_grad_(False)
     x, target = problem()
-    batch = Perturbed(lambda image: network(Flushes.apply(image, share)), x, ThreatModel(), "fp32")
-    zero = batch.zero()
-    expected = Perturbed(network, x, ThreatModel(), "fp32").at(zero, target).gradient()
-    first = batch.at(zero, target).gradient()
+    flushed = Problem(lambda image: network(Flushes.apply(image, share)), x, target, precision="fp32")
+    passes, zero = Passes(flushed), flushed.zero()
+    expected = Passes(Problem(network, x, target, precision="fp32")).at(zero).gradient()
+    first = passes.at(zero).gradient()
     assert (first == 0).all() or not torch.isfinite(first).all(), "else there is nothing to guard"
-    batch.scale = LossScale(batch.scale.scale, 256, follows=True)
+    passes.scale = LossScale(passes.scale.scale, 256, follows=True)
     for _ in range(8):
-        gradient = batch.at(zero, target).gradient()
+        gradient = passes.at(zero).gradient()
         assert torch.isfinite(gradient).all()
     direction = torch.nn.functional.cosine_similarity(gradient.flatten(1), expected.flatten(1))
     assert (direction > 0.99).all()
@@ -174,9 +173,12 @@ def test_a_step_skipped_for_its_scale_is_not_taken_for_a_gradient_of_zero():
     model = lambda image: network(Flushes.apply(image.float(), 2.0**20))  # noqa: E731
     clean = hard_dice(network(x), target)
     found = boundary_search(
-        model, x.half(), target, eps=torch.full((5,), 0.2), threshold=clean * 0, clean_quality=clean,
-        settings=SearchSettings(steps=8), threat=ThreatModel(), precision="fp32",
-    )  # fmt: skip
+        Problem(model, x.half(), target, precision="fp32"),
+        0.2,
+        threshold=clean * 0,
+        clean_quality=clean,
+        settings=SearchSettings(steps=8),
+    )
     assert found.finite.all() and not found.stalled.any() and (found.distance > 0.05).all()
 
 
@@ -197,11 +199,10 @@ def test_cuda_graphs_find_what_passes_find(precision):
     for seed in (0, 1):
         x, target = problem(seed=seed)
         x, target = x.cuda(), target.map(torch.Tensor.cuda)
-        common = {"eps": torch.full((5,), 0.2, device="cuda"), "threat": ThreatModel(), "steps": 5,
-                  "precision": precision, "start": False}  # fmt: skip
-        expected = pgd(network, x, target, **common)
+        given = Problem(network, x, target, precision=precision)
+        expected = pgd(given, 0.2, steps=5, start=False)
         with graphs:
-            found = pgd(network, x, target, **common)
+            found = pgd(given, 0.2, steps=5, start=False)
         torch.testing.assert_close(found.damage, expected.damage, atol=0.02, rtol=0)
         torch.testing.assert_close(found.distance, expected.distance, rtol=1e-3, atol=0)
     assert len(graphs) == 1

@@ -294,7 +294,7 @@ def test_a_backend_asked_for_never_gives_way(monkeypatch):
 @norms
 def test_an_attack_on_kernels_finds_what_it_finds_on_the_reference(norm):
     from ima_seg import ThreatModel
-    from ima_seg.attacks import pgd
+    from ima_seg.attacks import Problem, pgd
     from ima_seg.ops import use_backend
     from tests.models import TinyUNet
 
@@ -306,8 +306,9 @@ def test_an_attack_on_kernels_finds_what_it_finds_on_the_reference(norm):
     for name in ("reference", "triton"):
         with use_backend(name):
             generator = torch.Generator(DEVICE).manual_seed(1)
-            found.append(pgd(network, x, target, eps=eps, threat=ThreatModel(norm), steps=4, precision="fp32",
-                             generator=generator))  # fmt: skip
+            found.append(
+                pgd(Problem(network, x, target, ThreatModel(norm), precision="fp32", generator=generator), eps, steps=4)
+            )
     close(found[1].damage, found[0].damage, atol=0.02)
     close(found[1].distance, found[0].distance, rtol=1e-3)
     close(found[1].adversarial, found[0].adversarial, atol=0.05)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ima_seg import methods
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.errors import UserError
 from ima_seg.methods.trades import divergence
 from ima_seg.types import Labels, Target
@@ -23,7 +23,7 @@ def start(monkeypatch):
     """Attacks start at this fixed point instead of a random one: (B, 1, 12, 12)."""
     point = 0.05 * torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(7))
     monkeypatch.setattr(
-        "ima_seg.attacks.passes.random_start", lambda like, radius, norm, seeds, mask=None: point[-len(like) :]
+        "ima_seg.attacks.problem.random_start", lambda like, radius, norm, seeds, mask=None: point[-len(like) :]
     )
     return point
 

@@ -5,8 +5,8 @@ import torch
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss, FocalLoss
 
-from ima_seg import Labels, Target, ThreatModel, UserError
-from ima_seg.attacks import pgd
+from ima_seg import Labels, Target, UserError
+from ima_seg.attacks import Problem, pgd
 from ima_seg.monai import Attack, AttackBatchd, per_sample
 from ima_seg.ops import perturbation_size
 from tests.models import TinyUNet
@@ -44,8 +44,11 @@ def test_it_is_pgd_and_repeats_itself_from_a_random_state():
     found = attack(batch)["image"].as_tensor()
     assert torch.equal(found, attack.set_random_state(5)(batch)["image"].as_tensor())
     seed = int(attack.set_random_state(5).R.randint(2**31))
-    direct = pgd(attack.network, image, Target.from_raw(y, Labels(2)), eps=torch.full((2,), 0.2), threat=ThreatModel(),
-                 generator=torch.Generator().manual_seed(seed), **OPTIONS).adversarial  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    problem = Problem(
+        attack.network, image, Target.from_raw(y, Labels(2)), precision=OPTIONS["precision"], generator=generator
+    )
+    direct = pgd(problem, 0.2, steps=OPTIONS["steps"]).adversarial
     assert torch.equal(found, direct)
 
 

@@ -16,8 +16,8 @@ from monai.losses import DiceLoss
 from monai.metrics import DiceMetric
 from torch.nn.parallel import DistributedDataParallel
 
-from ima_seg import Labels, Target, ThreatModel, UserError
-from ima_seg.attacks import pgd
+from ima_seg import Labels, Target, UserError
+from ima_seg.attacks import Problem, pgd
 from ima_seg.monai import Attack, MarginLedgerHandler, RobustnessHandler
 from tests.models import Hyperplane, TinyUNet, leave
 from tests.monai_data import IMA, items, loader, make_trainer
@@ -197,9 +197,9 @@ def test_whole_images_are_attacked_through_the_sliding_window():
     found = trainer.state.metrics
     # The same by hand, with the graph of all windows kept.
     x, y = (torch.stack([item[key].as_tensor() for item in data]) for key in ("image", "label"))
-    options = {"threat": ThreatModel(), "steps": 3, "precision": "fp32", "generator": torch.Generator().manual_seed(0)}
-    target, eps = Target.from_raw(y, Labels(3)), torch.full((2,), 0.5)
-    result = pgd(lambda t: inferer(t, network), x, target, eps=eps, **options)
+    problem = Problem(lambda t: inferer(t, network), x, Target.from_raw(y, Labels(3)), precision="fp32",
+                      generator=torch.Generator().manual_seed(0))  # fmt: skip
+    result = pgd(problem, 0.5, steps=3)
     for level, images in (("clean", x), ("0.5", result.adversarial)):
         predicted = torch.nn.functional.one_hot(inferer(images, network).argmax(1), 3).movedim(-1, 1)
         expected = DiceMetric(include_background=False, reduction="mean_batch")

@@ -21,9 +21,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from benchmarks.shared.measuring import alternate, number_of_process, peak_memory, provenance, ratio, store
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
-from ima_seg.attacks import SearchSettings, boundary_search
+from ima_seg.attacks import Problem, SearchSettings, boundary_search
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.network import frozen
-from ima_seg.attacks.sample_losses import dice_ce_loss
 
 STEPS = 20
 CASES: dict[str, tuple[int, tuple[int, ...], int]] = {
@@ -62,11 +62,9 @@ def bare_passes(network: Any, x: torch.Tensor, target: Target) -> None:
 
 def search(network: Any, x: torch.Tensor, target: Target, norm: Any) -> None:
     """The boundary search, all steps."""
-    eps = torch.full((len(x),), 0.1, device=x.device)
-    found = boundary_search(
-        network, x, target, eps=eps, threshold=-torch.ones_like(eps), clean_quality=torch.ones_like(eps),
-        settings=SearchSettings(steps=STEPS), threat=ThreatModel(norm), precision="fp32",
-    )  # fmt: skip
+    problem, one = Problem(network, x, target, ThreatModel(norm), precision="fp32"), torch.ones(len(x), device=x.device)
+    settings = SearchSettings(steps=STEPS)
+    found = boundary_search(problem, 0.1 * one, threshold=-one, clean_quality=one, settings=settings)
     assert found.passes.gradients == STEPS * len(x), "the comparison needs all passes"
     assert not found.crossed.any()
 

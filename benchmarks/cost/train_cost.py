@@ -36,7 +36,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from benchmarks.shared.measuring import RESULTS, alternate, provenance, ratio, store
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
-from ima_seg.attacks import pgd
+from ima_seg.attacks import Problem, pgd
 from ima_seg.files import write_text
 from ima_seg.methods.settings import FAST
 from ima_seg.ops import hard_dice
@@ -209,11 +209,9 @@ class Contest:
         """Fixed noise: PGD of 20 steps in float32, training on the perturbed batch alone."""
         for x, y, _ in self.batches:
             self.optimiser.zero_grad(set_to_none=True)
-            eps = torch.full((len(x),), 0.1, device=x.device)
-            hit = pgd(
-                self.network, x, Target.from_raw(y[0], LABELS), eps=eps, steps=20, threat=ThreatModel("l2"),
-                keep="last", precision="fp32",
-            )  # fmt: skip
+            target = Target.from_raw(y[0], LABELS)
+            problem = Problem(self.network, x, target, ThreatModel("l2"), precision="fp32")
+            hit = pgd(problem, 0.1, steps=20, keep="last")
             value = self.loss_of(self.forward(self.network, hit.adversarial), y)
             self.backward(value)
             self.step()

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from benchmarks.shared.measuring import RESULTS, again, command_line
-from ima_seg.attacks import pgd
+from ima_seg.attacks import Problem, pgd
 from ima_seg.files import write_text
 from ima_seg.methods.settings import IMASettings
 from ima_seg.nnunet.folder import load_model
@@ -154,11 +154,8 @@ def robust_dice(
         for start in range(0, len(x), 64):
             batch, target = x[start : start + 64], Target.from_raw(y[start : start + 64], labels)
             if level:
-                eps = torch.full((len(batch),), level * radius, device=x.device)
-                hit = pgd(
-                    network, batch, target, eps=eps, steps=20, threat=ThreatModel("l2"), keep="last", precision="fp32"
-                )
-                batch = hit.adversarial
+                problem = Problem(network, batch, target, ThreatModel("l2"), precision="fp32")
+                batch = pgd(problem, level * radius, steps=20, keep="last").adversarial
             with torch.no_grad():
                 scores += hard_dice(network(batch), target).tolist()
         result.append(scores)

@@ -23,8 +23,9 @@ from torch import nn
 
 from ima_seg import Labels, Target, ThreatModel
 from ima_seg.attacks import GraphedPasses, pgd
-from ima_seg.attacks.network import frozen
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks import Problem as Given
+from ima_seg.attacks.losses import dice_ce_loss
+from ima_seg.attacks.network import Precision, frozen
 from ima_seg.types import Norm
 
 #: Lengths of all steps together, in budgets: this package's default.
@@ -140,21 +141,19 @@ def plain_loop(problem: Problem) -> Attack:
     return run
 
 
-def ours(precision: str) -> Callable[[Problem], Attack]:
+def ours(precision: Precision) -> Callable[[Problem], Attack]:
     """``ima_seg.attacks.pgd`` in ``precision``, as training calls it; with its own precision, on CUDA, in graphs."""
 
     def make(problem: Problem) -> Attack:
         eps = torch.full((len(problem.x),), problem.eps, device=problem.x.device)
-        threat = ThreatModel(problem.norm)
+        given = Given(problem.network, problem.x, problem.target, ThreatModel(problem.norm), precision=precision)
         captured = precision == "auto" and problem.x.is_cuda
         graphs = GraphedPasses() if captured else contextlib.nullcontext()
 
         def run() -> torch.Tensor:
             with graphs:
-                return pgd(
-                    problem.network, problem.x, problem.target, eps=eps, threat=threat, steps=problem.steps,
-                    step_factor=STEP_FACTOR, start=False, keep="last", precision=precision,
-                ).adversarial  # fmt: skip
+                hit = pgd(given, eps, steps=problem.steps, step_factor=STEP_FACTOR, start=False, keep="last")
+                return hit.adversarial
 
         return run
 

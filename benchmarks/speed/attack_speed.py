@@ -44,8 +44,8 @@ from benchmarks.shared.measuring import (
 from benchmarks.speed.attack_contenders import CONTENDERS, Contender, Problem, alters, floor, plain_loop
 from benchmarks.speed.attack_tables import bars, tables
 from ima_seg import Labels, Target
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.network import full_precision
-from ima_seg.attacks.sample_losses import dice_ce_loss
 from ima_seg.files import write_text
 from ima_seg.ops import perturbation_size
 from ima_seg.types import Norm

@@ -25,7 +25,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from benchmarks.shared.measuring import alternate, number_of_process, peak_memory, provenance, ratio, store
 from ima_seg import Labels, Target
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.nnunet.tiling import SlidingWindow
 
 CLASSES = 3

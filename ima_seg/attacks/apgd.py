@@ -6,11 +6,10 @@ import math
 
 import torch
 
-from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
-from ima_seg.attacks.network import Precision, frozen
-from ima_seg.attacks.passes import Best, Perturbed, all_finite, check_batch, check_counts
+from ima_seg.attacks.passes import all_finite
+from ima_seg.attacks.problem import Problem, attack
+from ima_seg.attacks.result import AttackResult, Best
 from ima_seg.ops import gradient_step, per_row, perturbation_size, project
-from ima_seg.types import Network, Target, ThreatModel
 
 #: Share of the new step in the sum with the momentum; the first step has no momentum.
 MOMENTUM = 0.75
@@ -38,22 +37,9 @@ def stage_lengths(steps: int, red_eps: bool) -> list[tuple[float, int]]:
     return [(radius, length) for radius, length in lengths if length]
 
 
-@torch.no_grad()
+@attack
 def apgd(
-    model: Network,
-    x: torch.Tensor,
-    target: Target,
-    *,
-    eps: torch.Tensor,
-    threat: ThreatModel,
-    steps: int,
-    restarts: int = 1,
-    goal: Goal = UNTARGETED,
-    support: torch.Tensor | None = None,
-    precision: Precision = "auto",
-    generator: torch.Generator | None = None,
-    start: bool = True,
-    red_eps: bool = False,
+    problem: Problem, eps: torch.Tensor, *, steps: int, restarts: int = 1, start: bool = True, red_eps: bool = False
 ) -> AttackResult:
     """APGD, optionally with the progressively reduced radius of SEA.
 
@@ -67,83 +53,58 @@ def apgd(
     A loss that changes with the progress (SegPGD's) is compared between steps as it was at each.
 
     Args:
-        model: network (B, C, *S) -> logits (or a list, full resolution first); its flags are restored.
-        x: batch (B, C, *S) in network units.
-        target: reference of the batch.
-        eps: budget of each sample, (B,), per voxel in network units; RMS over all voxels, whatever the support.
-        threat: norm and perturbable channels.
+        problem: what is attacked.
+        eps: budget, as for :func:`ima_seg.attacks.pgd`.
         steps: gradient steps of each restart, over all stages.
-        restarts: how often to start; the worst counts, per sample.
-        goal: what to climb and how to measure the damage.
-        support: bool, broadcastable to the perturbable channels (B, image channels, *S); the perturbation is zero
-            where it is False.
-        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
-        generator: source of the random starts.
-        start: whether to start at a random point; without, further restarts would repeat the first and are not made.
+        restarts: as for PGD.
+        start: as for PGD.
         red_eps: stages of radius 2, 1.5 and 1 times ``eps`` with 3 : 3 : 4 of the steps, each from the projection of
             the point of greatest loss of the one before. Points beyond the budget are climbed over, never returned.
 
     Returns:
         The point of most damage visited, the clean one included.
     """
-    check_batch(x, eps, target)
-    check_counts(steps, restarts)
-    batch = Perturbed(model, x, threat, precision, goal.loss, support)
-    best = Best(batch, target, goal, eps, steps)
+    best = Best(problem, eps, steps)
     stages = stage_lengths(steps, red_eps)
-    forwards = 0
-    with frozen(model, batch.dtype):
-        if start or red_eps:  # else the clean batch is the first point of the walk, within the budget
-            forwards += best.visit_clean()
-        for _ in range(restarts if start else 1):
-            best.begin_restart()
-            done = 0
-            delta = batch.random(eps * stages[0][0], generator) if start else batch.zero()
-            for radius, length in stages:
-                delta = _stage(batch, target, best, delta, eps * radius, length, done, steps, radius == 1)
-                done += length
-                forwards += len(x)
-    return best.result(forwards)
+    if start or red_eps:  # else the clean batch is the first point of the walk, within the budget
+        best.visit_clean()
+    for _ in range(restarts if start else 1):
+        best.begin_restart()
+        done = 0
+        delta = problem.random(eps * stages[0][0]) if start else problem.zero()
+        for radius, length in stages:
+            delta = _stage(best, delta, eps * radius, range(done, done + length), steps, radius == 1)
+            done += length
+    return best.result()
 
 
 def _stage(
-    batch: Perturbed,
-    target: Target,
-    best: Best,
-    delta: torch.Tensor,
-    radius: torch.Tensor,
-    length: int,
-    done: int,
-    steps: int,
-    within_budget: bool,
+    best: Best, delta: torch.Tensor, radius: torch.Tensor, span: range, steps: int, within_budget: bool
 ) -> torch.Tensor:
-    """APGD of ``length`` steps in balls of ``radius`` (B,) after ``done`` of ``steps``; the point of greatest loss.
+    """APGD in balls of ``radius`` (B,) over the ``span`` of the ``steps``; returns the point of greatest loss.
 
     The damage of its points is noted in ``best`` only where the stage is ``within_budget``.
     """
-    norm = batch.threat.norm
+    problem, passes = best.problem, best.passes
+    norm, marks, since = problem.threat.norm, checkpoints(len(span)), 0
     alpha = 2 * radius
-    delta = project(delta.clone(), radius, norm)
-    previous = delta
+    previous = delta = project(delta.clone(), radius, norm)
     greatest = torch.full(radius.shape, -torch.inf, device=radius.device)
     top, top_gradient, last = delta, torch.zeros_like(delta), greatest
     # Since the last checkpoint: steps on which the loss rose, whether the step length was halved at it, greatest loss.
     rises, halved, greatest_then = torch.zeros_like(greatest), torch.zeros_like(greatest, dtype=torch.bool), greatest
-    marks = checkpoints(length)
-    since = 0
 
-    for step in range(length + 1):
-        final = step == length
-        progress = (done + step) / steps
-        here = None if final else batch.at(delta, target, progress)
-        logits = batch.logits(delta) if here is None else here.logits
+    for step in range(len(span) + 1):
+        done = span.start + step
+        here = passes.at(delta, done / steps) if step < len(span) else None
+        logits = passes.logits(delta) if here is None else here.logits
         sane = all_finite(logits)
         if within_budget:
-            best.visit(delta, logits, done + step)
+            best.visit(delta, logits, done)
         else:
-            best.carry(done + step)
+            best.carry(done)
         if here is None:
-            loss, gradient = batch.loss(logits, target, progress), torch.zeros_like(delta)
+            loss, gradient = problem.goal.loss(logits, problem.target, done / steps), torch.zeros_like(delta)
         else:
             del logits
             loss, gradient = here.loss_and_gradient()
@@ -155,7 +116,7 @@ def _stage(
         greatest = torch.where(greater, loss, greatest)
         top = torch.where(per_row(greater, delta), delta, top)
         top_gradient = torch.where(per_row(greater, delta), gradient, top_gradient)
-        if final:
+        if here is None:
             break
         if step > 0:
             rises = rises + (loss > last)

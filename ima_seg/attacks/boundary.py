@@ -7,71 +7,20 @@ not crossed and the first that had, and closes that bracket by a root finder. Me
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from ima_seg.attacks.base import UNTARGETED, Loss, wrong
-from ima_seg.attacks.losses import wrong_side
-from ima_seg.attacks.network import Precision, frozen
-from ima_seg.attacks.passes import Perturbed, all_finite, check_batch
+from ima_seg.attacks.passes import Passes
+from ima_seg.attacks.problem import Problem, attack
+from ima_seg.attacks.quality import Quality, hard_quality
 from ima_seg.attacks.rows import HostCount, assign, positions
-from ima_seg.attacks.sample_losses import class_logits, dice_ce_loss
 from ima_seg.errors import UserError
-from ima_seg.ops import (
-    gradient_step,
-    hard_counts,
-    interpolate,
-    mean_dice,
-    per_row,
-    perturbation_size,
-    project,
-)
-from ima_seg.types import Network, PassCount, Target, ThreatModel
+from ima_seg.ops import gradient_step, interpolate, per_row, perturbation_size, project
+from ima_seg.types import PassCount
 
 Refine = Literal["root", "bisection"]
-#: (logits (B, K, *S) or (B, K), target) -> the quality (B,) float32, and whether all logits of a sample are finite,
-#: (B,) bool.
-Quality = Callable[[torch.Tensor, Target], tuple[torch.Tensor, torch.Tensor]]
-
-#: Stands for a loss that is not finite.
-HOPELESS = 1e4
-#: The lead, in logits, of a wrong answer that is tied with the right one.
-TIE = 1e-6
-
-
-def dice_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hard foreground Dice; NaN without foreground."""
-    counts, sane = hard_counts(logits, target)
-    return mean_dice(counts), sane
-
-
-def loss_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minus the sample's Dice + CE in excess of its least, which is 0 where all is right; (B,) float32, finite.
-
-    The Dice of ``dice_ce_loss`` is the mean over all foreground classes, of which those that the
-    reference lacks have none to gain.
-    """
-    gained = target.foreground.any(2).float().mean(1)
-    return -(dice_ce_loss(logits, target) + gained).nan_to_num(HOPELESS, HOPELESS, HOPELESS), all_finite(logits)
-
-
-def class_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much a classifier's answer is right: the true class's logit minus the best other; (B,) float32, finite.
-
-    Multi-label: the least of z over the labels there are and -z over the others. Below 0 the answer is wrong. That it
-    is continuous, other than right or wrong, is what finds the boundary in a few steps.
-    """
-    right = -wrong_side(class_logits(logits, target).float(), target).amax((1, 2))
-    right = right.nan_to_num(-HOPELESS, HOPELESS, -HOPELESS)
-    return torch.where(wrong(logits, target).any(1), right.clamp_max(-TIE), right), all_finite(logits)
-
-
-def hard_quality(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`dice_quality`, or of a classifier :func:`class_quality`."""
-    return class_quality(logits, target) if target.whole_image else dice_quality(logits, target)
 
 
 @dataclass(frozen=True)
@@ -141,80 +90,61 @@ def start_radius(eps: torch.Tensor, slack: float) -> torch.Tensor:
     return torch.minimum(eps, (eps - slack).clamp_min(slack))
 
 
-@torch.no_grad()
+@attack
 def boundary_search(
-    model: Network,
-    x: torch.Tensor,
-    target: Target,
-    *,
+    problem: Problem,
     eps: torch.Tensor,
+    *,
     threshold: torch.Tensor,
     clean_quality: torch.Tensor,
     settings: SearchSettings,
-    threat: ThreatModel,
     searched: torch.Tensor | None = None,
     quality: Quality = hard_quality,
-    loss: Loss = UNTARGETED.loss,
-    support: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
-    precision: Precision = "auto",
-    generator: torch.Generator | None = None,
 ) -> BoundaryResult:
     """Search each sample's decision boundary within its own budget.
 
     Args:
-        model: network (B, C, *S) -> logits (or a list, full resolution first); its flags are restored.
-        x: batch (B, C, *S) in network units.
-        target: reference of the batch; every searched sample has foreground, or a class.
-        eps: budget E of each sample, (B,), per voxel in network units.
+        problem: what is attacked; every searched sample has foreground, or a class. The loss of its goal is climbed.
+        eps: budget E of each sample (B,), or one number, per voxel in network units.
         threshold: (B,), a sample has crossed when its quality is below; of a classifier 0.
         clean_quality: (B,) of the clean batch, at or above ``threshold``.
         settings: how to search.
-        threat: norm and perturbable channels.
         searched: (B,) bool, the samples to search; the others are returned as they are. Default: all.
         quality: what falls below the threshold.
-        loss: what the walk climbs.
-        support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
         start: perturbation to start from, (B, image channels, *S); it is projected onto the ball of ``eps``. Default:
             a random one (see ``SearchSettings.start_slack``). Give a finite one for every searched sample.
-        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
-        generator: source of the random start; not used with ``start``.
 
     Crossed samples leave the working batch at once; the network only sees those still under way. How many these are is
     asked of the device once per step, on CUDA after the step's work has been queued.
     """
-    check_batch(x, eps, target)
-    for name, value, boolean in (
-        ("threshold", threshold, False),
-        ("clean_quality", clean_quality, False),
-        ("searched", searched, True),
+    for name, value, dtype in (
+        ("threshold", threshold, "floating point"),
+        ("clean_quality", clean_quality, "floating point"),
+        ("searched", searched, "bool"),
     ):
-        if value is not None and (value.shape != eps.shape or boolean != (value.dtype == torch.bool)):
-            kind = "bool" if boolean else "floating point"
-            raise UserError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected {kind} ({len(x)},)")
-    batch = Perturbed(model, x, threat, precision, loss, support)
+        if value is not None and (value.shape != eps.shape or (dtype == "bool") != (value.dtype == torch.bool)):
+            raise UserError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected {dtype} ({len(eps)},)")
     if start is None:
-        delta = batch.random(start_radius(eps, settings.start_slack), generator)
+        delta = problem.random(start_radius(eps, settings.start_slack))
+    elif start.shape == problem.image.shape and start.is_floating_point():
+        delta = project(problem.zero() + problem.supported(start), eps, problem.threat.norm)
     else:
-        wanted = tuple(threat.perturbable(x).shape)
-        if tuple(start.shape) != wanted or not start.is_floating_point():
-            raise UserError(
-                f"start is {start.dtype} of shape {tuple(start.shape)}; expected floating point of the shape of the "
-                f"perturbable channels, {wanted}"
-            )
-        delta = project(batch.zero() + batch.supported(start), eps, threat.norm)
-    with frozen(model, batch.dtype):
-        walk = _Walk(batch, target, delta, eps, threshold, clean_quality, searched, quality, settings)
-        while walk.advance():
-            pass
-        outside, distance = _refine(walk, threshold)
+        raise UserError(
+            f"start is {start.dtype} of shape {tuple(start.shape)}; expected floating point of the shape of the "
+            f"perturbable channels, {tuple(problem.image.shape)}"
+        )
+    walk = _Walk(problem, delta, eps, threshold, clean_quality, searched, quality, settings)
+    while walk.advance():
+        pass
+    outside, distance, passes = _refine(walk, threshold)
     return BoundaryResult(
-        adversarial=batch.apply(outside),
+        adversarial=problem.apply(outside),
         crossed=walk.crossed,
         finite=walk.finite,
         distance=distance,
         stalled=walk.stalled & ~walk.crossed,
-        passes=walk.passes,
+        passes=passes,
     )
 
 
@@ -228,8 +158,7 @@ class _Walk:
 
     def __init__(
         self,
-        batch: Perturbed,
-        target: Target,
+        problem: Problem,
         delta: torch.Tensor,
         eps: torch.Tensor,
         threshold: torch.Tensor,
@@ -238,17 +167,16 @@ class _Walk:
         quality_of: Quality,
         settings: SearchSettings,
     ) -> None:
-        self.batch, self.target, self.quality_of, self.settings = batch, target, quality_of, settings
+        self.problem, self.quality_of, self.settings = problem, quality_of, settings
         self.point, self.inner = torch.zeros_like(delta), torch.zeros_like(delta)
         self.quality, self.inner_quality = clean_quality.float().clone(), clean_quality.float().clone()
         self.finite = torch.ones_like(eps, dtype=torch.bool)
         self.crossed, self.stalled = ~self.finite, ~self.finite
-        self.passes, self._step = PassCount(), 0
-        self._active = len(eps)
+        self.passes = Passes(problem)
+        self._step, self._active = 0, len(eps)
 
         self._rows = torch.arange(len(eps), device=eps.device)
         self._going = torch.ones_like(self.finite) if searched is None else searched
-        self._working, self._reference = batch, target
         self._alpha, self._eps, self._threshold = settings.step_factor * eps / settings.steps, eps, threshold
         self._delta, self._before, self._quality_before = delta, self.inner, self.inner_quality
         if searched is not None:
@@ -256,16 +184,12 @@ class _Walk:
 
     def advance(self) -> bool:
         """Look where the working batch stands and take a step; False when there is none to take any more."""
-        size, steps = len(self._rows), self.settings.steps
-        if size == 0:
+        steps = self.settings.steps
+        if len(self._rows) == 0:
             return False
-        final = self._step == steps
-        if final:
-            logits = self._working.logits(self._delta)
-        else:
-            here = self._working.at(self._delta, self._reference, self._step / steps)
-            logits = here.logits
-        quality, sane = self.quality_of(logits, self._reference)
+        here = self.passes.at(self._delta, self._step / steps) if self._step < steps else None
+        logits = self.passes.logits(self._delta) if here is None else here.logits
+        quality, sane = self.quality_of(logits, self.passes.problem.target)
         # Without a finite gradient in the step before, a sample has come to its end.
         going = sane & self.finite[self._rows]
         over = self._going & going & (quality < self._threshold)
@@ -275,22 +199,27 @@ class _Walk:
         count = HostCount(staying)
         # On CUDA the host would wait here while the device has nothing to do.
         counted = self._delta.device.type == "cpu"
-        if final or not counted or count.read() < self._active:
+        if here is None or not counted or count.read() < self._active:
             # A point without finite logits says nothing; the one before it is the last.
             last = torch.where(per_row(sane, self._delta), self._delta, self._before)
-            self._leave(self._going if final else self._going & ~staying, last, quality)
-        if final or (counted and count.read() == 0):
-            self.passes += PassCount(forwards=size)
+            leaving = self._going if here is None else self._going & ~staying
+            for full, value in (
+                (self.point, last),
+                (self.inner, self._before),
+                (self.quality, quality),
+                (self.inner_quality, self._quality_before),
+            ):
+                assign(full, self._rows, leaving, value)
+        if here is None or (counted and count.read() == 0):
             return False
         del logits
         gradient = here.gradient()
         del here
-        self.passes += PassCount(gradients=size)
         stepped, length = gradient_step(
-            self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self._working.threat.norm
+            self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self.problem.threat.norm
         )
         del gradient
-        self._note(self.stalled, staying & (length == 0) & ~self._working.scale.skipped)
+        self._note(self.stalled, staying & (length == 0) & ~self.passes.scale.skipped)
         self._note(self.finite, staying & ~torch.isfinite(length), to=False)
         self._going, self._before, self._quality_before, self._delta = staying, self._delta, quality, stepped
         self._step += 1
@@ -301,34 +230,27 @@ class _Walk:
         self._active = count
         keep = positions(self._going, count, self.settings.multiple_of)
         if keep is not None:
-            self._rows, self._going = self._rows[keep], self._going[keep]
-            self._working, self._reference = self._working.select(keep), self._reference[keep]
-            self._alpha, self._eps, self._threshold = self._alpha[keep], self._eps[keep], self._threshold[keep]
-            self._delta, self._before, self._quality_before = (
-                self._delta[keep], self._before[keep], self._quality_before[keep],
-            )  # fmt: skip
+            self.passes.select(keep)
+            for name in ("rows", "going", "alpha", "eps", "threshold", "delta", "before", "quality_before"):
+                setattr(self, f"_{name}", getattr(self, f"_{name}")[keep])
         return count > 0
-
-    def _leave(self, leaving: torch.Tensor, point: torch.Tensor, quality: torch.Tensor) -> None:
-        """Note where the samples ``leaving`` the working batch have come to."""
-        assign(self.point, self._rows, leaving, point)
-        assign(self.inner, self._rows, leaving, self._before)
-        assign(self.quality, self._rows, leaving, quality)
-        assign(self.inner_quality, self._rows, leaving, self._quality_before)
 
     def _note(self, flags: torch.Tensor, where: torch.Tensor, to: bool = True) -> None:
         flags[self._rows] = (flags[self._rows] | where) if to else (flags[self._rows] & ~where)
 
 
-def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Close the bracket [inner, point] of the crossed samples; returns its outer ends (B, ...) and their sizes (B,).
+def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, PassCount]:
+    """Close the bracket [inner, point] of the crossed samples.
 
     The quality along a line is a function of one variable, the hard Dice one with steps. ``"root"`` is regula falsi
-    with the Illinois weights
-    (an end that stays twice has its value halved), kept half a tolerance away from both ends: once an end is close to
-    the crossing, the next point lands just beyond it and the bracket closes from the other side.
+    with the Illinois weights (an end that stays twice has its value halved), kept half a tolerance away from both ends:
+    once an end is close to the crossing, the next point lands just beyond it and the bracket closes from the other
+    side.
+
+    Returns:
+        Its outer ends (B, ...), their sizes (B,), and all passes of the search.
     """
-    settings, norm = walk.settings, walk.batch.threat.norm
+    settings, norm = walk.settings, walk.problem.threat.norm
     inner, outer, crossed = walk.inner, walk.point, walk.crossed
     low, high = torch.zeros_like(threshold), torch.ones_like(threshold)
     low_value, high_value = walk.inner_quality - threshold, walk.quality - threshold
@@ -337,7 +259,7 @@ def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.T
     wanted = reach * perturbation_size(outer, norm)
     alive = crossed & (high - low > wanted)
     rows = torch.arange(len(threshold), device=threshold.device)
-    batch, target = walk.batch, walk.target
+    passes = Passes(walk.problem)
     for _ in range(settings.refine_steps):
         going = alive[rows]
         count = HostCount(going).read()
@@ -345,8 +267,8 @@ def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.T
             break
         keep = positions(going, count, settings.multiple_of)
         if keep is not None:
+            passes.select(keep)
             rows, going, inner, outer = rows[keep], going[keep], inner[keep], outer[keep]
-            batch, target = batch.select(keep), target[keep]
         a, b, fa, fb, tolerance = low[rows], high[rows], low_value[rows], high_value[rows], wanted[rows]
         share = (a + b) / 2
         if settings.refine == "root":
@@ -354,8 +276,7 @@ def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.T
             nudge = torch.minimum(tolerance / 2, (b - a) / 2)
             share = torch.minimum(torch.maximum((a * fb - b * fa) / (fb - fa), a + nudge), b - nudge)
         delta, size = interpolate(inner, outer, share, norm)
-        value = walk.quality_of(batch.logits(delta), target)[0] - threshold[rows]
-        walk.passes += PassCount(forwards=len(rows))
+        value = walk.quality_of(passes.logits(delta), passes.problem.target)[0] - threshold[rows]
         inside = value >= 0
         assign(low, rows, going & inside, share)
         assign(high, rows, going & ~inside, share)
@@ -364,4 +285,5 @@ def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.T
         assign(high_value, rows, going, torch.where(inside, fb / 2, value))
         assign(wanted, rows, going & ~inside, reach[rows] * size)
         alive[rows] = going & (high[rows] - low[rows] > wanted[rows])
-    return interpolate(walk.inner, walk.point, torch.where(crossed, high, 1.0), norm)
+    outside, distance = interpolate(walk.inner, walk.point, torch.where(crossed, high, 1.0), norm)
+    return outside, distance, walk.passes.made + passes.made

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextvars import ContextVar, Token
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextvars import Token
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from ima_seg.attacks.passes import Pass, Replays, begin, replays
+from ima_seg.attacks.problem import Problem
 from ima_seg.ops import resolve_backend
-from ima_seg.types import Target
-
-if TYPE_CHECKING:
-    from ima_seg.attacks.passes import Pass, Perturbed
 
 _log = logging.getLogger("ima_seg.attacks")
-_active: ContextVar[GraphedPasses | None] = ContextVar("ima_seg_graphs", default=None)
 
 #: Passes on a side stream before a capture: libraries choose their algorithms and kernels are compiled meanwhile.
 WARM_UP = 3
@@ -32,18 +29,12 @@ MOST_CAPTURES = 64
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def active_graphs() -> GraphedPasses | None:
-    """The graphs to use here, if any."""
-    return _active.get()
-
-
 @dataclass
 class _Captured:
     """One graph and the tensors it reads and writes; outputs hold until the next replay of any graph of the pool."""
 
-    batch: Perturbed
+    problem: Problem
     delta: torch.Tensor
-    target: Target
     scale: torch.Tensor
     progress: torch.Tensor
     replay: Callable[[], None]
@@ -64,15 +55,15 @@ class GraphedPasses:
         self._captured: dict[Any, _Captured | None] = {}
         self._captures = 0
         self._pools: dict[torch.device, Any] = {}
-        self._tokens: list[Token[GraphedPasses | None]] = []
+        self._tokens: list[Token[Replays | None]] = []
         self._said: set[str] = set()
 
     def __enter__(self) -> GraphedPasses:
-        self._tokens.append(_active.set(self))
+        self._tokens.append(replays.set(self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        _active.reset(self._tokens.pop())
+        replays.reset(self._tokens.pop())
 
     def __bool__(self) -> bool:
         return True
@@ -81,18 +72,13 @@ class GraphedPasses:
         """How many graphs there are."""
         return sum(found is not None for found in self._captured.values())
 
-    def run(
-        self, batch: Perturbed, delta: torch.Tensor, target: Target, scale: torch.Tensor, progress: float
-    ) -> Pass | None:
+    def run(self, problem: Problem, delta: torch.Tensor, scale: torch.Tensor, progress: float) -> Pass | None:
         """A pass by replay, its logits and gradient good until the next; None where there is no graph for it."""
-        from ima_seg.attacks.passes import Pass
-
-        obstacle = self._obstacle(batch)
+        obstacle = self._obstacle(problem)
         if obstacle is not None:
             self._say(obstacle)
             return None
-        key = _key(batch, delta, target)
-        addresses = [parameter.data_ptr() for parameter in _tensors(batch.model)]
+        key, addresses = _key(problem, delta), _addresses(problem.network)
         found = self._captured.get(key)
         if key not in self._captured or (found is not None and found.addresses != addresses):
             # A loss made anew for each attack, or weights that come and go, would capture without end.
@@ -100,16 +86,12 @@ class GraphedPasses:
                 self._say(f"{MOST_CAPTURES} have been captured, and there seems to be no end to them")
                 return None
             self._captures += 1
-            found = self._captured[key] = self._capture(batch, delta, target, scale, addresses)
+            found = self._captured[key] = self._capture(problem, delta, scale, addresses)
         if found is None:
             return None
         # All of it, each time: whoever works with graphs changes tensors in place, which their identity does not tell.
-        found.batch.x.copy_(batch.x)
-        found.target.reference.copy_(target.reference)
-        if found.target.known is not None and target.known is not None:
-            found.target.known.copy_(target.known)
-        if found.batch.support is not None and batch.support is not None:
-            found.batch.support.copy_(batch.support)
+        for held, given in zip(_tensors(found.problem), _tensors(problem), strict=True):
+            held.copy_(given)
         found.delta.copy_(delta)
         found.scale.copy_(scale)
         found.progress.fill_(progress)
@@ -117,37 +99,37 @@ class GraphedPasses:
         logits, loss, gradient = found.outputs
         return Pass(logits, lambda: (loss, gradient))
 
-    def _obstacle(self, batch: Perturbed) -> str | None:
-        if batch.x.device.type != "cuda":
-            return f"the batch is on {batch.x.device.type!r}; CUDA graphs need a CUDA device"
-        if not isinstance(batch.model, nn.Module):
+    def _obstacle(self, problem: Problem) -> str | None:
+        if problem.x.device.type != "cuda":
+            return f"the batch is on {problem.x.device.type!r}; CUDA graphs need a CUDA device"
+        if not isinstance(problem.network, nn.Module):
             return "the network is a function, not a module, so that nobody knows when its weights are exchanged"
         return None
 
     def _capture(
-        self, batch: Perturbed, delta: torch.Tensor, target: Target, scale: torch.Tensor, addresses: list[int]
+        self, problem: Problem, delta: torch.Tensor, scale: torch.Tensor, addresses: list[int]
     ) -> _Captured | None:
-        from ima_seg.attacks.passes import Perturbed
-
-        support = None if batch.support is None else batch.support.clone()
-        held = Perturbed(batch.model, batch.x.clone(), batch.threat, batch.precision, batch.loss, support)
-        point, reference, factor = delta.clone(), target.map(torch.clone), scale.clone()
-        progress = torch.zeros((), device=delta.device)
+        x, support = problem.x, problem.support
+        held = replace(
+            problem, x=x.clone(), target=problem.target.map(torch.clone),
+            support=None if support is None else support.clone(),
+        )  # fmt: skip
+        point, factor, progress = delta.clone(), scale.clone(), torch.zeros((), device=delta.device)
 
         def work() -> Outputs:
             # A target of its own each time, for a target remembers what was derived from its tensors.
-            here = held.begin(point, reference[:], factor, progress)
+            here = begin(replace(held, target=held.target[:]), point, factor, progress)
             return (here.logits, *here.loss_and_gradient())
 
         try:
-            outputs, replay = self._record(work, batch.x.device)
+            outputs, replay = self._record(work, x.device)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
             self._say(f"a pass could not be captured: {str(error).strip().splitlines()[0]}")
             return None
-        _log.info("captured a CUDA graph for a batch of %s", tuple(batch.x.shape))
-        return _Captured(held, point, reference, factor, progress, replay, outputs, addresses)
+        _log.info("captured a CUDA graph for a batch of %s", tuple(x.shape))
+        return _Captured(held, point, factor, progress, replay, outputs, addresses)
 
     def _record(self, work: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Callable[[], None]]:
         """Outputs of ``work`` in tensors that stay, and what computes them anew from the inputs as they are then."""
@@ -184,17 +166,22 @@ class GraphedPasses:
             _log.warning("attack passes run without CUDA graphs: %s", why)
 
 
-def _tensors(model: Any) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _addresses(network: Any) -> list[int]:
+    return [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
 
 
-def _key(batch: Perturbed, delta: torch.Tensor, target: Target) -> Any:
+def _tensors(problem: Problem) -> list[torch.Tensor]:
+    """What a pass reads of a problem."""
+    known, support = problem.target.known, problem.support
+    return [tensor for tensor in (problem.x, problem.target.reference, known, support) if tensor is not None]
+
+
+def _key(problem: Problem, delta: torch.Tensor) -> Any:
     """What a graph is good for."""
-    x, reference = batch.x, target.reference
-    support = None if batch.support is None else tuple(batch.support.shape)
+    x, target = problem.x, problem.target
     return (
-        batch.model, tuple(x.shape), x.stride(), x.dtype, x.device, tuple(delta.shape), delta.dtype, support,
-        batch.dtype, batch.loss, batch.threat, tuple(reference.shape), reference.dtype, target.known is None,
-        target.labels, resolve_backend(x.device, x.dtype), torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic,
+        problem.network, x.stride(), problem.dtype, problem.goal.loss, problem.threat, target.labels,
+        *((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in (delta, *_tensors(problem))),
+        target.known is None, problem.support is None, resolve_backend(x.device, x.dtype),
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic,
     )  # fmt: skip

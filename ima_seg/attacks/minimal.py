@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
 from ima_seg.attacks.boundary import SearchSettings, boundary_search
-from ima_seg.attacks.network import Precision, frozen
-from ima_seg.attacks.passes import Best, Perturbed, check_batch, check_counts, finish
+from ima_seg.attacks.problem import Problem, attack
+from ima_seg.attacks.result import AttackResult, Best, finish
 from ima_seg.ops import per_row
-from ima_seg.types import Network, PassCount, Target, ThreatModel
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,16 @@ class MinimalResult(AttackResult):
     foreground: torch.Tensor
 
 
-@torch.no_grad()
+@attack
 def minimal_norm(
-    model: Network,
-    x: torch.Tensor,
-    target: Target,
-    *,
+    problem: Problem,
     eps: torch.Tensor,
+    *,
     threshold: torch.Tensor,
-    clean_dice: torch.Tensor,
-    threat: ThreatModel,
+    clean_quality: torch.Tensor,
     steps: int = 20,
     rounds: int = 12,
     restarts: int = 1,
-    goal: Goal = UNTARGETED,
-    support: torch.Tensor | None = None,
-    precision: Precision = "auto",
-    generator: torch.Generator | None = None,
     gamma: float = 0.01,
     step_factor: float = 4.0,
 ) -> MinimalResult:
@@ -63,68 +54,50 @@ def minimal_norm(
     Samples that have not crossed are searched at ``eps`` in every round.
 
     Args:
-        model: network (B, C, *S) -> logits; its flags are restored.
-        x: batch (B, C, *S) in network units.
-        target: reference of the batch.
-        eps: the largest budget to look at, (B,), per voxel in network units.
-        threshold: (B,), a sample is broken when its hard foreground Dice is below.
-        clean_dice: (B,) hard foreground Dice of the clean batch, NaN without foreground; of a classifier
-            :func:`ima_seg.attacks.boundary.class_quality` of the clean batch, with a ``threshold`` of 0.
-        threat: norm and perturbable channels.
+        problem: what is attacked. Its goal is climbed and its damage reported; ``threshold`` alone says what is broken.
+        eps: the largest budget to look at (B,), or one number, per voxel in network units.
+        threshold: (B,), a sample is broken when its quality, the hard foreground Dice, is below; of a classifier 0.
+        clean_quality: (B,) of the clean batch: hard foreground Dice, NaN without foreground; of a classifier
+            :func:`ima_seg.attacks.class_quality`.
         steps: gradient steps of each search, at most.
         rounds: searches.
         restarts: how often to make all rounds; later ones go on from the smallest crossing and forget the failures.
-        goal: the loss that the searches climb; the damage that is reported. ``threshold`` alone says what is broken.
-        support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
-        generator: source of the random starts, on the device of ``x``.
         gamma: share of the distance by which the next crossing must at least be nearer.
         step_factor: a step is ``step_factor * budget / steps`` long.
     """
-    check_batch(x, eps, target)
-    check_counts(steps, restarts)
-    check_counts(rounds, restarts)
-    batch = Perturbed(model, x, threat, precision, goal.loss, support)
-    best = Best(batch, target, goal, eps, rounds * restarts)
+    best = Best(problem, eps, rounds * restarts)
     settings = SearchSettings(steps=steps, step_factor=step_factor, refine_steps=12, refine_tolerance=gamma / 2)
-    foreground = ~torch.isnan(clean_dice)
-    fallen = foreground & (clean_dice < threshold)
+    foreground = ~torch.isnan(clean_quality)
+    fallen = foreground & (clean_quality < threshold)
     searched = foreground & ~fallen
     crossing = torch.where(fallen, 0.0, torch.full_like(eps, torch.inf))
     failed, stalls = torch.zeros_like(eps), torch.zeros_like(eps)
-    with frozen(model, batch.dtype):
-        forwards = best.visit_clean()
-        nearest, damage = best.delta, best.damage
-        passes = PassCount()
-        for search in range(rounds * restarts):
-            if search % rounds == 0:
-                failed = torch.zeros_like(eps)
-            nearer = torch.minimum((crossing + failed) / 2, (1 - gamma) * crossing)
-            budget = torch.where(torch.isinf(crossing), eps, nearer)
-            found = boundary_search(
-                model, x, target, eps=budget, threshold=threshold, clean_quality=clean_dice, settings=settings,
-                threat=threat, searched=searched, loss=goal.loss, support=support, precision=precision,
-                generator=generator,
-            )  # fmt: skip
-            passes += found.passes
-            delta = threat.perturbable(found.adversarial).to(best.delta.dtype) - threat.perturbable(x)
-            logits = batch.logits(delta)
-            forwards += len(x)
-            best.visit(delta, logits, search + 1)
-            better = searched & found.crossed & (found.distance < crossing)
-            crossing = torch.where(better, found.distance, crossing)
-            nearest = torch.where(per_row(better, delta), delta, nearest)
-            damage = torch.where(better, goal.damage(logits, target).float(), damage)
-            failed = torch.where(found.crossed, failed, torch.maximum(failed, budget))
-            stalls = stalls + found.stalled
+    best.visit_clean()
+    nearest, damage = best.delta, best.damage
+    for search in range(rounds * restarts):
+        if search % rounds == 0:
+            failed = torch.zeros_like(eps)
+        nearer = torch.minimum((crossing + failed) / 2, (1 - gamma) * crossing)
+        budget = torch.where(torch.isinf(crossing), eps, nearer)
+        found = boundary_search(
+            problem, budget, threshold=threshold, clean_quality=clean_quality, settings=settings, searched=searched
+        )
+        best.passes.made += found.passes
+        delta = problem.difference(found.adversarial)
+        logits = best.look(delta, search + 1)
+        better = searched & found.crossed & (found.distance < crossing)
+        crossing = torch.where(better, found.distance, crossing)
+        nearest = torch.where(per_row(better, delta), delta, nearest)
+        damage = torch.where(better, problem.goal.damage(logits, problem.target).float(), damage)
+        failed = torch.where(found.crossed, failed, torch.maximum(failed, budget))
+        stalls = stalls + found.stalled
     broken = torch.isfinite(crossing)
-    damage = torch.where(broken, damage, best.damage)
     result = finish(
-        batch,
+        problem,
         torch.where(per_row(broken, nearest), nearest, best.delta),
-        damage=torch.where(torch.isinf(damage), torch.nan, damage),
+        damage=torch.where(broken, damage, best.damage),
         zero_gradient=stalls / (rounds * restarts),
-        trace=torch.where(torch.isinf(best.trace), torch.nan, best.trace),
-        passes=passes + PassCount(forwards=forwards),
+        trace=best.trace,
+        passes=best.passes.made,
     )
     return MinimalResult(**vars(result), broken=broken, crossing=crossing, foreground=foreground)

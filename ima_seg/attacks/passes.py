@@ -1,166 +1,28 @@
-"""What all white-box attacks share: the pass that yields logits and input gradient, and the best point so far."""
+"""The network passes of an attack: logits and, if asked, how the loss changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 
-from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal, Loss
-from ima_seg.attacks.graphs import active_graphs
-from ima_seg.attacks.network import Precision, autocast, full_resolution, resolve_precision
-from ima_seg.errors import UserError
-from ima_seg.ops import draw_seeds, per_row, perturbation_size, project, random_start
-from ima_seg.types import Network, PassCount, Target, ThreatModel
+from ima_seg.attacks.network import autocast, full_resolution
+from ima_seg.attacks.problem import Problem
+from ima_seg.ops import per_row
+from ima_seg.types import Network, PassCount
 
 
-def check_batch(x: torch.Tensor, eps: torch.Tensor, target: Target) -> None:
-    """Refuse batches, budgets and references that no attack can work with; the one time that it reads values."""
-    if x.ndim < 3 or x.numel() == 0 or not x.is_floating_point():
-        raise UserError(
-            f"the batch is {x.dtype} of shape {tuple(x.shape)}; expected floating point (B, C, *S), not empty"
-        )
-    if eps.shape != x.shape[:1]:
-        raise UserError(f"eps has shape {tuple(eps.shape)} for a batch of {x.shape[0]}; expected one value per sample")
-    if eps.device != x.device:
-        raise UserError(f"eps is on {eps.device}, the batch on {x.device}; move them to one device")
-    if not eps.is_floating_point():
-        raise UserError(f"eps is {eps.dtype}; expected floating point, per voxel in network units")
-    batch, _, voxels = target.reference.shape
-    if (batch, voxels) != (len(x), 1 if target.whole_image else x[0, 0].numel()):
-        what = "classes" if target.whole_image else f"{voxels} voxels"
-        raise UserError(f"the reference is of {batch} samples of {what}, the batch {tuple(x.shape)}; they must agree")
-    if target.reference.device != x.device:
-        place = target.reference.device
-        raise UserError(f"the reference is on {place}, the batch on {x.device}; move them to one device")
-    if not bool(((eps >= 0) & (eps < torch.inf)).all()):
-        raise UserError(f"eps is {eps.tolist()}; a budget is 0 or positive, and finite")
-
-
-def check_counts(steps: int, restarts: int) -> None:
-    """Refuse attacks without a step."""
-    if steps < 1 or restarts < 1:
-        raise UserError(f"steps is {steps}, restarts is {restarts}; an attack makes at least one of each")
-
-
-def forward(model: Network, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def forward(network: Network, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Full-resolution logits (B, K, *S) of ``x`` under autocast to ``dtype``."""
     with autocast(dtype, x.device):
-        return full_resolution(model(x))
+        return full_resolution(network(x))
 
 
 def all_finite(logits: torch.Tensor) -> torch.Tensor:
     """(B,) bool, whether all logits (B, K, *S) or (B, K) of a sample are finite."""
     return torch.isfinite(logits.flatten(1).sum(1, dtype=torch.float32))
-
-
-class Perturbed:
-    """A batch plus perturbation as a leaf tensor, so that one network pass yields logits and, if asked, a gradient.
-
-    Only the perturbable channels of ``x`` are changed, and of those only what lies in ``support``; the gradient covers
-    those channels alone and is zero outside the support.
-
-    Args:
-        model: network (B, C, *S) -> logits.
-        x: batch (B, C, *S).
-        threat: norm and perturbable channels.
-        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
-        loss: what the gradient climbs.
-        support: bool, broadcastable to the perturbable channels; None for everywhere.
-    """
-
-    def __init__(
-        self,
-        model: Network,
-        x: torch.Tensor,
-        threat: ThreatModel,
-        precision: Precision = "auto",
-        loss: Loss = UNTARGETED.loss,
-        support: torch.Tensor | None = None,
-    ) -> None:
-        self.model, self.x, self.threat, self.loss, self.support = model, x, threat, loss, support
-        self.precision: Precision = precision
-        self.dtype = resolve_precision(precision, x.device)
-        voxels = x[0, 0].numel()
-        narrow = self.dtype == torch.float16 or x.dtype == torch.float16
-        self.scale = LossScale(torch.full(x.shape[:1], float(voxels), device=x.device), voxels, narrow)
-        if support is not None:
-            wanted = tuple(threat.perturbable(x).shape)
-            fits = support.ndim == x.ndim and all(a in (1, b) for a, b in zip(support.shape, wanted, strict=True))
-            if support.dtype != torch.bool or not fits:
-                shape = tuple(support.shape)
-                raise UserError(
-                    f"support is {support.dtype} of shape {shape}; expected bool that broadcasts to {wanted}"
-                )
-
-    def select(self, rows: torch.Tensor) -> Perturbed:
-        """The same for some of the samples."""
-        support = self.support if self.support is None or len(self.support) == 1 else self.support[rows]
-        chosen = Perturbed(self.model, self.x[rows], self.threat, self.precision, self.loss, support)
-        chosen.scale = self.scale.select(rows)
-        return chosen
-
-    def apply(self, delta: torch.Tensor) -> torch.Tensor:
-        """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels; a new tensor."""
-        image = self.threat.perturbable(self.x)
-        if image.shape == self.x.shape and delta.dtype == image.dtype:
-            return image + delta
-        perturbed = self.x.clone()
-        self.threat.perturbable(perturbed).add_(delta)
-        return perturbed
-
-    def supported(self, delta: torch.Tensor) -> torch.Tensor:
-        """``delta`` (B, image channels, *S), zero outside the support."""
-        return delta if self.support is None else torch.where(self.support, delta, 0.0)
-
-    def zero(self) -> torch.Tensor:
-        """The perturbation of the clean batch (B, image channels, *S).
-
-        At least float32: in the bfloat16 of a batch the steps of an attack would be lost to rounding.
-        """
-        image = self.threat.perturbable(self.x)
-        return torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
-
-    def random(self, radius: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        """A random perturbation within the support, of the size it would have without one; at most ``radius`` (B,)."""
-        seeds = draw_seeds(len(radius), radius.device, generator)
-        return random_start(self.zero(), radius.float(), self.threat.norm, seeds, self.support)
-
-    @torch.no_grad()
-    def logits(self, delta: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K, *S) of ``x + delta``."""
-        return forward(self.model, self.apply(delta), self.dtype)
-
-    def at(self, delta: torch.Tensor, target: Target, progress: float = 0.0) -> Pass:
-        """A network pass at ``x + delta``, replayed from a CUDA graph where that is asked for and possible."""
-        scale = self.scale.scale
-        if target.whole_image:  # whose loss is no mean over voxels
-            scale = scale / self.x[0, 0].numel()
-        graphs = active_graphs()
-        found = graphs.run(self, delta, target, scale, progress) if graphs is not None else None
-        if found is None:
-            found = self.begin(delta, target, scale, progress)
-        here = found
-
-        def compute() -> tuple[torch.Tensor, torch.Tensor]:
-            loss, gradient = here.loss_and_gradient()
-            return loss, self.scale.checked(gradient)
-
-        return Pass(here.logits, compute)
-
-    def begin(self, delta: torch.Tensor, target: Target, scale: torch.Tensor, progress: float | torch.Tensor) -> Pass:
-        """The pass itself; its gradient is that of ``scale`` (B,) times the loss."""
-        with torch.enable_grad():
-            leaf = self.apply(delta).requires_grad_(True)
-            output = [forward(self.model, leaf, self.dtype)]
-
-        def compute() -> tuple[torch.Tensor, torch.Tensor]:
-            with torch.enable_grad():
-                loss = self.loss(output.pop(), target, progress)  # type: ignore[arg-type]  # graphs hold it in a tensor
-                (gradient,) = torch.autograd.grad((loss * scale).sum(), leaf)
-            return loss.detach(), self.supported(self.threat.perturbable(gradient))
-
-        return Pass(output[0].detach(), compute)
 
 
 class Pass:
@@ -184,6 +46,33 @@ class Pass:
     def gradient(self) -> torch.Tensor:
         """The gradient of :meth:`loss_and_gradient` alone."""
         return self.loss_and_gradient()[1]
+
+
+def begin(problem: Problem, delta: torch.Tensor, scale: torch.Tensor, progress: float | torch.Tensor) -> Pass:
+    """The pass at ``x + delta``; its gradient is that of ``scale`` (B,) times the loss."""
+    with torch.enable_grad():
+        leaf = problem.apply(delta).requires_grad_(True)
+        output = [forward(problem.network, leaf, problem.dtype)]
+
+    def compute() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            # Captured passes hold the progress in a tensor.
+            loss = problem.goal.loss(output.pop(), problem.target, progress)  # type: ignore[arg-type]
+            (gradient,) = torch.autograd.grad((loss * scale).sum(), leaf)
+        return loss.detach(), problem.supported(problem.threat.perturbable(gradient))
+
+    return Pass(output[0].detach(), compute)
+
+
+class Replays(Protocol):
+    """What can make passes in another way, :class:`ima_seg.attacks.graphs.GraphedPasses`."""
+
+    def run(self, problem: Problem, delta: torch.Tensor, scale: torch.Tensor, progress: float) -> Pass | None:
+        """As :func:`begin`; None where it cannot."""
+
+
+#: What makes the passes of the attacks that run here, if not :func:`begin`.
+replays: ContextVar[Replays | None] = ContextVar("ima_seg_replays", default=None)
 
 
 class LossScale:
@@ -220,90 +109,42 @@ class LossScale:
         return gradient
 
 
-class Best:
-    """The point of most damage among those visited, per sample, over all restarts. Never waits for the device.
+class Passes:
+    """The passes of one attack on a problem.
 
-    Of points that do equal damage the last one counts: it was climbed further. Points with NaN or infinite logits do
-    not count.
-
-    Args:
-        batch: the batch under attack.
-        target: its reference.
-        goal: measures the damage.
-        eps: budget (B,); points must be within it when they are visited.
-        steps: of one restart; the trace holds one more.
+    Attributes:
+        problem: the problem.
+        scale: of its loss.
+        made: how many passes there were, over samples.
     """
 
-    def __init__(self, batch: Perturbed, target: Target, goal: Goal, eps: torch.Tensor, steps: int) -> None:
-        self.batch, self.target, self.goal, self.eps = batch, target, goal, eps
-        self.delta = batch.zero()
-        nothing = torch.full(eps.shape, -torch.inf, device=eps.device)
-        self.damage, self._clean, self._running = nothing, nothing, nothing
-        self.trace = nothing.repeat(steps + 1, 1)
-        self._gradients = 0
-        self._zero = torch.zeros_like(nothing)
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.made = problem, PassCount()
+        # The loss of a classifier is no mean over voxels.
+        voxels = 1 if problem.target.whole_image else problem.x[0, 0].numel()
+        narrow = torch.float16 in (problem.dtype, problem.x.dtype)
+        self.scale = LossScale(torch.full((len(problem),), float(voxels), device=problem.x.device), voxels, narrow)
 
-    def visit_clean(self) -> int:
-        """Visit the clean batch for attacks that start elsewhere; returns the forwards made."""
-        self.visit(self.delta, self.batch.logits(self.delta), 0)
-        self._clean = self._running
-        return len(self.delta)
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with some of the samples."""
+        self.problem, self.scale = self.problem.select(rows), self.scale.select(rows)
 
-    def begin_restart(self) -> None:
-        """Start the trace over, from the clean point where that has been visited."""
-        self._running = self._clean
+    @torch.no_grad()
+    def logits(self, delta: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K, *S) of ``x + delta``."""
+        self.made += PassCount(forwards=len(delta))
+        return forward(self.problem.network, self.problem.apply(delta), self.problem.dtype)
 
-    def visit(self, delta: torch.Tensor, logits: torch.Tensor, step: int) -> torch.Tensor:
-        """Note the logits (B, K, *S) of ``x + delta``, the point after ``step`` steps of this restart.
+    def at(self, delta: torch.Tensor, progress: float = 0.0) -> Pass:
+        """A pass at ``x + delta`` after the share ``progress`` of the steps, replayed where that is asked for."""
+        problem, scale, others = self.problem, self.scale.scale, replays.get()
+        found = None if others is None else others.run(problem, delta, scale, progress)
+        here = begin(problem, delta, scale, progress) if found is None else found
+        self.made += PassCount(forwards=len(delta))
 
-        Returns:
-            (B,) bool, whether all logits are finite.
-        """
-        logits = logits.detach()
-        sane = all_finite(logits)
-        damage = torch.where(sane, self.goal.damage(logits, self.target).float(), -torch.inf)
-        better = (damage >= self.damage) & (damage > -torch.inf)
-        self.delta = torch.where(per_row(better, delta), delta, self.delta)
-        self.damage = torch.where(better, damage, self.damage)
-        self._running = torch.fmax(self._running, damage)
-        self.carry(step)
-        return sane
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            self.made += PassCount(forwards=-len(delta), gradients=len(delta))
+            loss, gradient = here.loss_and_gradient()
+            return loss, self.scale.checked(gradient)
 
-    def carry(self, step: int) -> None:
-        """Note that ``step`` steps brought nothing new."""
-        self.trace[step] = torch.fmax(self.trace[step], self._running)
-
-    def count(self, length: torch.Tensor) -> None:
-        """Count a gradient pass whose gradients are of size ``length`` (B,), and those that are exactly zero."""
-        self._gradients += 1
-        self._zero = self._zero + ((length == 0) & ~self.batch.scale.skipped)
-
-    def result(self, forwards: int) -> AttackResult:
-        """The best point, projected and measured once more; ``forwards`` over all samples were made without gradient.
-
-        The damage of a sample whose logits never were finite is NaN.
-        """
-        return finish(
-            self.batch,
-            project(self.delta, self.eps, self.batch.threat.norm),
-            damage=torch.where(torch.isinf(self.damage), torch.nan, self.damage),
-            zero_gradient=self._zero / max(self._gradients, 1),
-            trace=torch.where(torch.isinf(self.trace), torch.nan, self.trace),
-            passes=PassCount(forwards=forwards, gradients=self._gradients * len(self.delta)),
-        )
-
-
-def finish(
-    batch: Perturbed,
-    delta: torch.Tensor,
-    *,
-    damage: torch.Tensor,
-    zero_gradient: torch.Tensor,
-    trace: torch.Tensor,
-    passes: PassCount,
-) -> AttackResult:
-    """The result for ``delta`` (B, image channels, *S), its size measured on the batch that is handed out."""
-    adversarial = batch.apply(delta)
-    perturbed, clean = batch.threat.perturbable(adversarial), batch.threat.perturbable(batch.x)
-    distance = perturbation_size(perturbed.to(delta.dtype) - clean.to(delta.dtype), batch.threat.norm)
-    return AttackResult(adversarial, distance, damage, zero_gradient, trace, passes)
+        return Pass(here.logits, compute)

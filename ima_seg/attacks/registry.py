@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from ima_seg.attacks.apgd import apgd
-from ima_seg.attacks.base import AttackResult
-from ima_seg.attacks.losses import GOALS
 from ima_seg.attacks.noise import gaussian_noise, uniform_noise
 from ima_seg.attacks.pgd import fgsm, ifgsm, pgd
+from ima_seg.attacks.problem import Eps, Problem
+from ima_seg.attacks.result import AttackResult
 from ima_seg.attacks.square import square
 from ima_seg.attacks.vafa import vafa
 
@@ -24,53 +24,45 @@ class AttackSpec:
     """An attack with its fixed options.
 
     Attributes:
-        run: the attack; the signature is that of :func:`ima_seg.attacks.pgd`.
+        run: the attack, a function of a problem and a budget.
         kind: ``white``: gradients of the model; ``black``: its outputs; ``noise``: neither.
         summary: one line for ``--help`` and the report.
-        length: settings -> the argument that says how long it runs.
+        goal: a key of :data:`ima_seg.attacks.GOALS`; the goal of its problem, unless another is wanted.
+        lengths: its arguments that say how long it runs, of ``steps``, ``queries`` and ``restarts``.
     """
 
     run: Callable[..., AttackResult]
     kind: Literal["white", "black", "noise"]
     summary: str
-    length: Callable[[int, int], Mapping[str, int]] = field(
-        default=lambda steps, restarts: {"steps": steps, "restarts": restarts}
-    )
+    goal: str = "dice_ce"
+    lengths: tuple[str, ...] = ("steps", "restarts")
+
+    def __call__(self, problem: Problem, eps: Eps, *, steps: int, restarts: int) -> AttackResult:
+        """Attack ``problem``, with its goal, for as long as ``steps`` and ``restarts`` mean to this attack."""
+        lengths = {"steps": steps, "queries": QUERIES_PER_STEP * steps, "restarts": restarts}
+        return self.run(problem, eps, **{name: lengths[name] for name in self.lengths})
 
 
-def _no_start(steps: int, restarts: int) -> dict[str, int]:
-    """Without a random start a restart would repeat itself."""
-    return {"steps": steps}
-
-
-def _queries(steps: int, restarts: int) -> dict[str, int]:
-    return {"queries": QUERIES_PER_STEP * steps, "restarts": restarts}
-
-
-def _draws(steps: int, restarts: int) -> dict[str, int]:
-    return {"restarts": restarts}
-
-
-def _white(run: Callable[..., AttackResult], summary: str, **options: Any) -> AttackSpec:
-    return AttackSpec(partial(run, **options) if options else run, "white", summary)
-
+_SEA = partial(apgd, red_eps=True)
 
 ATTACKS: dict[str, AttackSpec] = {
-    "fgsm": AttackSpec(fgsm, "white", "one gradient step of full length (Goodfellow 2015)", _draws),
-    "ifgsm": AttackSpec(ifgsm, "white", "gradient steps from the clean image (Kurakin 2017)", _no_start),
-    "pgd": _white(pgd, "gradient steps from a random start (Madry 2018)"),
-    "apgd-ce": _white(apgd, "adaptive steps, cross-entropy (Croce & Hein 2020)", goal=GOALS["ce"]),
-    "apgd-margin": _white(apgd, "adaptive steps, margin loss (Croce & Hein 2020)", goal=GOALS["margin"]),
-    "apgd-dice": _white(apgd, "adaptive steps, Dice + CE", goal=GOALS["dice_ce"]),
-    "segpgd": _white(pgd, "PGD, correct voxels first (Gu 2022)", goal=GOALS["segpgd"]),
-    "cospgd": _white(pgd, "PGD, weighted by alignment with the label (Agnihotri 2024)", goal=GOALS["cospgd"]),
-    "sea-masked-ce": _white(apgd, "SEA, voxels still correct (Croce 2024)", goal=GOALS["masked_ce"], red_eps=True),
-    "sea-balanced-ce": _white(apgd, "SEA, classes balanced (Croce 2024)", goal=GOALS["balanced_ce"], red_eps=True),
-    "sea-js": _white(apgd, "SEA, Jensen-Shannon divergence (Croce 2024)", goal=GOALS["js"], red_eps=True),
-    "vafa": _white(vafa, "quantisation of block frequencies (Hanif 2023)"),
-    "square": AttackSpec(square, "black", "random search, outputs only (Andriushchenko 2020)", _queries),
-    "gaussian": AttackSpec(gaussian_noise, "noise", "Gaussian noise of the same size", _draws),
-    "uniform": AttackSpec(uniform_noise, "noise", "uniform noise of the same size", _draws),
+    "fgsm": AttackSpec(fgsm, "white", "one gradient step of full length (Goodfellow 2015)", lengths=()),
+    "ifgsm": AttackSpec(ifgsm, "white", "gradient steps from the clean image (Kurakin 2017)", lengths=("steps",)),
+    "pgd": AttackSpec(pgd, "white", "gradient steps from a random start (Madry 2018)"),
+    "apgd-ce": AttackSpec(apgd, "white", "adaptive steps, cross-entropy (Croce & Hein 2020)", "ce"),
+    "apgd-margin": AttackSpec(apgd, "white", "adaptive steps, margin loss (Croce & Hein 2020)", "margin"),
+    "apgd-dice": AttackSpec(apgd, "white", "adaptive steps, Dice + CE"),
+    "segpgd": AttackSpec(pgd, "white", "PGD, correct voxels first (Gu 2022)", "segpgd"),
+    "cospgd": AttackSpec(pgd, "white", "PGD, weighted by alignment with the label (Agnihotri 2024)", "cospgd"),
+    "sea-masked-ce": AttackSpec(_SEA, "white", "SEA, voxels still correct (Croce 2024)", "masked_ce"),
+    "sea-balanced-ce": AttackSpec(_SEA, "white", "SEA, classes balanced (Croce 2024)", "balanced_ce"),
+    "sea-js": AttackSpec(_SEA, "white", "SEA, Jensen-Shannon divergence (Croce 2024)", "js"),
+    "vafa": AttackSpec(vafa, "white", "quantisation of block frequencies (Hanif 2023)"),
+    "square": AttackSpec(
+        square, "black", "random search, outputs only (Andriushchenko 2020)", lengths=("queries", "restarts")
+    ),
+    "gaussian": AttackSpec(gaussian_noise, "noise", "Gaussian noise of the same size", lengths=("restarts",)),
+    "uniform": AttackSpec(uniform_noise, "noise", "uniform noise of the same size", lengths=("restarts",)),
 }
 
 #: Names that stand for several attacks.

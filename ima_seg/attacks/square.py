@@ -13,32 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
-from ima_seg.attacks.network import Precision, frozen
 from ima_seg.attacks.noise import scaled_to
-from ima_seg.attacks.passes import Best, Perturbed, all_finite, check_batch, check_counts
+from ima_seg.attacks.passes import all_finite
+from ima_seg.attacks.problem import Problem, attack
+from ima_seg.attacks.result import AttackResult, Best
 from ima_seg.ops import per_row
-from ima_seg.types import Network, Target, ThreatModel
 
 #: After which of 10 000 queries the share of the voxels in a window is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-@torch.no_grad()
+@attack
 def square(
-    model: Network,
-    x: torch.Tensor,
-    target: Target,
-    *,
-    eps: torch.Tensor,
-    threat: ThreatModel,
-    queries: int,
-    restarts: int = 1,
-    goal: Goal = UNTARGETED,
-    support: torch.Tensor | None = None,
-    precision: Precision = "auto",
-    generator: torch.Generator | None = None,
-    p_init: float = 0.8,
+    problem: Problem, eps: torch.Tensor, *, queries: int, restarts: int = 1, p_init: float = 0.8
 ) -> AttackResult:
     """Random search over windows; a proposal is kept where it raises the sample's loss.
 
@@ -46,49 +33,35 @@ def square(
     l2: starts from a tiling of bumps; a window gets a pair of bumps of opposite sign and the mass of a second window,
     which is emptied. Every proposal has exactly the size ``eps``.
 
-    Differences from the paper: it accepts by ``goal.loss``, smooth over all voxels, in place of the margin of one
-    label; a square is the hyper-cube with the same share of the voxels (a box where an axis is shorter); there is no
-    box [0, 1] to clip to; windows lie where there is ``support``; a window that would change nothing is flipped.
+    Differences from the paper: it accepts by the loss of the goal, smooth over all voxels, in place of the margin of
+    one label; a square is the hyper-cube with the same share of the voxels (a box where an axis is shorter); there is
+    no box [0, 1] to clip to; windows lie where there is support; a window that would change nothing is flipped.
 
     Args:
-        model: network (B, C, *S) -> logits; its flags are restored. No gradient is asked for.
-        x: batch (B, C, *S) in network units.
-        target: reference of the batch.
-        eps: budget of each sample, (B,), per voxel in network units.
-        threat: norm and perturbable channels.
+        problem: what is attacked; its loss is taken at progress 0 throughout, for the values are compared.
+        eps: budget, as for :func:`ima_seg.attacks.pgd`.
         queries: forwards per sample and restart, the start included; the clean image, the first row of the trace, costs
             one more.
         restarts: how often to start anew.
-        goal: the loss to raise, at progress 0 throughout, for its values are compared; the damage that is returned.
-        support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
-        generator: source of all draws, on the device of ``x``.
         p_init: share of the voxels in the first windows; halved on the paper's schedule, scaled to ``queries``.
     """
-    check_batch(x, eps, target)
-    check_counts(queries, restarts)
-    batch = Perturbed(model, x, threat, precision, goal.loss, support)
-    best = Best(batch, target, goal, eps, queries)
-    search = _Search(batch, eps, generator)
-    linf = threat.norm == "linf"
-    with frozen(model):
-        forwards = best.visit_clean()
-        for _ in range(restarts):
-            best.begin_restart()
-            delta = proposal = search.stripes() if linf else search.tiles()
-            loss = torch.full(eps.shape, -torch.inf, device=x.device)
-            for query in range(queries):
-                if query:
-                    share = p_init / 2 ** bisect.bisect_left(_HALVINGS, query * 10_000 // queries)
-                    proposal = search.flip(delta, share) if linf else search.move(delta, share)
-                logits = batch.logits(proposal)
-                forwards += len(x)
-                best.visit(proposal, logits, query + 1)
-                reached = goal.loss(logits, target, 0.0)
-                better = all_finite(logits) & (reached > loss)
-                loss = torch.where(better, reached, loss)
-                delta = torch.where(per_row(better, delta), proposal, delta)
-    return best.result(forwards)
+    best, search = Best(problem, eps, queries), _Search(problem, eps)
+    linf = problem.threat.norm == "linf"
+    best.visit_clean()
+    for _ in range(restarts):
+        best.begin_restart()
+        delta = proposal = search.stripes() if linf else search.tiles()
+        loss = torch.full(eps.shape, -torch.inf, device=eps.device)
+        for query in range(queries):
+            if query:
+                share = p_init / 2 ** bisect.bisect_left(_HALVINGS, query * 10_000 // queries)
+                proposal = search.flip(delta, share) if linf else search.move(delta, share)
+            logits = best.look(proposal, query + 1)
+            reached = problem.goal.loss(logits, problem.target, 0.0)
+            better = all_finite(logits) & (reached > loss)
+            loss = torch.where(better, reached, loss)
+            delta = torch.where(per_row(better, delta), proposal, delta)
+    return best.result()
 
 
 @dataclass(frozen=True)
@@ -109,22 +82,23 @@ class _Window:
 class _Search:
     """Proposals for the perturbations (B, C, *S) of a batch."""
 
-    def __init__(self, batch: Perturbed, eps: torch.Tensor, generator: torch.Generator | None) -> None:
-        self.zero = batch.zero()
-        self.batch, self.eps, self.generator = batch, eps.to(self.zero.dtype), generator
+    def __init__(self, problem: Problem, eps: torch.Tensor) -> None:
+        self.zero = problem.zero()
+        self.problem, self.eps = problem, eps.to(self.zero.dtype)
         self.space = tuple(self.zero.shape[2:])
         strides = [math.prod(self.space[axis + 1 :]) for axis in range(len(self.space))]
         self.strides = torch.tensor(strides, device=eps.device)
         self.lengths = torch.tensor(self.space, device=eps.device)
         self.windows: dict[tuple[int, ...], _Window] = {}
-        self.open = None if batch.support is None else batch.support.expand_as(self.zero).flatten(2)
+        support = problem.support
+        self.open = None if support is None else support.expand_as(self.zero).flatten(2)
         # (B, N): how many voxels up to here may be changed in some channel, to draw one of them.
         self.count = None if self.open is None else self.open.any(1).cumsum(1)
 
     def stripes(self) -> torch.Tensor:
         """±eps, one sign per channel and position along the last axis."""
         signs = self._signs(*self.zero.shape[:2], *(1,) * (len(self.space) - 1), self.space[-1])
-        return self.batch.supported((signs * per_row(self.eps, signs)).expand_as(self.zero))
+        return self.problem.supported((signs * per_row(self.eps, signs)).expand_as(self.zero))
 
     def tiles(self) -> torch.Tensor:
         """Bump pairs on a grid of five or some more tiles per axis, of random sign, of size eps."""
@@ -136,7 +110,7 @@ class _Search:
             signs = signs.repeat_interleave(edge, axis + 2)
         tiled = signs * pairs[self._axes()][:, None]
         cropped = tiled[(slice(None), slice(None), *(slice(length) for length in self.space))]
-        return scaled_to(self.batch.supported(cropped), self.eps, "l2")
+        return scaled_to(self.problem.supported(cropped), self.eps, "l2")
 
     def flip(self, delta: torch.Tensor, share: float) -> torch.Tensor:
         """linf: one window per sample moved by ±2 eps per channel, then projected."""
@@ -150,7 +124,7 @@ class _Search:
             unchanged = unchanged | ~self.open.gather(2, index)
         signs = torch.where(per_row(unchanged.flatten(1).all(1), signs), -signs, signs)
         new = torch.maximum(torch.minimum(old + 2 * eps * signs, eps), -eps)
-        return self.batch.supported(delta.flatten(2).scatter(2, index, new).view_as(delta))
+        return self.problem.supported(delta.flatten(2).scatter(2, index, new).view_as(delta))
 
     def move(self, delta: torch.Tensor, share: float) -> torch.Tensor:
         """l2: one window per sample gets a pair of bumps and the mass of another window, which is emptied."""
@@ -187,12 +161,11 @@ class _Search:
     def _place(self, window: _Window) -> torch.Tensor:
         """A random place per sample: (B, C, V) flat indices of the voxels of the window."""
         size, channels = self.zero.shape[:2]
-        share = torch.rand(size, len(self.space), device=self.zero.device, generator=self.generator)
+        share = self._random(size, len(self.space))
         if self.count is None:
             start = (share * (self.lengths - window.edges + 1)).long()
         else:
-            pick = torch.rand(size, 1, device=self.zero.device, generator=self.generator)
-            rank = (pick * self.count[:, -1:]).long() + 1
+            rank = (self._random(size, 1) * self.count[:, -1:]).long() + 1
             # Clamped for a sample without support, and for a product that rounds up to the count.
             voxel = torch.searchsorted(self.count, rank).clamp_max(self.count.shape[1] - 1)
             start = voxel // self.strides % self.lengths - (share * window.edges).long()
@@ -200,15 +173,17 @@ class _Search:
         index = (start * self.strides).sum(1, keepdim=True) + window.offsets
         return index[:, None].expand(-1, channels, -1)
 
+    def _random(self, *shape: int) -> torch.Tensor:
+        """Uniform from [0, 1)."""
+        return torch.rand(shape, device=self.zero.device, generator=self.problem.generator)
+
     def _signs(self, *shape: int) -> torch.Tensor:
         """Random signs, ±1."""
-        draws = torch.rand(shape, device=self.zero.device, generator=self.generator)
-        return torch.where(draws < 0.5, -1.0, 1.0).to(self.zero.dtype)
+        return torch.where(self._random(*shape) < 0.5, -1.0, 1.0).to(self.zero.dtype)
 
     def _axes(self) -> torch.Tensor:
         """A random axis per sample, (B,) int64."""
-        draws = torch.rand(len(self.zero), device=self.zero.device, generator=self.generator)
-        return (draws * len(self.space)).long().clamp_max(len(self.space) - 1)
+        return (self._random(len(self.zero)) * len(self.space)).long().clamp_max(len(self.space) - 1)
 
 
 def _edges(space: Sequence[int], share: float, least: int) -> tuple[int, ...]:

@@ -11,12 +11,11 @@ import math
 
 import torch
 
-from ima_seg.attacks.base import UNTARGETED, AttackResult, Goal
-from ima_seg.attacks.network import Precision, frozen
-from ima_seg.attacks.passes import Best, Perturbed, check_batch, check_counts
+from ima_seg.attacks.problem import Problem, attack
+from ima_seg.attacks.result import AttackResult, Best
 from ima_seg.errors import UserError
 from ima_seg.ops import per_row, perturbation_size
-from ima_seg.types import Network, Norm, Target, ThreatModel
+from ima_seg.types import Norm
 
 #: Largest over smallest quantisation step, as 20 over 5 in the authors' code.
 _Q_RANGE = 4.0
@@ -25,20 +24,13 @@ _Q_RANGE = 4.0
 _HEADROOM: dict[Norm, float] = {"l2": 1.5, "linf": 3.0}
 
 
-@torch.no_grad()
+@attack
 def vafa(
-    model: Network,
-    x: torch.Tensor,
-    target: Target,
-    *,
+    problem: Problem,
     eps: torch.Tensor,
-    threat: ThreatModel,
+    *,
     steps: int,
     restarts: int = 1,
-    goal: Goal = UNTARGETED,
-    support: torch.Tensor | None = None,
-    precision: Precision = "auto",
-    generator: torch.Generator | None = None,
     block: int = 8,
     headroom: float | None = None,
     step_factor: float = 2.0,
@@ -60,56 +52,42 @@ def vafa(
     above stands for a steepening tanh; images are edge-padded to whole blocks; the worst point visited is returned.
 
     Args:
-        model: network (B, C, *S) -> logits; its flags are restored.
-        x: batch (B, C, *S) in network units.
-        target: reference of the batch.
-        eps: budget of each sample, (B,), per voxel in network units.
-        threat: norm and perturbable channels.
+        problem: what is attacked.
+        eps: budget, as for :func:`ima_seg.attacks.pgd`.
         steps: gradient steps of each restart.
         restarts: the first starts at q = q_max as the paper does, the others at random tables.
-        goal: what to climb and how to measure the damage.
-        support: bool, broadcastable to the perturbable channels; the perturbation is zero outside.
-        precision: of the passes, see :func:`ima_seg.attacks.network.resolve_precision`.
-        generator: source of the random tables, on the device of ``x``.
         block: edge of a block, in voxels; an axis shorter than that is one block.
         headroom: see above. Above 1, for once the steps of the less harmful frequencies have shrunk the perturbation
             would be smaller than allowed. Default: 1.5 for l2, 3 for linf.
         step_factor: each step is ``step_factor * (q_max - q_min) / steps`` long.
     """
-    check_batch(x, eps, target)
-    check_counts(steps, restarts)
     if block < 1:
         raise UserError(f"block is {block}; the edge of a block is at least one voxel")
-    batch = Perturbed(model, x, threat, precision, goal.loss, support)
-    best = Best(batch, target, goal, eps, steps)
-    quantised = _Quantised(batch, block)
-    q_max = per_row(quantised.uniform_step(eps, headroom or _HEADROOM[threat.norm]), quantised.coefficients)
+    norm, best, quantised = problem.threat.norm, Best(problem, eps, steps), _Quantised(problem, block)
+    q_max = per_row(quantised.uniform_step(eps, headroom or _HEADROOM[norm]), quantised.coefficients)
     q_min = q_max / _Q_RANGE
     alpha = step_factor * (q_max - q_min) / steps
-    with frozen(model, batch.dtype):
-        forwards = best.visit_clean()
-        for restart in range(restarts):
-            best.begin_restart()
-            share = torch.ones_like(quantised.coefficients)
-            if restart:
-                share.uniform_(generator=generator)
-            q = q_min + share * (q_max - q_min)
-            for step in range(steps):
-                q.requires_grad_(True)
-                with torch.enable_grad():
-                    delta = _projected(quantised.perturbation(q), eps, threat.norm)
-                here = batch.at(delta.detach(), target, step / steps)
-                best.visit(delta.detach(), here.logits, step)
-                gradient = here.gradient()
-                del here
-                (slope,) = torch.autograd.grad(delta, q, gradient.to(delta.dtype))
-                best.count(perturbation_size(slope, "linf"))
-                # The sign of NaN would stay NaN in the table for good.
-                q = torch.clamp(q.detach() + alpha * torch.nan_to_num(slope).sign(), q_min, q_max)
-            delta = _projected(quantised.perturbation(q), eps, threat.norm)
-            best.visit(delta, batch.logits(delta), steps)
-            forwards += len(x)
-    return best.result(forwards)
+    best.visit_clean()
+    for restart in range(restarts):
+        best.begin_restart()
+        share = torch.ones_like(quantised.coefficients)
+        if restart:
+            share.uniform_(generator=problem.generator)
+        q = q_min + share * (q_max - q_min)
+        for step in range(steps):
+            q.requires_grad_(True)
+            with torch.enable_grad():
+                delta = _projected(quantised.perturbation(q), eps, norm)
+            here = best.passes.at(delta.detach(), step / steps)
+            best.visit(delta.detach(), here.logits, step)
+            gradient = here.gradient()
+            del here
+            (slope,) = torch.autograd.grad(delta, q, gradient.to(delta.dtype))
+            best.count(perturbation_size(slope, "linf"))
+            # The sign of NaN would stay NaN in the table for good.
+            q = torch.clamp(q.detach() + alpha * torch.nan_to_num(slope).sign(), q_min, q_max)
+        best.look(_projected(quantised.perturbation(q), eps, norm), steps)
+    return best.result()
 
 
 def _projected(delta: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -124,18 +102,18 @@ def _projected(delta: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tens
 class _Quantised:
     """The cosine coefficients of a batch, and what becomes of the batch when they are quantised."""
 
-    def __init__(self, batch: Perturbed, block: int) -> None:
-        image = batch.threat.perturbable(batch.x).to(batch.zero().dtype)
-        self.batch, self.space = batch, tuple(image.shape[2:])
+    def __init__(self, problem: Problem, block: int) -> None:
+        image = problem.image.to(problem.zero().dtype)
+        self.problem, self.space = problem, tuple(image.shape[2:])
         self.edges = tuple(min(block, length) for length in self.space)
-        self.whole = perturbation_size(batch.supported(image), batch.threat.norm)
+        self.whole = perturbation_size(problem.supported(image), problem.threat.norm)
         self.coefficients = block_transform(split(image, self.edges), self.edges)
 
     def perturbation(self, q: torch.Tensor) -> torch.Tensor:
         """The perturbation (B, image channels, *S) for the steps ``q``, shaped as the coefficients; differentiable."""
         # The difference itself, not two images: at small q it would drown in their rounding.
         moved = -q / (2 * math.pi) * torch.sin(2 * math.pi * self.coefficients / q)
-        return self.batch.supported(join(block_transform(moved, self.edges, inverse=True), self.space))
+        return self.problem.supported(join(block_transform(moved, self.edges, inverse=True), self.space))
 
     def uniform_step(self, eps: torch.Tensor, headroom: float) -> torch.Tensor:
         """The step, one per sample, (B,), that makes perturbations of ``headroom * eps`` when all coefficients have it.
@@ -151,7 +129,7 @@ class _Quantised:
         for _ in range(24):
             middle = (low * high).sqrt()
             delta = self.perturbation(per_row(middle, self.coefficients))
-            enough = perturbation_size(delta, self.batch.threat.norm) >= size
+            enough = perturbation_size(delta, self.problem.threat.norm) >= size
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
         return high
 

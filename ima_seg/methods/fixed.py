@@ -6,9 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ima_seg.attacks import pgd
-from ima_seg.attacks.base import UNTARGETED, Goal
-from ima_seg.attacks.losses import GOALS
+from ima_seg.attacks import GOALS, UNTARGETED, Goal, Problem, pgd
 from ima_seg.attacks.network import inner_module
 from ima_seg.methods.base import Calls, Method, MethodReport
 from ima_seg.methods.fixed_settings import (
@@ -29,10 +27,11 @@ def attacked(
     goal: Goal = UNTARGETED,
 ) -> tuple[torch.Tensor, PassCount]:  # fmt: skip
     """The last point of PGD within the method's budget (B, C, *S), and the passes it took."""
-    hit = pgd(
-        inner_module(calls.model), x, target, eps=method.budget(x), threat=method.threat, steps=steps,
-        step_factor=step_factor, goal=goal, precision=method.settings.precision, generator=calls.generator, keep="last",
+    problem = Problem(
+        inner_module(calls.model), x, target, method.threat, goal, precision=method.settings.precision,
+        generator=calls.generator,
     )  # fmt: skip
+    hit = pgd(problem, method.budget(x), steps=steps, step_factor=step_factor, keep="last")
     return hit.adversarial, hit.passes
 
 

@@ -25,10 +25,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ima_seg.attacks import BoundaryResult, GraphedPasses, boundary_search, pgd
-from ima_seg.attacks.boundary import class_quality, hard_quality, loss_quality, start_radius
+from ima_seg.attacks import BoundaryResult, GraphedPasses, Problem, boundary_search, pgd
+from ima_seg.attacks.boundary import start_radius
 from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
 from ima_seg.attacks.passes import forward as passed
+from ima_seg.attacks.quality import class_quality, hard_quality, loss_quality
 from ima_seg.attacks.rows import assign, chosen
 from ima_seg.errors import UserError
 from ima_seg.methods.ledger import EpochSummary, MarginLedger
@@ -290,35 +291,26 @@ class IMA:
         if clean_gradient is not None:
             start = self._free_step(x, clean_gradient, settings.step_factor * eps / settings.steps, eps, generator)
         multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
+        problem = Problem(network, x, target, self.threat, precision=settings.precision, generator=generator)
         if bool(searched.any()):
             found = boundary_search(
-                network,
-                x,
-                target,
-                eps=eps,
+                problem,
+                eps,
                 threshold=threshold,
                 clean_quality=quality,
                 quality=loss_quality if settings.criterion == "loss" else hard_quality,
                 settings=settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
-                threat=self.threat,
                 searched=searched,
                 start=start,
-                precision=settings.precision,
-                generator=generator,
             )
         rows = chosen(perturbed, multiple_of)
         if len(rows) == 0:
             return found
         hit = pgd(
-            network,
-            x[rows],
-            target[rows],
-            eps=eps[rows],
+            problem.select(rows),
+            eps[rows],
             steps=max(settings.background_steps, 1),
             step_factor=settings.step_factor,
-            threat=self.threat,
-            precision=settings.precision,
-            generator=generator,
             keep="last",  # costs the gradient passes and nothing else
         )
         assign(found.adversarial, rows, perturbed[rows], hit.adversarial)

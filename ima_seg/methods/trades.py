@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ima_seg.attacks.base import Goal
+from ima_seg.attacks import Goal
 from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
 from ima_seg.attacks.passes import forward
 from ima_seg.methods.base import Calls, Method, MethodReport

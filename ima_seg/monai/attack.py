@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 from torch import nn
 
-from ima_seg.attacks import UNTARGETED, AttackResult, Goal
+from ima_seg.attacks import GOALS, UNTARGETED, AttackResult, Goal, Problem
 from ima_seg.attacks.network import Precision
 from ima_seg.attacks.registry import ATTACKS
 from ima_seg.errors import UserError
@@ -95,16 +95,13 @@ class Attack:
             eps: budget of each sample, per voxel in network units.
             generator: source of random starts, on that device.
         """
-        labelled = reference(y, x, self.labels)
-        options: dict[str, Any] = {}
+        target = Target.from_raw(reference(y, x, self.labels), self.labels)
+        spec, goal = ATTACKS[self.name], GOALS[ATTACKS[self.name].goal]
         if self.loss is not None:
-            options["goal"] = Goal("loss", self._climbed(self.loss, plain(y)), UNTARGETED.damage)
-        spec = ATTACKS[self.name]
-        return spec.run(
-            network, x, Target.from_raw(labelled, self.labels), eps=torch.full((len(x),), float(eps), device=x.device),
-            threat=ThreatModel(self.norm, self.image_channels), precision=self.precision, generator=generator,
-            **spec.length(self.steps, self.restarts), **options,
-        )  # fmt: skip
+            goal = Goal("loss", self._climbed(self.loss, plain(y)), UNTARGETED.damage)
+        threat = ThreatModel(self.norm, self.image_channels)
+        problem = Problem(network, x, target, threat, goal, precision=self.precision, generator=generator)
+        return spec(problem, eps, steps=self.steps, restarts=self.restarts)
 
     @staticmethod
     def _climbed(loss: SampleLoss, y: torch.Tensor) -> Callable[[torch.Tensor, Target, float], torch.Tensor]:

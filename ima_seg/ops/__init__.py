@@ -154,7 +154,7 @@ def interpolate(
 def dice_ce(logits: torch.Tensor, target: Target) -> torch.Tensor:
     """Soft Dice loss plus cross-entropy of each sample, (B,) float32 (float64 for float64 logits); differentiable once.
 
-    What it is of is said by :func:`ima_seg.attacks.sample_losses.dice_ce_loss`.
+    What it is of is said by :func:`ima_seg.attacks.losses.dice_ce_loss`.
 
     Args:
         logits: (B, K, *S).

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from ima_seg.attacks import appear, disappear, minimal_norm, pgd
-from ima_seg.attacks.base import AttackResult
+from ima_seg.attacks import GOALS, UNTARGETED, AttackResult, Problem, appear, disappear, minimal_norm, pgd
 from ima_seg.attacks.network import full_resolution
-from ima_seg.attacks.passes import Perturbed
+from ima_seg.attacks.passes import Passes
 from ima_seg.attacks.registry import ATTACKS
 from ima_seg.attacks.tiling import Tiling
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import Condition
 from ima_seg.evaluate.attack.patchwise import patch_pgd
-from ima_seg.evaluate.attack.problem import Problem, make_problem, native_scale, per_voxel
+from ima_seg.evaluate.attack.problem import Stage, make_stage, native_scale, per_voxel
 from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Window
 from ima_seg.ops import hard_dice, perturbation_size, project
@@ -40,18 +39,18 @@ class Found:
     Attributes:
         perturbed: (1, C + extra, *S), in the layout of :attr:`Case.base`.
         eps_network: the budget per voxel in network units.
+        passes: over the whole volume.
         breaking_rms: see :class:`ima_seg.evaluate.records.Record`.
         trace: lowest Dice so far, by step.
         zero_gradient: share of gradient passes that were zero; ``None`` without gradients.
-        passes: over the whole volume.
     """
 
     perturbed: torch.Tensor
     eps_network: float
-    breaking_rms: float | None
-    trace: list[float]
-    zero_gradient: float | None
     passes: PassCount
+    breaking_rms: float | None = None
+    trace: list[float] = field(default_factory=list)
+    zero_gradient: float | None = None
 
 
 class Attacker:
@@ -71,54 +70,46 @@ class Attacker:
         if condition.kind == "minimal":
             return self._minimal(condition, case, window)
         assert condition.eps is not None
-        problem = make_problem(case, window, self.threat, self.settings.budget)
-        eps = per_voxel(condition.eps, self.settings.unit, problem)
-        name, _, organ = condition.attack.partition(":")
         settings = self.settings
+        lengths: dict[str, Any] = {"steps": settings.steps, "restarts": settings.restarts}
+        options = {"precision": settings.precision, "generator": self.generator(condition, case)}
+        stage = make_stage(case, window, self.threat, settings.budget, **options)
+        eps = per_voxel(condition.eps, settings.unit, stage)
+        name, _, organ = condition.attack.partition(":")
+        attack: Callable[[Problem, float], AttackResult] = partial(pgd, **lengths)
+        goal = UNTARGETED
         if condition.attack == "patch-pgd":
             if not isinstance(window, Tiling):
                 raise UserError(
                     f"attack 'patch-pgd' needs an inferer of tiles, {case.model.folder} has none: leave it out"
                 )
             if case.model.is_2d:
-                problem = make_problem(case, window, self.threat, "slice")
-            attack: Callable[..., AttackResult] = partial(
-                patch_pgd,
-                window=window,
-                normalise=case.network(window, whole=False)[0],
-                steps=settings.steps,
-                restarts=settings.restarts,
-            )
+                stage = make_stage(case, window, self.threat, "slice", **options)
+            attack = partial(patch_pgd, window=window, normalise=case.network(window, whole=False)[0], **lengths)
         elif condition.kind == "targeted":
-            index = list(case.model.classes).index(organ)
-            goal = (disappear if name == "disappear" else appear)(index)
-            attack = partial(pgd, goal=goal, steps=settings.steps, restarts=settings.restarts)
+            goal = (disappear if name == "disappear" else appear)(list(case.model.classes).index(organ))
         else:
-            spec = ATTACKS[condition.attack]
-            attack = partial(spec.run, **spec.length(settings.steps, settings.restarts))
-        attack = partial(attack, precision=self.settings.precision, generator=self.generator(condition, case))
-        result = problem.run(attack, eps)
-        self._check_budget(condition, problem, result.distance, eps)
+            attack = partial(ATTACKS[condition.attack], **lengths)
+            goal = GOALS[ATTACKS[condition.attack].goal]
+        stage = replace(stage, problem=replace(stage.problem, goal=goal))
+        result = stage.run(attack, eps)
+        self._check_budget(condition, stage, result.distance, eps)
         # A targeted loss has no gradient once all of its voxels have flipped, or where there are none.
         gradients = condition.kind == "white"
         return Found(
-            perturbed=problem.volume(result.adversarial),
+            perturbed=stage.volume(result.adversarial),
             eps_network=eps,
-            breaking_rms=None,
-            trace=[] if condition.kind == "targeted" else _trace(result, problem),
+            trace=[] if condition.kind == "targeted" else _trace(result, stage),
             zero_gradient=float(result.zero_gradient.mean()) if gradients else None,
-            passes=_per_volume(result.passes, problem),
+            passes=_per_volume(result.passes, stage),
         )
 
     @torch.no_grad()
     def repeat_difference(self, case: Case, window: Window) -> float:
         """How much the same input gradient differs when it is computed twice, as a share of its largest value."""
-        problem = make_problem(case, window, self.threat, "volume")
-        gradients = []
-        for _ in range(2):  # a batch of its own for each, for the scale of a loss follows what it has seen
-            batch = Perturbed(problem.network, problem.x, problem.threat, self.settings.precision)
-            gradients.append(batch.at(batch.zero(), problem.target).gradient())
-        first, second = gradients
+        problem = make_stage(case, window, self.threat, "volume", precision=self.settings.precision).problem
+        # Passes of their own for each, for the scale of a loss follows what it has seen.
+        first, second = (Passes(problem).at(problem.zero()).gradient() for _ in range(2))
         return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))
 
     def transfer(self, condition: Condition, source: Case, window: Window, case: Case,
@@ -128,49 +119,38 @@ class Attacker:
         for seen in (source, case):
             native_scale(seen)
         delta = case.from_native(source.native_delta(source.delta(made.perturbed)))
-        problem = make_problem(case, own, self.threat, self.settings.budget)
+        stage = make_stage(case, own, self.threat, self.settings.budget)
         assert condition.eps is not None
-        eps = per_voxel(condition.eps, self.settings.unit, problem)
-        batch = delta[None] if problem.budget == "volume" else delta.movedim(1, 0)
-        if problem.support is not None:
-            batch = batch * problem.support
+        eps = per_voxel(condition.eps, self.settings.unit, stage)
+        batch = stage.problem.supported(delta[None] if stage.budget == "volume" else delta.movedim(1, 0))
         # resampling between the two networks' grids, and other normalisations, change its size
-        batch = project(batch.contiguous(), torch.full((len(batch),), eps, device=batch.device), self.threat.norm)
+        batch = project(batch.contiguous(), stage.problem.budgets(eps), self.threat.norm)
         perturbed = case.base.clone()
-        perturbed[:, : case.image_channels] += problem.volume(batch)
-        return Found(perturbed, eps, None, [], None, made.passes)
+        perturbed[:, : case.image_channels] += stage.volume(batch)
+        return Found(perturbed, eps, made.passes)
 
     def _minimal(self, condition: Condition, case: Case, window: Window) -> Found:
         """The smallest breaking perturbation of the whole volume, up to the largest budget of the run."""
-        sized = make_problem(case, window, self.threat, self.settings.budget)
-        eps = per_voxel(max(self.settings.eps), self.settings.unit, sized)
-        problem = make_problem(case, window, self.threat, "volume")
+        settings = self.settings
+        sized = make_stage(case, window, self.threat, settings.budget)
+        eps = per_voxel(max(settings.eps), settings.unit, sized)
+        stage = make_stage(
+            case, window, self.threat, "volume", precision=settings.precision, generator=self.generator(condition, case)
+        )
+        problem = stage.problem
         with torch.no_grad():
             clean = hard_dice(full_resolution(problem.network(problem.x)), problem.target)
         if not bool(clean > 0):
-            return Found(case.base, eps, None, [], None, PassCount(forwards=1))
-        result = minimal_norm(
-            problem.network,
-            problem.x,
-            problem.target,
-            eps=torch.full((1,), eps, device=self.device),
-            threshold=self.settings.broken_below * clean,
-            clean_dice=clean,
-            threat=problem.threat,
-            steps=self.settings.steps,
-            rounds=8,
-            support=problem.support,
-            precision=self.settings.precision,
-            generator=self.generator(condition, case),
-        )
-        self._check_budget(condition, problem, result.distance, eps)
-        broken = bool(result.broken[0])
-        size = perturbation_size(problem.threat.perturbable(result.adversarial - problem.x), "l2")
+            return Found(case.base, eps, PassCount(forwards=1))
+        threshold = settings.broken_below * clean
+        result = minimal_norm(problem, eps, threshold=threshold, clean_quality=clean, steps=settings.steps, rounds=8)
+        self._check_budget(condition, stage, result.distance, eps)
+        size = perturbation_size(problem.difference(result.adversarial), "l2")
         return Found(
             perturbed=result.adversarial,
             eps_network=eps,
-            breaking_rms=float(size) if broken else None,
-            trace=_trace(result, problem),
+            breaking_rms=float(size) if bool(result.broken[0]) else None,
+            trace=_trace(result, stage),
             zero_gradient=float(result.zero_gradient.mean()),
             passes=result.passes,
         )
@@ -181,17 +161,17 @@ class Attacker:
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _check_budget(self, condition: Condition, problem: Problem, size: torch.Tensor, eps: float) -> None:
-        largest = float(size.max())
+    def _check_budget(self, condition: Condition, stage: Stage, size: torch.Tensor, eps: float) -> None:
+        largest, x = float(size.max()), stage.problem.x
         # image + perturbation is rounded where the image has large values
-        rounding = 2 * torch.finfo(problem.x.dtype).eps * float(problem.x.abs().max())
+        rounding = 2 * torch.finfo(x.dtype).eps * float(x.abs().max())
         if largest > eps * (1 + BUDGET_TOLERANCE) + rounding:
             raise RuntimeError(f"{condition.attack} exceeded its budget: {largest:g} > {eps:g} per voxel")
 
 
-def _trace(result: AttackResult, problem: Problem) -> list[float]:
+def _trace(result: AttackResult, stage: Stage) -> list[float]:
     """Mean lowest Dice so far over the samples with foreground, by step, thinned out to a hundred points."""
-    has_foreground = problem.target.foreground.flatten(1).any(1)
+    has_foreground = stage.problem.target.foreground.flatten(1).any(1)
     if not bool(has_foreground.any()):
         return []
     dice = 1 - result.trace[:, has_foreground].mean(1)
@@ -202,9 +182,9 @@ def _trace(result: AttackResult, problem: Problem) -> list[float]:
     return [round(value, 5) for value in dice.tolist()]
 
 
-def _per_volume(passes: PassCount, problem: Problem) -> PassCount:
+def _per_volume(passes: PassCount, stage: Stage) -> PassCount:
     """Passes over slices -> over whole volumes."""
-    return PassCount(round(passes.forwards / len(problem.x)), round(passes.gradients / len(problem.x)))
+    return PassCount(*(round(count / len(stage.problem)) for count in (passes.forwards, passes.gradients)))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

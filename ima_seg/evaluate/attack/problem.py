@@ -4,102 +4,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
-from ima_seg.attacks.base import AttackResult
+from ima_seg.attacks import AttackResult, Problem
 from ima_seg.cases.raw import FloatArray
 from ima_seg.errors import UserError
 from ima_seg.evaluate.run import Budget, Unit
 from ima_seg.evaluate.subject import Case, Window
-from ima_seg.types import PassCount, Target, ThreatModel
+from ima_seg.types import PassCount, ThreatModel
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Arguments of an attack: a batch of one volume, or of the slices of one volume.
+class Stage:
+    """A case with the problem of attacking it: a batch of one volume, or of the slices of one volume.
 
     Attributes:
         case: the case.
-        network: (B, C + extra, *S) -> logits, through the sliding window.
-        x: the batch, in the layout of :attr:`Case.base`.
-        target: its reference.
-        support: where it may be perturbed, or ``None``.
-        threat: norm and number of image channels.
+        problem: its network is the sliding window, its batch in the layout of :attr:`Case.base`.
         budget: ``"volume"`` or ``"slice"``.
         chunk: how many samples an attack is given at once.
     """
 
     case: Case
-    network: Callable[[torch.Tensor], torch.Tensor]
-    x: torch.Tensor
-    target: Target
-    support: torch.Tensor | None
-    threat: ThreatModel
+    problem: Problem
     budget: Budget
     chunk: int
 
     @property
     def voxels(self) -> int:
         """Perturbable elements of one sample: image channels x space."""
-        return self.case.image_channels * math.prod(self.x.shape[2:])
+        return self.case.image_channels * math.prod(self.problem.x.shape[2:])
 
     def volume(self, batch: torch.Tensor) -> torch.Tensor:
         """A batch as the attack returns it -> (1, C + extra, *S)."""
         return batch if self.budget == "volume" else batch.movedim(0, 1)[None]
 
-    def run(self, attack: Callable[..., AttackResult], eps: float) -> AttackResult:
-        """Run ``attack(network, x, target, eps=..., threat=..., support=...)`` on all samples, in chunks.
-
-        Args:
-            attack: with its options bound.
-            eps: budget of each sample, per voxel in network units.
-        """
-        parts = []
-        for start in range(0, len(self.x), self.chunk):
-            rows = slice(start, start + self.chunk)
-            x = self.x[rows]
-            parts.append(
-                attack(
-                    self.network,
-                    x,
-                    self.target[rows],
-                    eps=torch.full((len(x),), eps, device=x.device),
-                    threat=self.threat,
-                    support=self.support if self.support is None or len(self.support) == 1 else self.support[rows],
-                )
-            )
+    def run(self, attack: Callable[[Problem, float], AttackResult], eps: float) -> AttackResult:
+        """``attack`` on all samples, in chunks, each with the budget ``eps`` per voxel in network units."""
+        count = len(self.problem)
+        rows = [slice(start, start + self.chunk) for start in range(0, count, self.chunk)]
+        parts = [attack(self.problem.select(chunk) if len(rows) > 1 else self.problem, eps) for chunk in rows]
         if len(parts) == 1:
             return parts[0]
-        return AttackResult(
-            adversarial=torch.cat([part.adversarial for part in parts]),
-            distance=torch.cat([part.distance for part in parts]),
-            damage=torch.cat([part.damage for part in parts]),
-            zero_gradient=torch.cat([part.zero_gradient for part in parts]),
-            trace=torch.cat([part.trace for part in parts], 1),
-            passes=sum((part.passes for part in parts), PassCount()),
-        )
+        joined: dict[str, Any] = {"passes": sum((part.passes for part in parts), PassCount())}
+        for name in (field.name for field in fields(AttackResult) if field.name != "passes"):
+            joined[name] = torch.cat([getattr(part, name) for part in parts], 1 if name == "trace" else 0)
+        return AttackResult(**joined)
 
 
-def make_problem(case: Case, window: Window, threat: ThreatModel, budget: Budget) -> Problem:
-    """The problem of attacking ``case`` through ``window``."""
+def make_stage(case: Case, window: Window, threat: ThreatModel, budget: Budget, **options: Any) -> Stage:
+    """The stage for attacking ``case`` through ``window``; ``options`` are further ones of :class:`Problem`."""
     threat = replace(threat, image_channels=case.image_channels)
+    network = case.network(window, whole=budget == "volume")
     if budget == "volume":
-        return Problem(
-            case, case.network(window, whole=True), case.base, case.target(), case.support, threat, budget, chunk=1
-        )
+        problem = Problem(network, case.base, case.target(), threat, support=case.support, **options)
+        return Stage(case, problem, budget, chunk=1)
     if not case.model.is_2d:
         raise UserError(
             f"budget 'slice' is for 2D models; {case.model.folder.name} sees volumes, evaluate it with --budget volume"
         )
     x = case.base[0].movedim(1, 0).contiguous()
     support = None if case.support is None else case.support[0].movedim(1, 0)
-    network = case.network(window, whole=False)
-    return Problem(case, network, x, case.target(slices=True), support, threat, budget, chunk=window.tile_batch)
+    problem = Problem(network, x, case.target(slices=True), threat, support=support, **options)
+    return Stage(case, problem, budget, chunk=window.tile_batch)
 
 
-def per_voxel(eps: float, unit: Unit, problem: Problem) -> float:
+def per_voxel(eps: float, unit: Unit, stage: Stage) -> float:
     """A budget in ``unit`` -> per voxel in network units (RMS or largest absolute value).
 
     With several channels, percent is that of the channel in which the same number of network units is worth most. With
@@ -108,11 +81,11 @@ def per_voxel(eps: float, unit: Unit, problem: Problem) -> float:
     Raises:
         UserError: HU for images that are not a single CT.
     """
-    case = problem.case
+    case = stage.case
     if unit in ("rms", "linf"):
         return eps
     if unit == "l2":
-        return problem.threat.from_total(eps, problem.voxels)
+        return stage.problem.threat.from_total(eps, stage.voxels)
     if unit == "hu":
         if not case.model.is_single_ct:
             raise UserError(
