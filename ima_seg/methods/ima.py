@@ -17,31 +17,31 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, boundary_search, pgd
 from ima_seg.attacks.boundary import class_quality, hard_quality, loss_quality, start_radius
-from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
-from ima_seg.attacks.passes import forward as passed
+from ima_seg.attacks.network import frozen, full_resolution, resolve_precision
+from ima_seg.attacks.passes import forward
 from ima_seg.attacks.rows import assign, chosen
-from ima_seg.errors import UserError
+from ima_seg.files import write_csv
+from ima_seg.methods import margins
+from ima_seg.methods.base import Calls, Method, MethodReport
 from ima_seg.methods.ledger import EpochSummary, MarginLedger
+from ima_seg.methods.plots import plot_progress
 from ima_seg.methods.settings import IMASettings
 from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
-from ima_seg.types import Classes, Labels, Network, PassCount, Target, ThreatModel
+from ima_seg.types import Classes, Labels, Network, PassCount, Target
 
 #: On accelerators the working batch of the search shrinks in at most this many sizes.
 ACCELERATOR_SIZES = 8
-
-
-def _backward(loss: torch.Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _trained_on(output: Any, rows: torch.Tensor) -> Any:
@@ -51,43 +51,40 @@ def _trained_on(output: Any, rows: torch.Tensor) -> Any:
     return torch.where(per_row(rows, output), output, output.detach())
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did. Tensors stay on their device, detached.
+@dataclass(frozen=True, kw_only=True)
+class StepReport(MethodReport):
+    """What one step of IMA did. Tensors stay on their device, detached.
 
     Attributes:
         loss: (1 - beta) * clean + beta * adversarial, 0-dim.
         clean_loss, adversarial_loss: 0-dim; equal where nothing was attacked. The adversarial one is that of the whole
             batch, which includes a classifier's wrong images, though they have no part in its gradient.
         adversarial: the perturbed batch (B, C, *S), or None where nothing was attacked.
-        searched: (B,) bool, patches whose boundary was searched: with foreground, not below the criterion's threshold
-            without perturbation, and of a case that does not rest.
-        resting: (B,) bool, patches left out of the search because the margin of their case is steady.
+        searched: (B,) bool, patches whose boundary was searched: with foreground, and not below the criterion's
+            threshold without perturbation.
         crossed: (B,) bool.
         distance: (B,) size of the perturbation, per voxel in network units.
         background: (B,) bool, patches without foreground; none for classifiers.
         below: (B,) bool, patches that have crossed without perturbation, images that are classified wrongly.
         nonfinite: (B,) bool, patches left out of the margins for a NaN or infinite gradient.
         stalled: (B,) bool, patches whose gradient was exactly zero at some step.
-        passes: network passes that the perturbations took, without the two training passes and a classifier's check.
+
+    ``passes`` are without the two training passes and a classifier's check.
     """
 
-    loss: torch.Tensor
     clean_loss: torch.Tensor
     adversarial_loss: torch.Tensor
     adversarial: torch.Tensor | None
     searched: torch.Tensor
-    resting: torch.Tensor
     crossed: torch.Tensor
     distance: torch.Tensor
     background: torch.Tensor
     below: torch.Tensor
     nonfinite: torch.Tensor
     stalled: torch.Tensor
-    passes: PassCount
 
 
-class IMA:
+class IMA(Method[IMASettings, StepReport]):
     """IMA training of one network: settings, margins, and the step.
 
     Args:
@@ -102,6 +99,11 @@ class IMA:
     the search needs room, and the peak memory is that of a standard step.
     """
 
+    name, settings_class, uses_cases = "IMA", IMASettings, True
+    losses = ("clean_loss", "adversarial_loss")
+    counts = ("searched", "background", "below", "nonfinite", "stalled")
+    metrics = ("margin_q05", "margin_q50", "margin_q95", "expanding_share", "crossed_share", "passes_per_sample")
+
     def __init__(
         self,
         settings: IMASettings,
@@ -112,11 +114,12 @@ class IMA:
     ) -> None:
         if isinstance(labels, Classes):
             settings.check_classes()
-        self.settings, self.labels, self.ledger = settings, labels, ledger
-        self.threat = ThreatModel(settings.norm, image_channels)
+        super().__init__(settings, labels=labels, image_channels=image_channels)
+        self.ledger = ledger
         self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None
 
     @classmethod
+    @override
     def from_settings(
         cls,
         settings: IMASettings,
@@ -126,7 +129,7 @@ class IMA:
         epochs: int,
         image_channels: int | None = None,
     ) -> IMA:
-        """With a fresh ledger whose step and cap follow from ``settings``.
+        """With a fresh ledger whose step and cap follow from ``settings``; arguments as for every method.
 
         Args:
             settings: see :class:`IMASettings`.
@@ -136,100 +139,56 @@ class IMA:
             image_channels: the first this many input channels may be perturbed; None means all.
         """
         delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
-        ledger = MarginLedger(
-            delta=delta, eps_max=eps_max, rule=settings.rule, steady_interval=settings.steady_interval
-        )
-        return cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
+        ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
+        ima = cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
+        ima.epochs = epochs
+        return ima
 
-    def step(
-        self,
-        model: nn.Module,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        case_ids: Sequence[str],
-        *,
-        loss: Callable[[Any], torch.Tensor],
-        backward: Callable[[torch.Tensor], None] = _backward,
-        forward: Callable[[nn.Module, torch.Tensor], Any] | None = None,
-        victim: Network | None = None,
-        generator: torch.Generator | None = None,
-    ) -> StepReport:
-        """Accumulate the gradient of one IMA step in ``p.grad`` and note the visits in the ledger.
-
-        Args:
-            model: network (B, C, *S) -> logits (B, K, *S), or a list with the full resolution first; also wrapped in
-                DistributedDataParallel or torch.compile. A classifier yields logits (B, K).
-            x: batch (B, C, *S), floating point, finite, in network units.
-            y: reference at full resolution, (B, 1, *S) or (B, *S) labels, or regions (B, K[+1], *S). Of a classifier
-                classes (B,) or (B, 1), or labels (B, K) of 0 and 1.
-            case_ids: B ids; repeats are visits of their own.
-            loss: training loss of the network's whole output, for this batch.
-            backward: how to backpropagate a loss (a gradient scaler scales here).
-            forward: how to call the network for the two training passes (autocast goes here); default ``model(x)``.
-            victim: what the search attacks where that is not the network itself: the network as it is used, with its
-                tiling or further inputs.
-            generator: source of the random starts.
-
-        The caller clears gradients before and steps the optimiser afterwards, once.
-        """
-        if len(case_ids) != len(x):
-            raise UserError(f"{len(case_ids)} case ids for a batch of {len(x)}; every sample needs the id of its case")
-        forward = forward or (lambda network, batch: network(batch))
-        beta, network = self.settings.beta, inner_module(model) if victim is None else victim
-        distributed = isinstance(model, DistributedDataParallel)
-        # The first backward only accumulates; ranks exchange gradients in the second.
-        accumulate: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if isinstance(model, DistributedDataParallel) and beta > 0:
-            accumulate = model.no_sync()
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> StepReport:
+        settings, beta = self.settings, self.settings.beta
         # The clean backward pass yields the gradient of its input for the price of the first layer's.
-        leads = self.settings.start != "random" and 0 < beta < 1
-        clean = x.detach().requires_grad_(leads)
-        with accumulate:
-            output = forward(model, clean)
-            clean_loss = loss(output)
-            target = Target.from_raw(y, self.labels)
-            clean_logits = full_resolution(output).detach()
-            if target.whole_image and model.training and beta > 0:
-                clean_logits = self._searched_logits(network, x)
-            quality, threshold, background = self._criterion(clean_logits, target)
+        clean = x.detach().requires_grad_(settings.start != "random" and 0 < beta < 1)
+        # The first backward only accumulates; ranks exchange gradients in the second.
+        with calls.exchanging(beta == 0):
+            output = calls.forward(calls.model, clean)
+            clean_loss = calls.loss(output)
+            logits = full_resolution(output).detach()
+            if target.whole_image and calls.model.training and beta > 0:
+                logits = self._searched_logits(calls.network, x)
+            quality, threshold, background = self._criterion(logits, target)
             below = ~background & (quality < threshold)
-            resting = ~background & ~below & self.ledger.resting(case_ids, x.device)
-            searched = ~background & ~below & ~resting
-            perturbed = resting | background if self.settings.background_steps else resting
+            searched = ~background & ~below
+            nothing = torch.zeros_like(searched)
+            perturbed = background if settings.background_steps else nothing
             attacked = searched | perturbed
-            attack_any = beta > 0 and (distributed or bool(attacked.any()))
-            del output, clean_logits
-            backward(clean_loss * (1 - beta) if attack_any or target.whole_image else clean_loss)
-        clean_loss = clean_loss.detach()
-        if not attack_any:
-            return self._unattacked(clean_loss, x, searched, resting, background, below)
-
-        eps = self.ledger.get(case_ids, x.device)
-        with contextlib.nullcontext() if self._graphs is None else self._graphs:
-            found = self._perturb(
-                network, x, target, eps, quality, threshold, clean.grad, searched, perturbed, generator
-            )
-        self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
-
-        output = forward(model, found.adversarial)
-        adversarial_loss = loss(_trained_on(output, attacked) if target.whole_image else output)
-        backward(adversarial_loss * beta)
-        adversarial_loss = adversarial_loss.detach()
+            attack = beta > 0 and (isinstance(calls.model, DistributedDataParallel) or bool(attacked.any()))
+            del output, logits
+            calls.backward(clean_loss * (1 - beta) if attack or target.whole_image else clean_loss)
+        loss = clean_loss = adversarial_loss = clean_loss.detach()
+        found = BoundaryResult(
+            adversarial=x.clone() if attack else x, crossed=nothing, finite=nothing,
+            distance=torch.zeros(len(x), device=x.device), stalled=nothing, passes=PassCount(),
+        )  # fmt: skip
+        if attack:
+            eps = self.ledger.get(case_ids, x.device)
+            with contextlib.nullcontext() if self._graphs is None else self._graphs:
+                if bool(searched.any()):
+                    start = self._free_step(x, clean.grad, eps, calls.generator)
+                    found = self._search(calls, x, target, eps, quality, threshold, searched, start)
+                found = self._ascend(calls, x, target, eps, found, perturbed)
+            self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
+            output = calls.forward(calls.model, found.adversarial)
+            adversarial_loss = calls.loss(_trained_on(output, attacked) if target.whole_image else output)
+            calls.backward(adversarial_loss * beta)
+            adversarial_loss = adversarial_loss.detach()
+            loss = (1 - beta) * clean_loss + beta * adversarial_loss
+        searched = searched if attack else nothing
         return StepReport(
-            loss=(1 - beta) * clean_loss + beta * adversarial_loss,
-            clean_loss=clean_loss,
-            adversarial_loss=adversarial_loss,
-            adversarial=found.adversarial,
-            searched=searched,
-            resting=resting,
-            crossed=found.crossed,
-            distance=found.distance,
-            background=background,
-            below=below,
-            nonfinite=searched & ~found.finite,
-            stalled=found.stalled,
-            passes=found.passes,
-        )
+            loss=loss, clean_loss=clean_loss, adversarial_loss=adversarial_loss,
+            adversarial=found.adversarial if attack else None, searched=searched, crossed=found.crossed,
+            distance=found.distance, background=background, below=below, nonfinite=searched & ~found.finite,
+            stalled=found.stalled, passes=found.passes, training=len(x) * (2 if attack else 1), patches=len(x),
+        )  # fmt: skip
 
     def end_epoch(self) -> EpochSummary:
         """Move the margins; a collective call when ``torch.distributed`` is initialised."""
@@ -243,7 +202,7 @@ class IMA:
         """
         dtype = resolve_precision(self.settings.precision, x.device)
         with frozen(network, dtype), torch.no_grad():
-            return passed(network, x, dtype)
+            return forward(network, x, dtype)
 
     def _criterion(self, logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Quality of the clean samples, the threshold that they must not fall below, and which have no foreground.
@@ -266,109 +225,115 @@ class IMA:
         threshold = torch.where(dice > 0, dice * tau, absolute) if criterion == "relative" else absolute
         return dice, threshold, dice.isnan()
 
-    def _perturb(
+    def _multiple_of(self, x: torch.Tensor) -> int:
+        return 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
+
+    def _search(
         self,
-        network: Network,
+        calls: Calls,
         x: torch.Tensor,
         target: Target,
         eps: torch.Tensor,
         quality: torch.Tensor,
         threshold: torch.Tensor,
-        clean_gradient: torch.Tensor | None,
         searched: torch.Tensor,
-        perturbed: torch.Tensor,
-        generator: torch.Generator | None,
+        start: torch.Tensor | None,
     ) -> BoundaryResult:
-        """The boundary of the ``searched`` samples, and PGD within its margin ``eps`` on each that is ``perturbed``."""
+        """The boundary of the ``searched`` samples."""
         settings = self.settings
-        nothing = torch.zeros_like(searched)
-        found = BoundaryResult(
-            adversarial=x.detach().clone(), crossed=nothing, finite=nothing, distance=torch.zeros_like(eps),
-            stalled=nothing, passes=PassCount(),
+        return boundary_search(
+            calls.network, x, target, eps=eps, threshold=threshold, clean_quality=quality,
+            quality=loss_quality if settings.criterion == "loss" else hard_quality,
+            settings=settings.search(delta=self.ledger.delta, multiple_of=self._multiple_of(x)), threat=self.threat,
+            searched=searched, start=start, precision=settings.precision, generator=calls.generator,
         )  # fmt: skip
-        start = None
-        if clean_gradient is not None:
-            start = self._free_step(x, clean_gradient, settings.step_factor * eps / settings.steps, eps, generator)
-        multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
-        if bool(searched.any()):
-            found = boundary_search(
-                network,
-                x,
-                target,
-                eps=eps,
-                threshold=threshold,
-                clean_quality=quality,
-                quality=loss_quality if settings.criterion == "loss" else hard_quality,
-                settings=settings.search(delta=self.ledger.delta, multiple_of=multiple_of),
-                threat=self.threat,
-                searched=searched,
-                start=start,
-                precision=settings.precision,
-                generator=generator,
-            )
-        rows = chosen(perturbed, multiple_of)
+
+    def _ascend(
+        self,
+        calls: Calls,
+        x: torch.Tensor,
+        target: Target,
+        eps: torch.Tensor,
+        found: BoundaryResult,
+        perturbed: torch.Tensor,
+    ) -> BoundaryResult:
+        """``found``, with PGD within its margin ``eps`` on each sample that is ``perturbed``."""
+        settings, rows = self.settings, chosen(perturbed, self._multiple_of(x))
         if len(rows) == 0:
             return found
         hit = pgd(
-            network,
-            x[rows],
-            target[rows],
-            eps=eps[rows],
-            steps=max(settings.background_steps, 1),
-            step_factor=settings.step_factor,
-            threat=self.threat,
-            precision=settings.precision,
-            generator=generator,
-            keep="last",  # costs the gradient passes and nothing else
-        )
+            calls.network, x[rows], target[rows], eps=eps[rows], steps=settings.background_steps,
+            step_factor=settings.step_factor, threat=self.threat, precision=settings.precision,
+            generator=calls.generator, keep="last",  # costs the gradient passes and nothing else
+        )  # fmt: skip
         assign(found.adversarial, rows, perturbed[rows], hit.adversarial)
         assign(found.distance, rows, perturbed[rows], hit.distance)
         return replace(found, passes=found.passes + hit.passes)
 
     def _free_step(
-        self,
-        x: torch.Tensor,
-        gradient: torch.Tensor,
-        length: torch.Tensor,
-        eps: torch.Tensor,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        """The perturbation (B, image channels, *S) of one step of ``length`` (B,) along the clean ``gradient``.
+        self, x: torch.Tensor, gradient: torch.Tensor | None, eps: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor | None:
+        """The perturbation (B, image channels, *S) of one step of the search along the clean ``gradient``.
 
-        It is made from the clean batch, or from a random point (``start = "mixed"``). The scale of the gradient does
-        not matter, so neither does that of a gradient scaler. Where it is zero, infinite or NaN, the random point
-        remains.
+        It is made from a random point, and is None without a gradient. The scale of the gradient does not matter, so
+        neither does that of a gradient scaler. Where it is zero, infinite or NaN, the random point remains.
         """
+        if gradient is None:
+            return None
         image, norm = self.threat.perturbable(x), self.threat.norm
         nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
         seeds = draw_seeds(len(x), x.device, generator)
         random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, seeds)
-        origin = random if self.settings.start == "mixed" else nothing
-        step, size = gradient_step(origin, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
+        length = self.settings.step_factor * eps / self.settings.steps
+        step, size = gradient_step(random, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
         return torch.where(per_row(torch.isfinite(size) & (size > 0), step), step, random)
 
-    def _unattacked(
-        self,
-        clean_loss: torch.Tensor,
-        x: torch.Tensor,
-        searched: torch.Tensor,
-        resting: torch.Tensor,
-        background: torch.Tensor,
-        below: torch.Tensor,
-    ) -> StepReport:
-        nothing = torch.zeros_like(searched)
-        return StepReport(
-            loss=clean_loss,
-            clean_loss=clean_loss,
-            adversarial_loss=clean_loss,
-            adversarial=None,
-            searched=nothing if self.settings.beta == 0 else searched,
-            resting=nothing if self.settings.beta == 0 else resting,
-            crossed=nothing,
-            distance=torch.zeros(len(x), device=x.device),
-            background=background,
-            below=below,
-            nonfinite=nothing,
-            stalled=nothing,
-            passes=PassCount(),
+    # --- what a course of training tells -----------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"ledger": self.ledger.state_dict()}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ledger.load_state_dict(state["ledger"])
+
+    saved, restore = state_dict, load_state_dict
+
+    @override
+    def sizes(self) -> dict[str, float]:
+        return {"delta": self.ledger.delta, "eps_max": self.ledger.eps_max}
+
+    @override
+    def enter_cases(self, cases: Iterable[str]) -> list[str]:
+        known, current = set(self.ledger.cases), {str(case) for case in cases}
+        self.ledger.register(sorted(current))
+        return margins.changed_cases(known, current, self.ledger.delta)
+
+    @override
+    def columns(self, totals: Mapping[str, float]) -> dict[str, Any]:
+        return margins.columns(self.end_epoch(), totals)
+
+    @override
+    def lines(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        return margins.lines(history, cases=len(self.ledger.cases))
+
+    @override
+    def warnings(self, row: Mapping[str, Any]) -> list[str]:
+        return margins.warnings(row, self.settings, self.epochs)
+
+    @override
+    def write_files(
+        self, folder: Path, history: Sequence[Mapping[str, Any]], *, voxels: int, native: Mapping[str, float]
+    ) -> None:
+        """Write ``ima_margins.csv``, ``ima_history.csv`` and ``ima_progress.png``."""
+        super().write_files(folder, history, voxels=voxels, native=native)
+        norm = self.settings.norm
+        write_csv(
+            folder / margins.MARGINS_FILE, margins.margin_rows(self.ledger, norm=norm, voxels=voxels, native=native)
         )
+        plot_progress(folder / margins.PROGRESS_FILE, history, self.ledger, norm=norm)
+
+    @override
+    def absent(self) -> str:
+        return f"no margin ledger; all margins start anew at {self.ledger.delta:.4g}"

@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +45,10 @@ def _release(version: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-T = TypeVar("T", bound=Training[Any])
-
-
-def make_training(kind: type[T], trainer: Any, settings: TrainingSettings) -> T:
-    """The training of a ``kind`` that fits a freshly constructed nnU-Net trainer."""
+def make_training(trainer: Any, settings: TrainingSettings) -> Training:
+    """The training that fits a freshly constructed nnU-Net trainer."""
     configuration, labels = trainer.configuration_manager, trainer.label_manager
-    return kind(
+    return Training(
         settings,
         labels=Labels(
             outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ima_seg.errors import UserError
-from ima_seg.methods.history import PROGRESS_FILE, margin_rows, write_csv
+from ima_seg.files import write_csv
 from ima_seg.methods.ledger import MarginLedger
+from ima_seg.methods.margins import PROGRESS_FILE, margin_rows
 from ima_seg.methods.plots import plot_progress
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
 from ima_seg.nnunet.compat import shared_native_scale
