@@ -85,7 +85,8 @@ def test_the_step_in_monai_is_that_of_the_formula(name, heads):
     trainer = trained(network, method, train_data_loader=batches, loss_function=loss, lr=0.0)
     got, seen = [], []
     trainer.add_event_handler(
-        IterationEvents.BACKWARD_COMPLETED, lambda engine: got.extend(p.grad.clone() for p in network.parameters())
+        IterationEvents.BACKWARD_COMPLETED,
+        lambda engine: got.extend(p.grad.clone() for p in network.parameters() if p.grad is not None),
     )
     trainer.add_event_handler(
         IterationEvents.FORWARD_COMPLETED, lambda engine: seen.append(engine.state.output["pred"])
