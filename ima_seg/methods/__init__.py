@@ -19,37 +19,15 @@ from ima_seg.methods.fixed import (
     SegPGDAT,
     SegPGDATSettings,
     mixed,
-)
+)  # fmt: skip
 from ima_seg.methods.ima import IMA, StepReport
 from ima_seg.methods.registry import METHODS, PRESETS, make_method
 from ima_seg.methods.settings import IMASettings
 from ima_seg.methods.trades import TRADES, TRADESSettings
 
 __all__ = [
-    "FGSMAT",
-    "IMA",
-    "METHODS",
-    "PGDAT",
-    "PRESETS",
-    "TRADES",
-    "Calls",
-    "FGSMATSettings",
-    "FixedBudget",
-    "FixedBudgetSettings",
-    "FreeAT",
-    "FreeATSettings",
-    "IMASettings",
-    "Method",
-    "MethodReport",
-    "NoiseAugmentation",
-    "NoiseSettings",
-    "PGDATSettings",
-    "SegPGDAT",
-    "SegPGDATSettings",
-    "StepReport",
-    "TRADESSettings",
-    "TemporalEnsembling",
-    "TemporalEnsemblingSettings",
-    "make_method",
-    "mixed",
-]
+    "FGSMAT", "IMA", "METHODS", "PGDAT", "PRESETS", "TRADES", "Calls", "FGSMATSettings", "FixedBudget",
+    "FixedBudgetSettings", "FreeAT", "FreeATSettings", "IMASettings", "Method", "MethodReport", "NoiseAugmentation",
+    "NoiseSettings", "PGDATSettings", "SegPGDAT", "SegPGDATSettings", "StepReport", "TRADESSettings",
+    "TemporalEnsembling", "TemporalEnsemblingSettings", "make_method", "mixed",
+]  # fmt: skip

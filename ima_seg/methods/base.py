@@ -24,6 +24,11 @@ S = TypeVar("S", bound=TrainingSettings)
 R = TypeVar("R", bound="MethodReport")
 
 
+def map_heads(output: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """``function`` of a network's output, or of each of its heads, as a list."""
+    return [function(head) for head in output] if isinstance(output, (list, tuple)) else function(output)
+
+
 def _backward(loss: torch.Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
@@ -87,6 +92,7 @@ class Method(ABC, Generic[S, R]):
     Args:
         settings: of the method.
         labels: how the network's outputs are read.
+        patch_voxels: image channels x voxels of a training patch.
         epochs: length of the training.
         image_channels: the first this many input channels may be perturbed; None means all.
 
@@ -108,17 +114,24 @@ class Method(ABC, Generic[S, R]):
     classifies: ClassVar[bool] = True
 
     def __init__(
-        self, settings: S, *, labels: Labels | Classes, epochs: int = 1, image_channels: int | None = None
+        self,
+        settings: S,
+        *,
+        labels: Labels | Classes,
+        patch_voxels: int = 1,
+        epochs: int = 1,
+        image_channels: int | None = None,
     ) -> None:
         if isinstance(labels, Classes) and not self.classifies:
             raise UserError(f"{self.name} is for segmentations; train a classifier by another method, such as PGDAT")
         self.settings, self.labels, self.epochs = settings, labels, epochs
         self.threat = ThreatModel(settings.norm, image_channels)
+        #: Turns a size of the settings into one per voxel in network units.
+        self.per_voxel = settings.per_voxel(patch_voxels)
         #: Share of the training that is over, in [0, 1].
         self.progress = 0.0
 
     @classmethod
-    @abstractmethod
     def from_settings(
         cls,
         settings: S,
@@ -128,7 +141,8 @@ class Method(ABC, Generic[S, R]):
         epochs: int,
         image_channels: int | None = None,
     ) -> Self:
-        """With sizes as ``settings`` give them; ``patch_voxels``: image channels x voxels of a training patch."""
+        """With what follows from the settings; arguments as for the class, all of which is known here."""
+        return cls(settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, image_channels=image_channels)
 
     def step(
         self,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from ima_seg.attacks import pgd
 from ima_seg.attacks.base import UNTARGETED, Goal
@@ -15,7 +15,7 @@ from ima_seg.attacks.losses import GOALS
 from ima_seg.methods.base import Calls, Method, MethodReport
 from ima_seg.methods.settings import TrainingSettings
 from ima_seg.ops import gradient_step, per_row
-from ima_seg.types import Classes, Labels, PassCount, Target
+from ima_seg.types import PassCount, Target
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Positive = Annotated[float, Field(gt=0)]
@@ -41,25 +41,12 @@ F = TypeVar("F", bound=FixedBudgetSettings)
 
 
 class FixedBudget(Method[F, MethodReport]):
-    """A way to train with perturbations of one size; arguments as for :meth:`Method.from_settings`."""
+    """A way to train with perturbations of one size."""
 
-    def __init__(
-        self,
-        settings: F,
-        *,
-        labels: Labels | Classes,
-        patch_voxels: int,
-        epochs: int = 1,
-        image_channels: int | None = None,
-    ) -> None:
-        super().__init__(settings, labels=labels, epochs=epochs, image_channels=image_channels)
-        #: Budget per voxel in network units.
-        self.eps = settings.eps * settings.per_voxel(patch_voxels)
-
-    @classmethod
-    @override
-    def from_settings(cls, settings: F, **given: Any) -> Self:
-        return cls(settings, **given)
+    @property
+    def eps(self) -> float:
+        """Budget per voxel in network units."""
+        return self.settings.eps * self.per_voxel
 
     @override
     def sizes(self) -> dict[str, float]:

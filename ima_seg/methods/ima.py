@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -31,11 +29,9 @@ from ima_seg.attacks.boundary import class_quality, hard_quality, loss_quality, 
 from ima_seg.attacks.network import frozen, full_resolution, resolve_precision
 from ima_seg.attacks.passes import forward
 from ima_seg.attacks.rows import assign, chosen
-from ima_seg.files import write_csv
-from ima_seg.methods import margins
-from ima_seg.methods.base import Calls, Method, MethodReport
-from ima_seg.methods.ledger import EpochSummary, MarginLedger
-from ima_seg.methods.plots import plot_progress
+from ima_seg.methods.base import Calls, MethodReport, map_heads
+from ima_seg.methods.ledger import MarginLedger
+from ima_seg.methods.margins import WithMargins
 from ima_seg.methods.settings import IMASettings
 from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
 from ima_seg.types import Classes, Labels, Network, PassCount, Target
@@ -44,11 +40,8 @@ from ima_seg.types import Classes, Labels, Network, PassCount, Target
 ACCELERATOR_SIZES = 8
 
 
-def _trained_on(output: Any, rows: torch.Tensor) -> Any:
-    """A network's ``output`` whose gradient comes from the ``rows`` (B,) bool alone; all its values stay."""
-    if isinstance(output, (list, tuple)):
-        return type(output)(_trained_on(head, rows) for head in output)
-    return torch.where(per_row(rows, output), output, output.detach())
+def _multiple_of(x: torch.Tensor) -> int:
+    return 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +77,7 @@ class StepReport(MethodReport):
     stalled: torch.Tensor
 
 
-class IMA(Method[IMASettings, StepReport]):
+class IMA(WithMargins[StepReport]):
     """IMA training of one network: settings, margins, and the step.
 
     Args:
@@ -98,11 +91,6 @@ class IMA(Method[IMASettings, StepReport]):
     accumulated in two backward passes, the clean one before the search begins: the clean activations are then gone when
     the search needs room, and the peak memory is that of a standard step.
     """
-
-    name, settings_class, uses_cases = "IMA", IMASettings, True
-    losses = ("clean_loss", "adversarial_loss")
-    counts = ("searched", "background", "below", "nonfinite", "stalled")
-    metrics = ("margin_q05", "margin_q50", "margin_q95", "expanding_share", "crossed_share", "passes_per_sample")
 
     def __init__(
         self,
@@ -129,15 +117,7 @@ class IMA(Method[IMASettings, StepReport]):
         epochs: int,
         image_channels: int | None = None,
     ) -> IMA:
-        """With a fresh ledger whose step and cap follow from ``settings``; arguments as for every method.
-
-        Args:
-            settings: see :class:`IMASettings`.
-            labels: how the network's outputs are read.
-            patch_voxels: image channels x voxels of a training patch.
-            epochs: length of the training.
-            image_channels: the first this many input channels may be perturbed; None means all.
-        """
+        """With a fresh ledger whose step and cap follow from ``settings``; arguments as for every method."""
         delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
         ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
         ima = cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
@@ -169,6 +149,11 @@ class IMA(Method[IMASettings, StepReport]):
             adversarial=x.clone() if attack else x, crossed=nothing, finite=nothing,
             distance=torch.zeros(len(x), device=x.device), stalled=nothing, passes=PassCount(),
         )  # fmt: skip
+
+        def of_attacked(head: torch.Tensor) -> torch.Tensor:
+            """``head``, whose gradient comes from the attacked samples alone; all its values stay."""
+            return torch.where(per_row(attacked, head), head, head.detach())
+
         if attack:
             eps = self.ledger.get(case_ids, x.device)
             with contextlib.nullcontext() if self._graphs is None else self._graphs:
@@ -178,7 +163,7 @@ class IMA(Method[IMASettings, StepReport]):
                 found = self._ascend(calls, x, target, eps, found, perturbed)
             self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
             output = calls.forward(calls.model, found.adversarial)
-            adversarial_loss = calls.loss(_trained_on(output, attacked) if target.whole_image else output)
+            adversarial_loss = calls.loss(map_heads(output, of_attacked) if target.whole_image else output)
             calls.backward(adversarial_loss * beta)
             adversarial_loss = adversarial_loss.detach()
             loss = (1 - beta) * clean_loss + beta * adversarial_loss
@@ -189,10 +174,6 @@ class IMA(Method[IMASettings, StepReport]):
             distance=found.distance, background=background, below=below, nonfinite=searched & ~found.finite,
             stalled=found.stalled, passes=found.passes, training=len(x) * (2 if attack else 1), patches=len(x),
         )  # fmt: skip
-
-    def end_epoch(self) -> EpochSummary:
-        """Move the margins; a collective call when ``torch.distributed`` is initialised."""
-        return self.ledger.step()
 
     def _searched_logits(self, network: Network, x: torch.Tensor) -> torch.Tensor:
         """Logits of the clean batch as the search computes them.
@@ -225,9 +206,6 @@ class IMA(Method[IMASettings, StepReport]):
         threshold = torch.where(dice > 0, dice * tau, absolute) if criterion == "relative" else absolute
         return dice, threshold, dice.isnan()
 
-    def _multiple_of(self, x: torch.Tensor) -> int:
-        return 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
-
     def _search(
         self,
         calls: Calls,
@@ -244,7 +222,7 @@ class IMA(Method[IMASettings, StepReport]):
         return boundary_search(
             calls.network, x, target, eps=eps, threshold=threshold, clean_quality=quality,
             quality=loss_quality if settings.criterion == "loss" else hard_quality,
-            settings=settings.search(delta=self.ledger.delta, multiple_of=self._multiple_of(x)), threat=self.threat,
+            settings=settings.search(delta=self.ledger.delta, multiple_of=_multiple_of(x)), threat=self.threat,
             searched=searched, start=start, precision=settings.precision, generator=calls.generator,
         )  # fmt: skip
 
@@ -258,7 +236,7 @@ class IMA(Method[IMASettings, StepReport]):
         perturbed: torch.Tensor,
     ) -> BoundaryResult:
         """``found``, with PGD within its margin ``eps`` on each sample that is ``perturbed``."""
-        settings, rows = self.settings, chosen(perturbed, self._multiple_of(x))
+        settings, rows = self.settings, chosen(perturbed, _multiple_of(x))
         if len(rows) == 0:
             return found
         hit = pgd(
@@ -287,53 +265,3 @@ class IMA(Method[IMASettings, StepReport]):
         length = self.settings.step_factor * eps / self.settings.steps
         step, size = gradient_step(random, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
         return torch.where(per_row(torch.isfinite(size) & (size > 0), step), step, random)
-
-    # --- what a course of training tells -----------------------------------------------------------------------------
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.state_dict()}
-
-    @override
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.ledger.load_state_dict(state["ledger"])
-
-    saved, restore = state_dict, load_state_dict
-
-    @override
-    def sizes(self) -> dict[str, float]:
-        return {"delta": self.ledger.delta, "eps_max": self.ledger.eps_max}
-
-    @override
-    def enter_cases(self, cases: Iterable[str]) -> list[str]:
-        known, current = set(self.ledger.cases), {str(case) for case in cases}
-        self.ledger.register(sorted(current))
-        return margins.changed_cases(known, current, self.ledger.delta)
-
-    @override
-    def columns(self, totals: Mapping[str, float]) -> dict[str, Any]:
-        return margins.columns(self.end_epoch(), totals)
-
-    @override
-    def lines(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        return margins.lines(history, cases=len(self.ledger.cases))
-
-    @override
-    def warnings(self, row: Mapping[str, Any]) -> list[str]:
-        return margins.warnings(row, self.settings, self.epochs)
-
-    @override
-    def write_files(
-        self, folder: Path, history: Sequence[Mapping[str, Any]], *, voxels: int, native: Mapping[str, float]
-    ) -> None:
-        """Write ``ima_margins.csv``, ``ima_history.csv`` and ``ima_progress.png``."""
-        super().write_files(folder, history, voxels=voxels, native=native)
-        norm = self.settings.norm
-        write_csv(
-            folder / margins.MARGINS_FILE, margins.margin_rows(self.ledger, norm=norm, voxels=voxels, native=native)
-        )
-        plot_progress(folder / margins.PROGRESS_FILE, history, self.ledger, norm=norm)
-
-    @override
-    def absent(self) -> str:
-        return f"no margin ledger; all margins start anew at {self.ledger.delta:.4g}"

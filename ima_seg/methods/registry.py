@@ -12,7 +12,6 @@ from ima_seg.methods.fixed import FGSMAT, PGDAT, FreeAT, NoiseAugmentation, SegP
 from ima_seg.methods.ima import IMA
 from ima_seg.methods.settings import AMAT, TrainingSettings
 from ima_seg.methods.trades import TRADES
-from ima_seg.types import Classes, Labels
 
 #: A method of one's own is added under the section of its settings.
 METHODS: dict[str, type[Method[Any, Any]]] = {
@@ -36,27 +35,15 @@ def preset(name: str) -> TrainingSettings:
     return METHODS[name].settings_class()
 
 
-def make_method(
-    settings: str | TrainingSettings,
-    *,
-    labels: Labels | Classes,
-    patch_voxels: int,
-    epochs: int,
-    image_channels: int | None = None,
-) -> Method[Any, Any]:
+def make_method(settings: str | TrainingSettings, **given: Any) -> Method[Any, Any]:
     """The method that ``settings`` are of, or of that name and with its default settings.
 
     Args:
         settings: of the method, or its name.
-        labels: how the network's outputs are read.
-        patch_voxels: image channels x voxels of a training patch.
-        epochs: length of the training.
-        image_channels: the first this many input channels may be perturbed; None means all.
+        given: labels, patch_voxels, epochs and image_channels, as for :meth:`Method.from_settings`.
 
     Raises:
-        UserError: no such method, or one that is not for such ``labels``.
+        UserError: no such method, or one that is not for such labels.
     """
     settings = preset(settings) if isinstance(settings, str) else settings
-    return METHODS[settings.section].from_settings(
-        settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, image_channels=image_channels
-    )
+    return METHODS[settings.section].from_settings(settings, **given)

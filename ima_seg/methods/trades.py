@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from pydantic import Field
 from ima_seg.attacks.base import Goal
 from ima_seg.attacks.network import frozen, full_resolution, resolve_precision
 from ima_seg.attacks.passes import forward
-from ima_seg.methods.base import Calls, MethodReport
+from ima_seg.methods.base import Calls, MethodReport, map_heads
 from ima_seg.methods.fixed import FixedBudget, FixedBudgetSettings, Positive, Steps
 from ima_seg.types import PassCount, Target
 
@@ -57,10 +57,6 @@ def divergence(logits: torch.Tensor, target: Target, progress: float = 0.0, *, c
     return each.masked_fill(~counted, 0.0).sum((1, 2)) / counted.sum((1, 2)).clamp_min(1)
 
 
-def _rows(output: Any, rows: slice) -> Any:
-    return [head[rows] for head in output] if isinstance(output, (list, tuple)) else output[rows]
-
-
 class TRADES(FixedBudget[TRADESSettings]):
     """L(x) + weight KL(p(x) || p(x + d)): the clean loss, and how far a perturbation moves the prediction.
 
@@ -83,7 +79,7 @@ class TRADES(FixedBudget[TRADESSettings]):
         output = calls.forward(calls.model, torch.cat([x, perturbed]))
         heads = full_resolution(output)
         moved = divergence(heads[count:], target, clean=heads[:count]).mean()
-        value = calls.loss(_rows(output, slice(count))) + settings.weight * moved
+        value = calls.loss(map_heads(output, lambda head: head[:count])) + settings.weight * moved
         calls.backward(value)
         passes += PassCount(forwards=count)
         return MethodReport(loss=value.detach(), passes=passes, training=2 * count, patches=count)

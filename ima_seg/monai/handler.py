@@ -111,14 +111,7 @@ class TrainingHandler:
 
 
 class MarginLedgerHandler(TrainingHandler):
-    """A :class:`TrainingHandler` for IMA, which it may be given as ``ima``."""
+    """A :class:`TrainingHandler`, which may be given an IMA as ``ima``; other arguments as there."""
 
-    def __init__(
-        self,
-        output_dir: str | Path | None = None,
-        *,
-        cases: Iterable[str] = (),
-        native: Mapping[str, float] | None = None,
-        ima: IMA | None = None,
-    ) -> None:
-        super().__init__(output_dir, cases=cases, native=native, method=ima)
+    def __init__(self, *args: Any, ima: IMA | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, method=ima, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ima_seg.attacks.network import allow_recompiles, full_resolution, inner_module
 from ima_seg.errors import UserError
 from ima_seg.methods import registry
-from ima_seg.methods.base import Method
+from ima_seg.methods.base import Method, map_heads
 from ima_seg.methods.ima import IMA
 from ima_seg.monai.batch import case_ids, plain, reference, with_meta
 from ima_seg.monai.handler import TrainingHandler
@@ -225,10 +225,11 @@ class IMASupervisedTrainer(AdversarialSupervisedTrainer):
         return self.method
 
 
+@dataclass
 class _Passes:
     """The training passes of an iteration, the first of them with MONAI's events.
 
-    Args:
+    Attributes:
         engine: the trainer.
         targets: what the loss compares with.
         args: further inputs of the network, as are ``kwargs``.
@@ -237,18 +238,18 @@ class _Passes:
         share: the gradient is divided by this.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        targets: torch.Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        size: int,
-        share: int,
-    ) -> None:
-        self.engine, self.targets, self.args, self.kwargs = engine, targets, args, kwargs
-        self.size, self.share, self.scaler = size, share, engine.scaler if engine.amp else None
-        self._first, self._stacked = True, False
+    engine: Any
+    targets: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    size: int
+    share: int
+    _first: bool = True
+    _stacked: bool = False
+
+    @property
+    def scaler(self) -> Any:
+        return self.engine.scaler if self.engine.amp else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.scaler is None:
@@ -264,10 +265,10 @@ class _Passes:
             if self._first and network is self.engine.network:
                 output = self.engine.state.output
                 more = len(images) > self.size
-                shown = output[Keys.PRED] = _rows(prediction, slice(self.size)) if more else prediction
+                shown = output[Keys.PRED] = map_heads(prediction, lambda h: h[: self.size]) if more else prediction
                 self.engine.fire_event(IterationEvents.FORWARD_COMPLETED)
                 if output[Keys.PRED] is not shown:
-                    rest = _rows(prediction, slice(self.size, None))
+                    rest = map_heads(prediction, lambda head: head[self.size :])
                     prediction = _joined(output[Keys.PRED], rest) if more else output[Keys.PRED]
         return list(prediction.unbind(1)) if self._stacked else prediction
 
@@ -324,13 +325,8 @@ class _Passes:
         self.engine.optimizer.zero_grad(set_to_none=self.engine.optim_set_to_none)
 
 
-def _rows(output: Any, rows: slice) -> Any:
-    """These rows of a network's output, a tensor or a list of heads."""
-    return [head[rows] for head in output] if isinstance(output, (list, tuple)) else output[rows]
-
-
 def _joined(first: Any, rest: Any) -> Any:
-    """What :func:`_rows` has taken apart."""
+    """The rows of ``first`` and ``rest``, tensors or lists of heads."""
     if isinstance(first, (list, tuple)):
         return [torch.cat(parts) for parts in zip(first, rest, strict=True)]
     return torch.cat([first, rest])
