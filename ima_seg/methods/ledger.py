@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,8 +26,15 @@ RULES: tuple[Rule, ...] = ("paper", "majority", "mean", "grow")
 
 #: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
-#: Layout version of :meth:`MarginLedger.state_dict`.
+#: Layout version of :meth:`MarginLedger.state_dict`, and the fields of a record there.
 STATE_VERSION = 1
+COLUMNS: Mapping[str, torch.dtype] = {
+    "margin": torch.float64,
+    "visits": torch.int64,
+    "crossed": torch.int64,
+    "expanding": torch.bool,
+    "seen": torch.int64,
+}
 
 
 @dataclass
@@ -43,12 +50,6 @@ class CaseRecord:
     crossed: int = 0
     expanding: bool = True
     seen: int = -1
-
-
-@dataclass
-class _EpochVisits:
-    held: int = 0
-    distances: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -186,33 +187,29 @@ class MarginLedger:
         for cases, part in gather((list(self.cases), self._drain())):
             self.register(cases)
             visits += part
-        by_case: defaultdict[str, _EpochVisits] = defaultdict(_EpochVisits)
+        by_case: defaultdict[str, list[float | None]] = defaultdict(list)
         for case, was_crossed, size in visits:
-            if was_crossed:
-                by_case[case].distances.append(size)
-            else:
-                by_case[case].held += 1
-        for case, epoch_visits in by_case.items():
-            self._move(self.cases[case], epoch_visits)
+            by_case[case].append(size if was_crossed else None)
+        for case, sizes in by_case.items():
+            self._move(self.cases[case], sizes)
         return self._summarise(len(by_case), visits)
 
-    def _move(self, record: CaseRecord, epoch_visits: _EpochVisits) -> None:
-        held, distances = epoch_visits.held, epoch_visits.distances
-        visits = held + len(distances)
+    def _move(self, record: CaseRecord, sizes: Sequence[float | None]) -> None:
+        """Move a margin by its visits of an epoch, None where one held, else its distance."""
+        distances = [size for size in sizes if size is not None]
+        held = len(sizes) - len(distances)
         expanded = record.margin + self.delta
         contracted = (record.margin + math.fsum(distances) / len(distances)) / 2 if distances else expanded
-        if self.rule == "paper":
-            moved = expanded if held else contracted
-        elif self.rule == "majority":
-            moved = expanded if 2 * held >= visits else contracted
-        elif self.rule == "grow":
-            moved = expanded if held else record.margin
+        if self.rule == "mean":
+            moved = (held * expanded + len(distances) * contracted) / len(sizes)
+        elif held >= len(sizes) / 2 if self.rule == "majority" else held:
+            moved = expanded
         else:
-            moved = (held * expanded + len(distances) * contracted) / visits
+            moved = record.margin if self.rule == "grow" else contracted
         moved = min(max(moved, 0.0), self.eps_max)
         record.expanding = moved > record.margin
         record.margin = moved
-        record.visits += visits
+        record.visits += len(sizes)
         record.crossed += len(distances)
         record.seen = self.epoch
 
@@ -244,7 +241,6 @@ class MarginLedger:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as JSON types and plain float64 / int64 tensors (safe under ``weights_only``)."""
-        records = list(self.cases.values())
         return {
             "version": STATE_VERSION,
             "delta": self.delta,
@@ -253,11 +249,10 @@ class MarginLedger:
             "epoch": self.epoch,
             "medians": list(self._medians),
             "cases": list(self.cases),
-            "margin": torch.tensor([r.margin for r in records], dtype=torch.float64),
-            "visits": torch.tensor([r.visits for r in records], dtype=torch.int64),
-            "crossed": torch.tensor([r.crossed for r in records], dtype=torch.int64),
-            "expanding": torch.tensor([r.expanding for r in records], dtype=torch.bool),
-            "seen": torch.tensor([r.seen for r in records], dtype=torch.int64),
+            **{
+                name: torch.tensor([getattr(record, name) for record in self.cases.values()], dtype=dtype)
+                for name, dtype in COLUMNS.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -272,7 +267,7 @@ class MarginLedger:
                 "resume with the ima-seg that wrote it"
             )
         try:
-            columns = (state[key].tolist() for key in ("margin", "visits", "crossed", "expanding", "seen"))
+            columns = (state[name].tolist() for name in COLUMNS)
             self.cases = {
                 str(case): CaseRecord(
                     min(float(margin), self.eps_max), int(visits), int(crossed), bool(grows), int(seen)

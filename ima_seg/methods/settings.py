@@ -35,9 +35,6 @@ BEFORE: Mapping[str, Any] = {"start": "random", "criterion": "dice"}
 REMOVED: Mapping[str, Any] = {"steady_interval": 1}
 
 Auto = Literal["auto"]
-Start = Literal["random", "mixed"]
-Criterion = Literal["dice", "relative", "loss"]
-
 
 S = TypeVar("S", bound="TrainingSettings")
 
@@ -148,12 +145,10 @@ class IMASettings(TrainingSettings):
         refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``). The
             two forwards of the default leave it a little beyond, which cost no robustness.
         background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
-            clean. They climb their own loss from a random point: trained on the step of the clean gradient instead,
-            networks were less robust.
+            clean. They climb their own loss from a random point.
         rule: how visits move margins (see ``MarginLedger``).
         cuda_graphs: ``"on"`` captures the network passes of the search as CUDA graphs, one for each size of the batch
-            (:class:`ima_seg.attacks.GraphedPasses`): faster where launches take longer than kernels, for the memory of
-            a pass.
+            (:class:`ima_seg.attacks.GraphedPasses`): faster where launches take longer than kernels.
     """
 
     section: ClassVar[str] = "ima"
@@ -161,12 +156,12 @@ class IMASettings(TrainingSettings):
 
     eps_max: Auto | float = "auto"
     delta: Auto | float = "auto"
-    criterion: Criterion = "dice"
+    criterion: Literal["dice", "relative", "loss"] = "dice"
     tau: float = 0.45
     beta: float = Field(0.5, ge=0, le=1)
     steps: int = Field(5, ge=1, le=1000)
     step_factor: float = Field(4.0, gt=0)
-    start: Start = "random"
+    start: Literal["random", "mixed"] = "random"
     refine: Refine = "root"
     refine_steps: int = Field(2, ge=0, le=100)
     refine_tolerance: float = Field(0.1, ge=0, lt=1)
@@ -215,12 +210,7 @@ class IMASettings(TrainingSettings):
                 )
 
     def resolve_sizes(self, *, patch_voxels: int, epochs: int) -> tuple[float, float]:
-        """``(delta, eps_max)`` per voxel in network units.
-
-        Args:
-            patch_voxels: image channels x voxels of a training patch.
-            epochs: length of the training.
-        """
+        """``(delta, eps_max)`` per voxel in network units, for patches of so many values and this many epochs."""
         per_voxel = self.per_voxel(patch_voxels)
         eps_max = DEFAULT_EPS_MAX if self.eps_max == "auto" else self.eps_max * per_voxel
         delta = eps_max / min(max(epochs / 3, 10), 50) if self.delta == "auto" else self.delta * per_voxel
@@ -230,15 +220,8 @@ class IMASettings(TrainingSettings):
 
     def search(self, *, delta: float, multiple_of: int) -> SearchSettings:
         """The settings of the boundary search; ``delta`` per voxel."""
-        return SearchSettings(
-            steps=self.steps,
-            step_factor=self.step_factor,
-            start_slack=delta,
-            refine=self.refine,
-            refine_steps=self.refine_steps,
-            refine_tolerance=self.refine_tolerance,
-            multiple_of=multiple_of,
-        )
+        shared = self.model_dump(include={"steps", "step_factor", "refine", "refine_steps", "refine_tolerance"})
+        return SearchSettings(**shared, start_slack=delta, multiple_of=multiple_of)
 
 
 def _explain(item: Any, source: str, model: type[BaseModel]) -> str:
