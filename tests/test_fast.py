@@ -104,7 +104,7 @@ def test_channels_that_are_no_images_stay_as_they_are():
 def test_history_counts_every_pass(start):
     network, x, y = batch_of_all_kinds()
     ima = make_ima(SETTINGS.model_copy(update={"start": start}))
-    passes, course = counted(network), Course(ima, epochs=10, native={}, log=print, warn=print)
+    passes, course = counted(network), Course(ima, native={}, log=print, warn=print)
     for _ in range(2):
         course.tally.add(ima.step(network, x, y, list("abcd"), loss=cross_entropy(y)))
     row = course.end_epoch(seconds=1.0)

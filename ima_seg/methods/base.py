@@ -126,7 +126,7 @@ class Method(ABC, Generic[S, R]):
             raise UserError(f"{self.name} is for segmentations; train a classifier by another method, such as PGDAT")
         self.settings, self.labels, self.epochs = settings, labels, epochs
         self.threat = ThreatModel(settings.norm, image_channels)
-        #: Turns a size of the settings into one per voxel in network units.
+        #: Turns a size of the settings into one per voxel in network units; the sizes of IMA are in its ledger.
         self.per_voxel = settings.per_voxel(patch_voxels)
         #: Share of the training that is over, in [0, 1].
         self.progress = 0.0

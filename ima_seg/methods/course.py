@@ -50,8 +50,7 @@ class Course:
     """What a training by a method keeps and tells beside the network.
 
     Args:
-        method: the method.
-        epochs: length of the training.
+        method: the method, which knows the length of the training.
         voxels: image channels x voxels of a training patch.
         native: native intensity units per network unit of each channel, where they are the same for all cases.
         log: prints a line to the log of the training.
@@ -62,14 +61,12 @@ class Course:
         self,
         method: Method[Any, Any],
         *,
-        epochs: int,
         voxels: int = 1,
         native: Mapping[str, float],
         log: Callable[[str], object],
         warn: Callable[[str], object],
     ) -> None:
         self.method, self.voxels, self.native, self.log, self.warn = method, voxels, dict(native), log, warn
-        method.epochs = epochs
         #: A row for each epoch, see :meth:`end_epoch`.
         self.history: list[dict[str, Any]] = []
         self.tally = Tally(method)

@@ -40,10 +40,6 @@ from ima_seg.types import Classes, Labels, Network, PassCount, Target
 ACCELERATOR_SIZES = 8
 
 
-def _multiple_of(x: torch.Tensor) -> int:
-    return 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepReport(MethodReport):
     """What one step of IMA did. Tensors stay on their device, detached.
@@ -156,11 +152,9 @@ class IMA(WithMargins[StepReport]):
 
         if attack:
             eps = self.ledger.get(case_ids, x.device)
+            start = None if clean.grad is None else self._free_step(x, clean.grad, eps, calls.generator)
             with contextlib.nullcontext() if self._graphs is None else self._graphs:
-                if bool(searched.any()):
-                    start = self._free_step(x, clean.grad, eps, calls.generator)
-                    found = self._search(calls, x, target, eps, quality, threshold, searched, start)
-                found = self._ascend(calls, x, target, eps, found, perturbed)
+                found = self._perturb(calls, x, target, eps, found, quality, threshold, searched, perturbed, start)
             self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
             output = calls.forward(calls.model, found.adversarial)
             adversarial_loss = calls.loss(map_heads(output, of_attacked) if target.whole_image else output)
@@ -206,37 +200,30 @@ class IMA(WithMargins[StepReport]):
         threshold = torch.where(dice > 0, dice * tau, absolute) if criterion == "relative" else absolute
         return dice, threshold, dice.isnan()
 
-    def _search(
-        self,
-        calls: Calls,
-        x: torch.Tensor,
-        target: Target,
-        eps: torch.Tensor,
-        quality: torch.Tensor,
-        threshold: torch.Tensor,
-        searched: torch.Tensor,
-        start: torch.Tensor | None,
-    ) -> BoundaryResult:
-        """The boundary of the ``searched`` samples."""
-        settings = self.settings
-        return boundary_search(
-            calls.network, x, target, eps=eps, threshold=threshold, clean_quality=quality,
-            quality=loss_quality if settings.criterion == "loss" else hard_quality,
-            settings=settings.search(delta=self.ledger.delta, multiple_of=_multiple_of(x)), threat=self.threat,
-            searched=searched, start=start, precision=settings.precision, generator=calls.generator,
-        )  # fmt: skip
-
-    def _ascend(
+    def _perturb(
         self,
         calls: Calls,
         x: torch.Tensor,
         target: Target,
         eps: torch.Tensor,
         found: BoundaryResult,
+        quality: torch.Tensor,
+        threshold: torch.Tensor,
+        searched: torch.Tensor,
         perturbed: torch.Tensor,
+        start: torch.Tensor | None,
     ) -> BoundaryResult:
-        """``found``, with PGD within its margin ``eps`` on each sample that is ``perturbed``."""
-        settings, rows = self.settings, chosen(perturbed, _multiple_of(x))
+        """The boundary of the ``searched`` samples, and PGD within its margin ``eps`` on each that is ``perturbed``."""
+        settings = self.settings
+        multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
+        if bool(searched.any()):
+            found = boundary_search(
+                calls.network, x, target, eps=eps, threshold=threshold, clean_quality=quality,
+                quality=loss_quality if settings.criterion == "loss" else hard_quality,
+                settings=settings.search(delta=self.ledger.delta, multiple_of=multiple_of), threat=self.threat,
+                searched=searched, start=start, precision=settings.precision, generator=calls.generator,
+            )  # fmt: skip
+        rows = chosen(perturbed, multiple_of)
         if len(rows) == 0:
             return found
         hit = pgd(
@@ -249,15 +236,13 @@ class IMA(WithMargins[StepReport]):
         return replace(found, passes=found.passes + hit.passes)
 
     def _free_step(
-        self, x: torch.Tensor, gradient: torch.Tensor | None, eps: torch.Tensor, generator: torch.Generator | None
-    ) -> torch.Tensor | None:
+        self, x: torch.Tensor, gradient: torch.Tensor, eps: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
         """The perturbation (B, image channels, *S) of one step of the search along the clean ``gradient``.
 
-        It is made from a random point, and is None without a gradient. The scale of the gradient does not matter, so
-        neither does that of a gradient scaler. Where it is zero, infinite or NaN, the random point remains.
+        It is made from a random point. The scale of the gradient does not matter, so neither does that of a gradient
+        scaler. Where it is zero, infinite or NaN, the random point remains.
         """
-        if gradient is None:
-            return None
         image, norm = self.threat.perturbable(x), self.threat.norm
         nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
         seeds = draw_seeds(len(x), x.device, generator)

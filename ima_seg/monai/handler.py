@@ -56,7 +56,7 @@ class TrainingHandler:
 
     def _begun(self, method: Method[Any, Any]) -> Course:
         return Course(
-            method, epochs=method.epochs, native=self.native, log=lambda text: self.logger.info(text),
+            method, native=self.native, log=lambda text: self.logger.info(text),
             warn=lambda text: self.logger.warning("%s: %s", method.name, text),
         )  # fmt: skip
 

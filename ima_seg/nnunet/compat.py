@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ima_seg.errors import UserError
+from ima_seg.methods.registry import make_method
 from ima_seg.methods.settings import TrainingSettings
 from ima_seg.nnunet.training import Training
 from ima_seg.types import Labels
@@ -47,18 +49,20 @@ def _release(version: str) -> tuple[int, int]:
 
 def make_training(trainer: Any, settings: TrainingSettings) -> Training:
     """The training that fits a freshly constructed nnU-Net trainer."""
-    configuration, labels = trainer.configuration_manager, trainer.label_manager
-    return Training(
+    labels = trainer.label_manager
+    channels = len(channel_names(trainer.dataset_json))
+    voxels = channels * math.prod(trainer.configuration_manager.patch_size)
+    method = make_method(
         settings,
         labels=Labels(
             outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label
         ),
-        patch_size=configuration.patch_size,
-        image_channels=len(channel_names(trainer.dataset_json)),
+        patch_voxels=voxels,
         epochs=trainer.num_epochs,
-        native=shared_native_scale(trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json),
-        log=trainer.print_to_log_file,
+        image_channels=channels,  # those that a cascade appends are never perturbed
     )
+    native = shared_native_scale(trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json)
+    return Training(method, voxels=voxels, native=native, log=trainer.print_to_log_file)
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,47 +13,21 @@ from typing_extensions import override
 from ima_seg.attacks.network import resolve_precision
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
+from ima_seg.methods.base import Method
 from ima_seg.methods.course import Course
-from ima_seg.methods.registry import make_method
-from ima_seg.methods.settings import TrainingSettings, differences
+from ima_seg.methods.settings import differences
 from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY
 from ima_seg.ops import describe_backend
-from ima_seg.types import Labels
 
 
 class Training(Course):
-    """One fold's training by the method that its settings are of.
+    """One fold's training; arguments as for :class:`~ima_seg.methods.course.Course`, but warnings go to the log."""
 
-    Args:
-        settings: of the training.
-        labels: how the network's outputs are read.
-        patch_size: voxels of a training patch per axis.
-        image_channels: input channels that are images; channels after them (cascade) are never perturbed.
-        epochs: length of the training.
-        native: native intensity units per network unit of each channel, where all cases share them (CT).
-        log: prints a line to the training log.
-    """
-
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        *,
-        labels: Labels,
-        patch_size: Iterable[int],
-        image_channels: int,
-        epochs: int,
-        native: Mapping[str, float],
-        log: Callable[[str], object],
-    ) -> None:
-        voxels = image_channels * math.prod(patch_size)
-        method = make_method(settings, labels=labels, patch_voxels=voxels, epochs=epochs, image_channels=image_channels)
-        super().__init__(method, epochs=epochs, voxels=voxels, native=native, log=log, warn=self._warn)
+    def __init__(self, method: Method[Any, Any], *, log: Callable[[str], object], **given: Any) -> None:
+        super().__init__(method, log=log, warn=lambda text: log(f"{method.name} WARNING: {text}"), **given)
         #: Of its state in a checkpoint. That of IMA has one of its own, as it always had.
-        self.key = KEY if settings.section == KEY else METHOD_KEY
+        self.key = KEY if method.settings.section == KEY else METHOD_KEY
         self.resumed_settings: Mapping[str, Any] | None = None
-
-    def _warn(self, text: str) -> None:
-        self.log(f"{self.method.name} WARNING: {text}")
 
     def enter_cases(self, cases: Iterable[str]) -> None:
         """Meet the fold's training cases."""
