@@ -1,13 +1,8 @@
 """Trainers for ``nnUNetv2_train -tr NAME``; nnU-Net finds every name in ``__all__`` once the package is installed."""
 
-from nnunet_trainers.amat import nnUNetTrainerAMAT
-from nnunet_trainers.fast import (
-    nnUNetTrainerIMA_fast,
-)
 from nnunet_trainers.ima import (
+    nnUNetTrainerAMAT,
     nnUNetTrainerIMA,
-)
-from nnunet_trainers.lengths import (
     nnUNetTrainerIMA_1epoch,
     nnUNetTrainerIMA_5epochs,
     nnUNetTrainerIMA_10epochs,
@@ -15,6 +10,10 @@ from nnunet_trainers.lengths import (
     nnUNetTrainerIMA_50epochs,
     nnUNetTrainerIMA_100epochs,
     nnUNetTrainerIMA_250epochs,
+    nnUNetTrainerIMA_fast,
+    nnUNetTrainerIMA_paperHeart,
+    nnUNetTrainerIMA_paperHippocampus,
+    nnUNetTrainerIMA_paperProstate,
 )
 from nnunet_trainers.methods import (
     nnUNetTrainerFGSMAT,
@@ -34,11 +33,6 @@ from nnunet_trainers.methods import (
     nnUNetTrainerSegPGDAT,
     nnUNetTrainerTE,
     nnUNetTrainerTRADES,
-)
-from nnunet_trainers.paper import (
-    nnUNetTrainerIMA_paperHeart,
-    nnUNetTrainerIMA_paperHippocampus,
-    nnUNetTrainerIMA_paperProstate,
 )
 
 __all__ = [

@@ -14,21 +14,19 @@ from ima_seg.errors import UserError, show_plainly
 from ima_seg.files import replacing
 from ima_seg.methods.settings import TrainingSettings, load_settings
 from ima_seg.nnunet import compat
-from ima_seg.nnunet.training import Training
 
 #: So many batches in a row without a single usable patch end the training.
 PATIENCE_NONFINITE = 10
 
 
 class AdversarialTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with another step.
+    """nnU-Net's trainer with the step of the method that the settings are of.
 
     Settings: ``preset`` (subclasses), overridden by a section of the plans, by the file that ``IMA_CONFIG`` names, in
     this order.
     """
 
     preset: TrainingSettings
-    kind: type[Training[Any]]
     num_iterations_per_epoch: int
 
     def __init__(
@@ -46,19 +44,20 @@ class AdversarialTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         for attribute, value in self.adversarial_settings.replaced().items():
             setattr(self, attribute, value)
-        self.training = compat.make_training(self.kind, self, self.adversarial_settings)
+        self.training = compat.make_training(self, self.adversarial_settings)
         if self.adversarial_settings.iterations_per_epoch is None:
-            self.num_iterations_per_epoch = max(self.num_iterations_per_epoch // self.training.updates_per_batch, 1)
+            updates = self.training.method.updates_per_batch
+            self.num_iterations_per_epoch = max(self.num_iterations_per_epoch // updates, 1)
         if self._do_i_compile():
             allow_recompiles()
         self._unusable_batches = 0
 
     def on_train_start(self) -> None:
-        if self.num_epochs != self.training.epochs:
+        planned = self.training.method.epochs
+        if self.num_epochs != planned:
             raise UserError(
-                f"{type(self).__name__} trains for {self.num_epochs} epochs but is planned for "
-                f"{self.training.epochs}; give the length in its preset, "
-                f"{type(self.preset).__name__}(epochs={self.num_epochs})"
+                f"{type(self).__name__} trains for {self.num_epochs} epochs but is planned for {planned}; give the "
+                f"length in its preset, {type(self.preset).__name__}(epochs={self.num_epochs})"
             )
         cases = self.do_split()[0]
         compat.require_foreground(self, cases)
@@ -108,7 +107,7 @@ class AdversarialTrainer(nnUNetTrainer):
                 value: torch.Tensor = self.loss(output, target)
             return value
 
-        value = self.training.step(
+        report = self.training.method.step(
             self.network,
             data,
             compat.full_resolution_target(target),
@@ -118,8 +117,9 @@ class AdversarialTrainer(nnUNetTrainer):
             backward=lambda value: (value if scaler is None else scaler.scale(value)).backward(),
             update=self._update,
         )
+        self.training.tally.add(report)
         norm = self._update()
-        result = value.cpu().numpy()
+        result = report.loss.cpu().numpy()
         # A gradient scaler meets infinite gradients in sound trainings, by design.
         self._watch(result if scaler is not None else norm.cpu().numpy())
         return {"loss": result}
@@ -160,18 +160,14 @@ class AdversarialTrainer(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         state = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False).get(self.training.key)
         if state is None:
-            self.print_to_log_file(
-                f"{self.training.name} WARNING: {filename_or_checkpoint} holds {self.training.start_afresh()}"
-            )
-            return
-        self.training.load_state_dict(state)
+            self.training.warn(f"{filename_or_checkpoint} holds {self.training.method.absent()}")
+        else:
+            self.training.load_state_dict(state)
 
     def _note_unusable(self, keys: list[str], usable: list[bool]) -> None:
         bad = sorted({key for key, good in zip(keys, usable, strict=True) if not good})
-        self.training.drop(usable.count(False))
-        self.print_to_log_file(
-            f"{self.training.name} WARNING: NaN or infinite voxels in {', '.join(bad)}; left out of this batch"
-        )
+        self.training.tally.drop(usable.count(False))
+        self.training.warn(f"NaN or infinite voxels in {', '.join(bad)}; left out of this batch")
         if not any(usable):
             self._watch(np.nan)
             if self.is_ddp:

@@ -6,57 +6,25 @@ Settings as for the IMA trainer: ``preset``, a section of the plans, the file th
 import math
 
 from ima_seg import methods
-from ima_seg.nnunet.methods import MethodTraining
 from nnunet_trainers.base import AdversarialTrainer
-
-
-class _PGDAT(MethodTraining[methods.PGDATSettings]):
-    name, method_class = "PGDAT", methods.PGDAT
-
-
-class _FGSMAT(MethodTraining[methods.FGSMATSettings]):
-    name, method_class = "FGSMAT", methods.FGSMAT
-
-
-class _SegPGDAT(MethodTraining[methods.SegPGDATSettings]):
-    name, method_class = "SegPGDAT", methods.SegPGDAT
-
-
-class _FreeAT(MethodTraining[methods.FreeATSettings]):
-    name, method_class = "FreeAT", methods.FreeAT
-
-
-class _TRADES(MethodTraining[methods.TRADESSettings]):
-    name, method_class = "TRADES", methods.TRADES
-
-
-class _TE(MethodTraining[methods.TemporalEnsemblingSettings]):
-    name, method_class = "TE", methods.TemporalEnsembling
-
-
-class _Noise(MethodTraining[methods.NoiseSettings]):
-    name, method_class = "Noise", methods.NoiseAugmentation
 
 
 class nnUNetTrainerPGDAT(AdversarialTrainer):
     """Adversarial training with PGD of a fixed budget ("SAT", Madry et al. 2018)."""
 
     preset = methods.PGDATSettings()
-    kind = _PGDAT
 
 
 class nnUNetTrainerFGSMAT(AdversarialTrainer):
     """Adversarial training with one step from a random point (Wong et al. 2020)."""
 
     preset = methods.FGSMATSettings()
-    kind = _FGSMAT
 
 
 class nnUNetTrainerSegPGDAT(AdversarialTrainer):
     """Adversarial training with SegPGD on half of each batch (Gu et al. 2022)."""
 
     preset = methods.SegPGDATSettings()
-    kind = _SegPGDAT
 
 
 class nnUNetTrainerFreeAT(AdversarialTrainer):
@@ -66,28 +34,24 @@ class nnUNetTrainerFreeAT(AdversarialTrainer):
     """
 
     preset = methods.FreeATSettings()
-    kind = _FreeAT
 
 
 class nnUNetTrainerTRADES(AdversarialTrainer):
     """TRADES (Zhang et al. 2019)."""
 
     preset = methods.TRADESSettings()
-    kind = _TRADES
 
 
 class nnUNetTrainerTE(AdversarialTrainer):
     """Adversarial training with temporal ensembling (Dong et al. 2022)."""
 
     preset = methods.TemporalEnsemblingSettings()
-    kind = _TE
 
 
 class nnUNetTrainerNoise(AdversarialTrainer):
     """Training on white noise."""
 
     preset = methods.NoiseSettings()
-    kind = _Noise
 
 
 def paper_noise(*, eps_l2: float, patch_values: int) -> methods.PGDATSettings:

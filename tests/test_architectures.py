@@ -43,14 +43,14 @@ def test_low_resolution_and_cascade(nnunet, results):
     low.perform_actual_validation()
     full = make_trainer(configuration="3d_cascade_fullres", fold="all", plans="cascade")
     seen = []
-    step = full.training.ima.step
+    step = full.training.method.step
 
     def spy(network, x, *arguments, **options):
         report = step(network, x, *arguments, **options)
         seen.append((x, report.adversarial))
         return report
 
-    full.training.ima.step = spy
+    full.training.method.step = spy
     full.run_training()
     attacked = [(clean, adversarial) for clean, adversarial in seen if adversarial is not None]
     assert attacked

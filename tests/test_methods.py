@@ -11,10 +11,11 @@ from ima_seg import methods
 from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.errors import UserError
 from ima_seg.methods.trades import divergence
-from ima_seg.types import Labels, Target
-from tests.models import TinyUNet
+from ima_seg.types import Classes, Labels, Target
+from tests.models import Linear, TinyUNet
 
 LABELS = Labels(3)
+IDS = list("abcd")
 EPS = 0.2
 
 
@@ -50,13 +51,9 @@ def full(output):
     return output[0] if isinstance(output, (list, tuple)) else output
 
 
-def make(method, **settings):
-    chosen = {"eps": EPS, "precision": "fp32", **settings}
-    annotated = {methods.PGDAT: methods.PGDATSettings, methods.FGSMAT: methods.FGSMATSettings,
-                 methods.SegPGDAT: methods.SegPGDATSettings, methods.FreeAT: methods.FreeATSettings,
-                 methods.TRADES: methods.TRADESSettings, methods.NoiseAugmentation: methods.NoiseSettings,
-                 methods.TemporalEnsembling: methods.TemporalEnsemblingSettings}  # fmt: skip
-    return method(annotated[method](**chosen), labels=LABELS, patch_voxels=144)
+def make(method, labels=LABELS, **settings):
+    chosen = method.settings_class(**{"eps": EPS, "precision": "fp32", **settings})
+    return method.from_settings(chosen, labels=labels, patch_voxels=144, epochs=10)
 
 
 def refuse():
@@ -66,7 +63,7 @@ def refuse():
 def step(method, network, x, y, update=refuse, **options):
     """Report and parameter gradients of one step."""
     network.zero_grad()
-    report = method.step(network, x, y, loss=training_loss(y), update=update, **options)
+    report = method.step(network, x, y, IDS[: len(x)], loss=training_loss(y), update=update, **options)
     return report, [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
 
@@ -98,10 +95,10 @@ def gradients(network, value):
     return [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
 
-def close(got, expected):
+def close(got, expected, atol=1e-6):
     assert len(got) == len(expected) > 0
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -161,7 +158,7 @@ def test_free_training_updates_both_sides_from_one_backward_pass_and_keeps_the_p
 
     method = make(methods.FreeAT, replays=3, step_factor=0.5)
     for batch in (x, x.flip(0)):
-        report = method.step(network, batch, y, loss=training_loss(y), update=update)
+        report = method.step(network, batch, y, IDS, loss=training_loss(y), update=update)
         update()
 
     optimiser, delta, values = torch.optim.SGD(other.parameters(), 0.05, momentum=0.9), torch.zeros_like(x), []
@@ -252,6 +249,90 @@ def test_temporal_ensembling_follows_the_mean_of_the_networks(start):
     close(again, got)
 
 
+def cross_entropies(y):
+    return lambda logits, step=0: F.cross_entropy(logits, y, reduction="none")
+
+
+def classifier():
+    network = Linear(3, (1, 12, 12))
+    network.weight.data *= 0.1
+    return network, torch.randn(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("kind", [methods.PGDAT, methods.TRADES, methods.TemporalEnsembling])
+def test_a_classifier_trains_on_the_loss_written_out(start, kind):
+    network, x, y = classifier()
+    method = make(kind, Classes(3), steps=2, step_factor=2.0)
+    network.zero_grad()
+    report = method.step(network, x, y, IDS, loss=lambda logits: F.cross_entropy(logits, y))
+    got = [p.grad.clone() for p in network.parameters()]
+    clean = network(x).softmax(1).detach()
+    if kind is methods.TRADES:
+        perturbed = climbed(network, x, lambda z, _: (clean * (clean.log() - z.log_softmax(1))).sum(1), start, 2, EPS)
+        logits = network(x)
+        moved = (logits.softmax(1) * (logits.log_softmax(1) - network(perturbed).log_softmax(1))).sum(1).mean()
+        value = F.cross_entropy(logits, y) + 6 * moved
+    else:
+        logits = network(climbed(network, x, cross_entropies(y), start, 2, EPS))
+        value = F.cross_entropy(logits, y)
+        if kind is methods.TemporalEnsembling:  # the mean of one network is that network
+            value = value + 30 * math.exp(-5) * (logits.softmax(1) - clean).square().sum(1).mean()
+    close(got, gradients(network, value), atol=1e-4)
+    assert float(report.loss) == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_a_classifier_is_updated_from_each_replay():
+    network, x, y = classifier()
+    other, delta, values = copy.deepcopy(network), torch.zeros_like(x), []
+    optimisers = [torch.optim.SGD(n.parameters(), 0.05) for n in (network, other)]
+
+    def update():
+        optimisers[0].step()
+        optimisers[0].zero_grad()
+
+    method = make(methods.FreeAT, Classes(3), replays=3, step_factor=0.5)
+    report = method.step(network, x, y, IDS, loss=lambda logits: F.cross_entropy(logits, y), update=update)
+    update()
+    for _ in range(3):
+        leaf = (x + delta).requires_grad_(True)
+        value = F.cross_entropy(other(leaf), y)
+        optimisers[1].zero_grad()
+        value.backward()
+        delta = moved(delta, leaf.grad, 0.5 * EPS, "l2")
+        optimisers[1].step()
+        values.append(value.item())
+    close(list(network.parameters()), list(other.parameters()))
+    assert float(report.loss) == pytest.approx(sum(values) / 3, rel=1e-5)
+
+
+def test_several_labels_of_an_image():
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    target = Target.from_raw(torch.tensor([[0, 1, 1], [0, 0, 1]]), Classes(3, multilabel=True))
+    p, q = a.sigmoid(), b.sigmoid()
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(1)
+    torch.testing.assert_close(divergence(b, target, clean=a), expected)
+
+
+def test_what_a_method_cannot_do_is_explained():
+    network, x, y = problem()
+    with pytest.raises(UserError, match="SegPGDAT is for segmentations"):
+        make(methods.SegPGDAT, Classes(3))
+    with pytest.raises(UserError, match="FreeAT makes 4 updates from each batch; give update"):
+        make(methods.FreeAT).step(network, x, y, IDS, loss=training_loss(y))
+    with pytest.raises(UserError, match="3 case ids for a batch of 4"):
+        make(methods.PGDAT).step(network, x, y, IDS[:3], loss=training_loss(y))
+    with pytest.raises(UserError, match="no method 'pdgat'; the methods there are: ima, pgdat"):
+        methods.make_method("pdgat", labels=LABELS, patch_voxels=144, epochs=1)
+
+
+@pytest.mark.parametrize("name", [*methods.METHODS, *methods.PRESETS])
+def test_every_method_takes_a_step(name):
+    network, x, y = problem(heads=True)
+    method = methods.make_method(name, labels=LABELS, patch_voxels=144, epochs=2)
+    _, got = step(method, network, x, y, update=lambda: None)
+    assert all(torch.isfinite(gradient).all() for gradient in got) and got
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_noise_is_within_its_size_and_leaves_masks_alone(norm):
     torch.manual_seed(0)
@@ -264,7 +345,7 @@ def test_noise_is_within_its_size_and_leaves_masks_alone(norm):
             seen.append(batch)
             return batch.sum()
 
-    report = method.step(Spy(), x, y, loss=lambda value: value, update=refuse, backward=lambda value: None)
+    report = method.step(Spy(), x, y, [""] * 64, loss=lambda value: value, update=refuse, backward=lambda value: None)
     (noisy,) = seen
     assert not noisy[:, 1].any() and report.passes.total == 0
     size = noisy[:, 0].square().mean((1, 2)).sqrt() if norm == "l2" else noisy[:, 0].abs().amax((1, 2))

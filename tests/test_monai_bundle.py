@@ -49,6 +49,17 @@ def test_two_lines_make_the_difference_to_a_standard_training(data):
     assert type(trainer) is SupervisedTrainer
 
 
+def test_a_bundle_may_name_any_method(data):
+    config = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+    config.update(dataset_dir=str(data), bundle_root=str(data))
+    trainer = config["train"]["trainer"]
+    del trainer["ima"]
+    trainer |= {"_target_": "ima_seg.monai.AdversarialSupervisedTrainer",
+                "method": {"name": "trades", "labels": 3, "eps": 0.05}}  # fmt: skip
+    method = ConfigParser(config).get_parsed_content("train#trainer").method
+    assert (method.name, method.eps, method.epochs) == ("TRADES", 0.05, 60)
+
+
 @pytest.mark.slow
 def test_it_trains_goes_on_and_predicts(data, tmp_path):
     whole = train(data, tmp_path / "whole", max_epochs=2, robustness_interval=2)

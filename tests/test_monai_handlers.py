@@ -67,7 +67,8 @@ def test_a_training_that_was_killed_goes_on_exactly(tmp_path, key):
     for one, other in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(one, other)
     timeless = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in t.margins.history] for t in (whole, resumed)
+        [{k: v for k, v in row.items() if k != "seconds"} for row in t.training.course.history]
+        for t in (whole, resumed)
     ]
     assert str(timeless[0]) == str(timeless[1])
 
@@ -98,7 +99,7 @@ def test_settings_that_changed_and_checkpoints_without_margins_are_named(caplog)
     plain.run()
     fresh = make_trainer()
     fresh.load_state_dict(plain.state_dict())
-    assert "no margins; they start anew at 0.05" in caplog.text and fresh.state.epoch == 1
+    assert "no margin ledger; all margins start anew at 0.05" in caplog.text and fresh.state.epoch == 1
 
 
 def test_a_handler_without_ima_is_refused():

@@ -18,7 +18,7 @@ from monai.transforms import AsDiscreted
 from ima_seg import Classes, Labels, UserError
 from ima_seg.attacks.network import full_resolution
 from ima_seg.monai import case_name, compat
-from ima_seg.monai.trainer import make_ima
+from ima_seg.monai.trainer import make_method
 from tests.models import TinyUNet
 from tests.monai_data import IMA, items, loader, make_trainer
 
@@ -73,7 +73,7 @@ def test_an_epoch_of_each_network_records_margins_and_its_gradient_is_that_of_th
     torch.manual_seed(3)
     trainer.run()
 
-    ima = make_ima(settings, epochs=1)
+    ima = make_method(settings, epochs=1, name="ima")
     torch.manual_seed(3)
     for batch, found, report in zip(batches, gradients, outputs, strict=True):
         twin.zero_grad()
@@ -288,13 +288,13 @@ def test_wrong_settings_are_explained(ima, message):
 
 
 def test_settings_describe_what_is_trained():
-    ima = make_ima({"labels": {"outputs": 3, "regions": True}, "image_channels": 2, "unit": "l2", "eps_max": 15,
-                    "delta": 2, "patch_voxels": 2240}, epochs=50)  # fmt: skip
+    ima = make_method({"name": "ima", "labels": {"outputs": 3, "regions": True}, "image_channels": 2, "unit": "l2",
+                       "eps_max": 15, "delta": 2, "patch_voxels": 2240}, epochs=50)  # fmt: skip
     assert ima.labels == Labels(3, regions=True) and ima.threat.image_channels == 2
     assert ima.ledger.eps_max == pytest.approx(15 / 2240**0.5)
-    assert make_ima(ima, epochs=3) is ima
+    assert make_method(ima, epochs=3) is ima
     # Sizes that are not given follow from the length of the training.
-    assert make_ima({"labels": 2}, epochs=60).ledger.delta == pytest.approx(0.3 / 20)
+    assert make_method({"labels": 2}, epochs=60, name="ima").ledger.delta == pytest.approx(0.3 / 20)
 
 
 def test_an_own_iteration_is_refused():

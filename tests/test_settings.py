@@ -3,7 +3,7 @@ import math
 import pytest
 
 from ima_seg.errors import UserError
-from ima_seg.methods.settings import DEFAULT_EPS_MAX, IMASettings, load_settings, read_settings_file
+from ima_seg.methods.settings import DEFAULT_EPS_MAX, IMASettings, differences, load_settings, read_settings_file
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,9 @@ def no_environment(monkeypatch):
         ({"delta": 0.5, "eps_max": 0.1}, "delta 0.5 is more than eps_max 0.1"),
         ({"delta": 0.5}, "delta 0.5 is more than eps_max 0.3"),
         ({"epochs": True}, "epochs is true; no setting is a boolean"),
-        ({"start": "clean"}, r"start = 'clean'.*'random', 'gradient' or 'mixed'"),
-        ({"steady_interval": 0}, "steady_interval = 0"),
+        ({"start": "clean"}, r"start = 'clean'.*'random' or 'mixed'"),
+        ({"start": "gradient"}, "start = 'gradient': it was removed"),
+        ({"steady_interval": 1}, "the setting 'steady_interval' was removed"),
         ({"unit": "l2", "norm": "linf"}, "unit 'l2' goes with norm 'l2'"),
     ],
 )
@@ -89,6 +90,14 @@ def test_sizes_do_not_outlive_their_unit():
     changed = IMASettings.parse({"unit": "l2", "eps_max": 10}, source="x", base=base)
     assert (changed.eps_max, changed.delta) == (10, "auto")
     assert IMASettings.parse({"tau": 0.5}, source="x", base=base).delta == 0.04
+
+
+def test_removed_settings_make_a_difference_only_where_they_did_something():
+    now = IMASettings().model_dump()
+    old = {name: value for name, value in now.items() if name not in ("start", "criterion")}
+    assert not differences({**old, "steady_interval": 1}, now)
+    assert differences({**old, "steady_interval": 4}, now) == "steady_interval: 4 there, None now"
+    assert differences({**now, "start": "gradient"}, now) == "start: gradient there, random now"
 
 
 def test_paper_presets_follow_from_the_recipes():

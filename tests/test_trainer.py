@@ -59,9 +59,9 @@ def test_training_leaves_checkpoint_margins_history_and_plot(results, configurat
 def test_regions_ignore_label_and_two_channels(results, configuration):
     settings_file(results, tau=0.001)
     trainer = make_trainer(dataset="Dataset982_Regions", configuration=configuration)
-    labels = trainer.training.ima.labels
+    labels = trainer.training.method.labels
     assert labels.regions and labels.ignore_label is not None
-    assert trainer.training.ima.threat.image_channels == 2
+    assert trainer.training.method.threat.image_channels == 2
     trainer.run_training()
     assert rows(Path(trainer.output_folder) / "ima_history.csv")
 
@@ -73,7 +73,7 @@ def test_resumed_training_has_the_margins_and_learning_rate_of_the_checkpoint(re
     for _ in range(2):
         epoch(first)
     rates = [first.optimizer.param_groups[0]["lr"]]
-    saved = first.training.ima.ledger.table()
+    saved = first.training.method.ledger.table()
     # As if killed in the middle of the third epoch: its visits are lost, nothing else.
     first.on_epoch_start()
     first.on_train_epoch_start()
@@ -82,7 +82,7 @@ def test_resumed_training_has_the_margins_and_learning_rate_of_the_checkpoint(re
 
     resumed = make_trainer(go_on=True)
     assert resumed.current_epoch == 2
-    assert resumed.training.ima.ledger.table() == saved
+    assert resumed.training.method.ledger.table() == saved
     resumed.on_train_start()
     on_disk = {row["case"]: float(row["margin_rms"]) for row in rows(Path(resumed.output_folder) / "ima_margins.csv")}
     assert on_disk == pytest.approx({row["case"]: row["margin"] for row in saved}, rel=1e-5)
@@ -131,18 +131,18 @@ def test_checkpoint_without_ledger_starts_fresh_margins_with_a_warning(results, 
     resumed = make_trainer(go_on=True)
     assert "holds no margin ledger; all margins start anew" in capsys.readouterr().out
     resumed.on_train_start()
-    ledger = resumed.training.ima.ledger
+    ledger = resumed.training.method.ledger
     assert {record.margin for record in ledger.cases.values()} == {ledger.delta}
 
 
 def test_new_and_vanished_cases_are_reported_and_kept(results, capsys):
     trainer = make_trainer()
-    trainer.training.ima.ledger.register(["gone"])
-    trainer.training.ima.ledger.cases["gone"].margin = 0.123
+    trainer.training.method.ledger.register(["gone"])
+    trainer.training.method.ledger.cases["gone"].margin = 0.123
     trainer.on_train_start()
     output = capsys.readouterr().out
     assert "4 cases are new to the margin ledger" in output and "1 cases of the margin ledger are not" in output
-    assert trainer.training.ima.ledger.cases["gone"].margin == 0.123
+    assert trainer.training.method.ledger.cases["gone"].margin == 0.123
 
 
 def test_nan_voxels_cost_only_the_patch_that_has_them(results, capsys):

@@ -25,7 +25,7 @@ from monai.networks.nets import UNet
 
 from benchmarks.shared.measuring import alternate, provenance, ratio, store
 from ima_seg.monai import IMASupervisedTrainer
-from ima_seg.monai.trainer import make_ima
+from ima_seg.monai.trainer import make_method
 
 CASES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     # name: batch, patch, feature maps
@@ -72,7 +72,7 @@ def measure(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
         trainer.state.max_epochs = trainer.state.epoch + 1
         trainer.run()
 
-    ima = make_ima(SETTINGS, epochs=10**6)
+    ima = make_method(SETTINGS, epochs=10**6, name="ima")
     optimiser = torch.optim.SGD(twin.parameters(), 0.0)
     plain = [
         (b["image"].as_tensor(), b["label"].as_tensor(), [str(file) for file in b["image"].meta["filename_or_obj"]])

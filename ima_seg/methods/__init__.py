@@ -1,46 +1,33 @@
-"""Other ways to train for robustness, for any torch module: what IMA is compared with.
+"""Ways to train for robustness, for any torch module: IMA, and what it is compared with.
 
 All share this package's attacks, and the step of :class:`~ima_seg.methods.base.Method`.
 """
 
-from ima_seg.methods.base import Method, MethodReport
-from ima_seg.methods.ensembling import TemporalEnsembling
-from ima_seg.methods.fixed import FGSMAT, PGDAT, NoiseAugmentation, SegPGDAT
-from ima_seg.methods.fixed_settings import (
+from ima_seg.methods.base import Calls, Method, MethodReport
+from ima_seg.methods.ensembling import TemporalEnsembling, TemporalEnsemblingSettings
+from ima_seg.methods.fixed import (
+    FGSMAT,
+    PGDAT,
     FGSMATSettings,
+    FixedBudget,
     FixedBudgetSettings,
+    FreeAT,
     FreeATSettings,
+    NoiseAugmentation,
     NoiseSettings,
     PGDATSettings,
+    SegPGDAT,
     SegPGDATSettings,
-    TemporalEnsemblingSettings,
-    TRADESSettings,
-)
-from ima_seg.methods.free import FreeAT
-from ima_seg.methods.trades import TRADES
-
-#: The settings of all methods.
-SETTINGS: tuple[type[FixedBudgetSettings], ...] = (
-    PGDATSettings, FGSMATSettings, SegPGDATSettings, FreeATSettings, TRADESSettings, TemporalEnsemblingSettings,
-    NoiseSettings,
+    mixed,
 )  # fmt: skip
+from ima_seg.methods.ima import IMA, StepReport
+from ima_seg.methods.registry import METHODS, PRESETS, make_method
+from ima_seg.methods.settings import IMASettings
+from ima_seg.methods.trades import TRADES, TRADESSettings
 
 __all__ = [
-    "FGSMAT",
-    "PGDAT",
-    "SETTINGS",
-    "TRADES",
-    "FGSMATSettings",
-    "FreeAT",
-    "FreeATSettings",
-    "Method",
-    "MethodReport",
-    "NoiseAugmentation",
-    "NoiseSettings",
-    "PGDATSettings",
-    "SegPGDAT",
-    "SegPGDATSettings",
-    "TRADESSettings",
-    "TemporalEnsembling",
-    "TemporalEnsemblingSettings",
-]
+    "FGSMAT", "IMA", "METHODS", "PGDAT", "PRESETS", "TRADES", "Calls", "FGSMATSettings", "FixedBudget",
+    "FixedBudgetSettings", "FreeAT", "FreeATSettings", "IMASettings", "Method", "MethodReport", "NoiseAugmentation",
+    "NoiseSettings", "PGDATSettings", "SegPGDAT", "SegPGDATSettings", "StepReport", "TRADESSettings",
+    "TemporalEnsembling", "TemporalEnsemblingSettings", "make_method", "mixed",
+]  # fmt: skip

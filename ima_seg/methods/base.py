@@ -1,20 +1,32 @@
-"""The step that all methods share."""
+"""What all ways to train have in common: the step, and what a course of training asks of them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Self
 
-from ima_seg.methods.fixed_settings import FixedBudgetSettings
-from ima_seg.types import Labels, PassCount, Target, ThreatModel
+from ima_seg.attacks.network import inner_module
+from ima_seg.errors import UserError
+from ima_seg.files import write_csv
+from ima_seg.methods.settings import TrainingSettings
+from ima_seg.types import Classes, Labels, Network, PassCount, Target, ThreatModel
 
-S = TypeVar("S", bound=FixedBudgetSettings)
+S = TypeVar("S", bound=TrainingSettings)
+R = TypeVar("R", bound="MethodReport")
+
+
+def map_heads(output: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """``function`` of a network's output, or of each of its heads, as a list."""
+    return [function(head) for head in output] if isinstance(output, (list, tuple)) else function(output)
 
 
 def _backward(loss: torch.Tensor) -> None:
@@ -23,23 +35,24 @@ def _backward(loss: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Calls:
-    """How a training computes.
+    """How a training computes; see :meth:`Method.step`.
 
-    Attributes:
-        model: the network that is trained, also wrapped in DistributedDataParallel or torch.compile.
-        loss: training loss of the network's whole output, for the batch of the step.
-        forward: the network on a batch, under autocast where the training is.
-        backward: backpropagates a loss, scaled where there is a gradient scaler.
-        update: steps the optimiser and clears the gradients.
-        generator: source of randomness.
+    ``network`` is what attacks call, ``forward`` and ``update`` are never None.
     """
 
     model: nn.Module
+    network: Network
     loss: Callable[[Any], torch.Tensor]
     forward: Callable[[nn.Module, torch.Tensor], Any]
     backward: Callable[[torch.Tensor], None]
     update: Callable[[], object]
     generator: torch.Generator | None
+
+    def exchanging(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        """Of several ranks, gradients of a backward pass inside are exchanged only if ``wanted``."""
+        if isinstance(self.model, DistributedDataParallel) and not wanted:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
 
     def accumulate(self, terms: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
         """Accumulate the gradient of the weighted sum of the losses of some batches; returns the sum, 0-dim.
@@ -49,17 +62,14 @@ class Calls:
         wanted = [(batch, weight) for batch, weight in terms if weight > 0]
         total = torch.zeros((), device=wanted[0][0].device)
         for index, (batch, weight) in enumerate(wanted):
-            alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if isinstance(self.model, DistributedDataParallel) and index < len(wanted) - 1:
-                alone = self.model.no_sync()
-            with alone:
+            with self.exchanging(index == len(wanted) - 1):
                 value = self.loss(self.forward(self.model, batch)) * weight
                 self.backward(value)
             total = total + value.detach()
         return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodReport:
     """What a step did.
 
@@ -67,78 +77,201 @@ class MethodReport:
         loss: that the gradient belongs to, 0-dim, detached; of several updates the mean.
         passes: of the network over samples that perturbations took.
         training: passes over samples with the gradient of the parameters.
+        patches: samples of the batch.
     """
 
     loss: torch.Tensor
     passes: PassCount
     training: int
+    patches: int
 
 
-class Method(Generic[S]):
-    """A way to train with perturbations of one size.
+class Method(ABC, Generic[S, R]):
+    """A way to train for robustness.
 
     Args:
         settings: of the method.
         labels: how the network's outputs are read.
         patch_voxels: image channels x voxels of a training patch.
+        epochs: length of the training.
         image_channels: the first this many input channels may be perturbed; None means all.
+
+    Raises:
+        UserError: ``labels`` of classifiers, for a method that is for segmentations.
     """
 
-    def __init__(self, settings: S, *, labels: Labels, patch_voxels: int, image_channels: int | None = None) -> None:
-        self.settings, self.labels = settings, labels
+    #: How logs and files call it.
+    name: ClassVar[str]
+    settings_class: ClassVar[type[TrainingSettings]]
+    #: Whether it must know whose sample is whose; others need ids of the right number and no more.
+    uses_cases: ClassVar[bool] = False
+    #: What a history has of its reports: the means of these losses, 0-dim, and counts of these flags (B,).
+    losses: ClassVar[tuple[str, ...]] = ("loss",)
+    counts: ClassVar[tuple[str, ...]] = ()
+    #: Columns of the history to be watched during a training.
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "passes_per_sample")
+    #: Whether it trains classifiers.
+    classifies: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        settings: S,
+        *,
+        labels: Labels | Classes,
+        patch_voxels: int = 1,
+        epochs: int = 1,
+        image_channels: int | None = None,
+    ) -> None:
+        if isinstance(labels, Classes) and not self.classifies:
+            raise UserError(f"{self.name} is for segmentations; train a classifier by another method, such as PGDAT")
+        self.settings, self.labels, self.epochs = settings, labels, epochs
         self.threat = ThreatModel(settings.norm, image_channels)
-        #: Budget per voxel in network units.
-        self.eps = settings.eps * settings.per_voxel(patch_voxels)
+        #: Turns a size of the settings into one per voxel in network units; the sizes of IMA are in its ledger.
+        self.per_voxel = settings.per_voxel(patch_voxels)
         #: Share of the training that is over, in [0, 1].
         self.progress = 0.0
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: S,
+        *,
+        labels: Labels | Classes,
+        patch_voxels: int,
+        epochs: int,
+        image_channels: int | None = None,
+    ) -> Self:
+        """With what follows from the settings; arguments as for the class, all of which is known here."""
+        return cls(settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, image_channels=image_channels)
 
     def step(
         self,
         model: nn.Module,
         x: torch.Tensor,
         y: torch.Tensor,
+        case_ids: Sequence[str],
         *,
         loss: Callable[[Any], torch.Tensor],
-        update: Callable[[], object],
+        update: Callable[[], object] | None = None,
         backward: Callable[[torch.Tensor], None] = _backward,
         forward: Callable[[nn.Module, torch.Tensor], Any] | None = None,
+        victim: Network | None = None,
         generator: torch.Generator | None = None,
-    ) -> MethodReport:
-        """Accumulate the gradient of one step in ``p.grad``.
+    ) -> R:
+        """Accumulate the gradient of one step in ``p.grad``; of IMA, also note the visits in the ledger.
 
         Args:
             model: network (B, C, *S) -> logits (B, K, *S), or a list with the full resolution first; also wrapped in
-                DistributedDataParallel or torch.compile.
+                DistributedDataParallel or torch.compile. A classifier yields logits (B, K).
             x: batch (B, C, *S), floating point, finite, in network units.
-            y: reference at full resolution, (B, 1, *S) or (B, *S) labels, or regions (B, K[+1], *S).
+            y: reference at full resolution, (B, 1, *S) or (B, *S) labels, or regions (B, K[+1], *S). Of a classifier
+                classes (B,) or (B, 1), or labels (B, K) of 0 and 1.
+            case_ids: B ids; repeats are visits of their own.
             loss: training loss of the network's whole output, for this batch.
-            update: steps the optimiser and clears the gradients; called between the updates of a method that makes
-                several from a batch.
+            update: steps the optimiser and clears the gradients; needed by a method that makes several updates from a
+                batch, which calls it between them.
             backward: how to backpropagate a loss (a gradient scaler scales here).
             forward: how to call the network for the training passes (autocast goes here); default ``model(x)``.
+            victim: what is attacked where that is not the network itself: the network as it is used, with its tiling or
+                further inputs.
             generator: source of randomness.
 
-        The caller clears gradients before and makes the last update.
-        """
-        forward = forward or (lambda network, batch: network(batch))
-        target = Target.from_raw(y, self.labels)
-        return self._step(Calls(model, loss, forward, backward, update, generator), x.detach(), target)
+        Raises:
+            UserError: not one id for each sample; no ``update`` for a method that needs it.
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
-        raise NotImplementedError
+        The caller clears gradients before and makes the last update afterwards.
+        """
+        if len(case_ids) != len(x):
+            raise UserError(f"{len(case_ids)} case ids for a batch of {len(x)}; every sample needs the id of its case")
+        if update is None and self.updates_per_batch > 1:
+            raise UserError(
+                f"{self.name} makes {self.updates_per_batch} updates from each batch; give update, which steps the "
+                "optimiser and clears the gradients"
+            )
+        calls = Calls(
+            model=model,
+            network=inner_module(model) if victim is None else victim,
+            loss=loss,
+            forward=forward or (lambda network, batch: network(batch)),
+            backward=backward,
+            update=update or (lambda: None),
+            generator=generator,
+        )
+        return self._step(calls, x.detach(), Target.from_raw(y, self.labels), case_ids)
+
+    @abstractmethod
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> R: ...
 
     @property
     def updates_per_batch(self) -> int:
         """How often a batch is used."""
         return 1
 
-    def budget(self, x: torch.Tensor) -> torch.Tensor:
-        """(B,) float32, the same for all samples."""
-        return torch.full((len(x),), self.eps, device=x.device)
+    def start_epoch(self, epoch: int) -> None:
+        """Begin the epoch of this number, from 0."""
+        self.progress = epoch / self.epochs
+
+    def end_epoch(self) -> object:
+        """End an epoch; a collective call when ``torch.distributed`` is initialised."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the network."""
+        """What a checkpoint must hold beside the network, as plain tensors and JSON types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
+
+    # --- what a course of training tells, see ima_seg.methods.course -------------------------------------------------
+
+    @abstractmethod
+    def sizes(self) -> dict[str, float]:
+        """The settings that are sizes, per voxel in network units."""
+
+    def enter_cases(self, cases: Iterable[str]) -> list[str]:
+        """Meet the training cases; returns what is to be said about them."""
+        return []
+
+    def columns(self, totals: Mapping[str, float]) -> dict[str, Any]:
+        """End an epoch, of which ``totals`` are the sums; returns the columns that the history has of this method."""
+        self.end_epoch()
+        return {}
+
+    def lines(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the log says about the last epoch of ``history``."""
+        row = history[-1]
+        return [
+            f"{self.name}: loss {row['loss']:.4f}, {row['passes_per_sample']:.1f} passes per patch for the perturbation"
+        ]
+
+    def warnings(self, row: Mapping[str, Any]) -> list[str]:
+        """What is wrong in an epoch, given its row of the history."""
+        return []
+
+    def write_files(
+        self, folder: Path, history: Sequence[Mapping[str, Any]], *, voxels: int, native: Mapping[str, float]
+    ) -> None:
+        """Write ``NAME_history.csv``.
+
+        Args:
+            folder: where to.
+            history: rows, one for each epoch.
+            voxels: image channels x voxels of a training patch.
+            native: native intensity units (HU, scanner units) per network unit of each channel, where they are the same
+                for all cases.
+        """
+        write_csv(folder / f"{self.name.lower()}_history.csv", history)
+
+    def absent(self) -> str:
+        """What a checkpoint of another training lacks, and what follows, for the log."""
+        return f"no state of a {self.name} training; its history starts anew"
+
+    def saved(self) -> dict[str, Any]:
+        """Its part of the state of a course."""
+        return {"method": self.name, "method_state": self.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`saved`."""
+        if state.get("method") != self.name:
+            raise UserError(f"the checkpoint is of a training by {state.get('method', 'IMA')}, not by {self.name}")
+        self.load_state_dict(state["method_state"])

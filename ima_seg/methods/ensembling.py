@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
-from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
-from ima_seg.attacks.passes import forward
-from ima_seg.methods.base import Calls, Method, MethodReport
-from ima_seg.methods.fixed import attacked
-from ima_seg.methods.fixed_settings import TemporalEnsemblingSettings
-from ima_seg.types import Labels, PassCount, Target
+from ima_seg.attacks.network import frozen, full_resolution, inner_module
+from ima_seg.methods.base import Calls, MethodReport
+from ima_seg.methods.fixed import FixedBudget, PGDATSettings
+from ima_seg.types import Classes, Labels, PassCount, Target
 
 
-def probabilities(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
-    """(B, K, N) float32: softmax over classes, sigmoid of regions."""
-    flat = logits.flatten(2).float()
+class TemporalEnsemblingSettings(PGDATSettings):
+    """Settings of :class:`TemporalEnsembling`; ``beta`` is as for PGD training.
+
+    Attributes:
+        momentum: of the mean over past networks, per iteration.
+        weight: of the distance to the mean network's prediction, at its highest.
+        ramp: share of the training in which the weight rises to that.
+    """
+
+    section: ClassVar[str] = "te"
+
+    momentum: float = Field(0.99, ge=0, lt=1)
+    weight: float = Field(30.0, ge=0)
+    ramp: float = Field(0.5, ge=0, le=1)
+
+
+def probabilities(logits: torch.Tensor, labels: Labels | Classes) -> torch.Tensor:
+    """(B, K, N) float32, N = 1 for a classifier: softmax over classes, sigmoid of regions."""
+    flat = logits.float().reshape(*logits.shape[:2], -1)
     return flat.sigmoid() if labels.regions else flat.softmax(1)
 
 
-class TemporalEnsembling(Method[TemporalEnsemblingSettings]):
+class TemporalEnsembling(FixedBudget[TemporalEnsemblingSettings]):
     """PGD training whose predictions are held to the mean of earlier ones: L(x + d) + w |p(x + d) - m(x)|^2.
 
     Dong et al., "Exploring memorization in adversarial training", ICLR 2022, arXiv 2106.01606, after Laine & Aila,
@@ -37,10 +52,9 @@ class TemporalEnsembling(Method[TemporalEnsemblingSettings]):
     Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv 1703.01780), which is one forward more.
     """
 
-    def __init__(self, settings: TemporalEnsemblingSettings, *, labels: Labels, **options: Any) -> None:
-        super().__init__(settings, labels=labels, **options)
-        self._mean: AveragedModel | None = None
-        self._state: Mapping[str, Any] | None = None
+    name, settings_class = "TE", TemporalEnsemblingSettings
+    _mean: AveragedModel | None = None
+    _state: Mapping[str, Any] | None = None
 
     @property
     def weight(self) -> float:
@@ -49,13 +63,12 @@ class TemporalEnsembling(Method[TemporalEnsemblingSettings]):
         t = min(self.progress / settings.ramp, 1.0) if settings.ramp > 0 else 1.0
         return settings.weight * math.exp(-5 * (1 - t) ** 2)
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
-        settings, network = self.settings, inner_module(calls.model)
-        mean = self._follow(network)
-        dtype = resolve_precision(settings.precision, x.device)
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
+        settings = self.settings
+        mean = self._follow(inner_module(calls.model))
         with frozen(mean), torch.no_grad():
-            expected = probabilities(forward(mean.module, x, dtype), self.labels)
-        perturbed, passes = attacked(self, calls, x, target, settings.steps, settings.step_factor)
+            expected = probabilities(full_resolution(calls.forward(mean.module, x)), self.labels)
+        perturbed, passes = self.attacked(calls, x, target, settings.steps, settings.step_factor)
         clean = calls.accumulate([(x, 1 - settings.beta)]) if settings.beta < 1 else 0.0
         output = calls.forward(calls.model, perturbed)
         distance = (probabilities(full_resolution(output), self.labels) - expected).square().sum(1)
@@ -66,8 +79,11 @@ class TemporalEnsembling(Method[TemporalEnsemblingSettings]):
             held = distance.masked_fill(~counted, 0.0).sum() / counted.sum().clamp_min(1)
         value = settings.beta * calls.loss(output) + self.weight * held
         calls.backward(value)
-        passes = passes + PassCount(forwards=len(x))
-        return MethodReport(clean + value.detach(), passes, len(x) * (2 if settings.beta < 1 else 1))
+        count = len(x)
+        return MethodReport(
+            loss=clean + value.detach(), passes=passes + PassCount(forwards=count),
+            training=count * (2 if settings.beta < 1 else 1), patches=count,
+        )  # fmt: skip
 
     def _follow(self, network: Any) -> AveragedModel:
         """The mean network, moved towards ``network`` as it is now."""

@@ -1,90 +1,216 @@
-"""Training on batches that are perturbed within one budget, by an attack or by noise."""
+"""Training on batches that are perturbed within one budget for all cases, by an attack or by noise."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
+from pydantic import Field
+from typing_extensions import override
 
 from ima_seg.attacks import GOALS, UNTARGETED, Goal, Problem, pgd
-from ima_seg.attacks.network import inner_module
 from ima_seg.methods.base import Calls, Method, MethodReport
-from ima_seg.methods.fixed_settings import (
-    FGSMATSettings,
-    FixedBudgetSettings,
-    NoiseSettings,
-    PGDATSettings,
-    SegPGDATSettings,
-)
-from ima_seg.ops import per_row
+from ima_seg.methods.settings import TrainingSettings
+from ima_seg.ops import gradient_step, per_row
 from ima_seg.types import PassCount, Target
 
-S = TypeVar("S", bound=FixedBudgetSettings)
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
-def attacked(
-    method: Method[S], calls: Calls, x: torch.Tensor, target: Target, steps: int, step_factor: float,
-    goal: Goal = UNTARGETED,
-) -> tuple[torch.Tensor, PassCount]:  # fmt: skip
-    """The last point of PGD within the method's budget (B, C, *S), and the passes it took."""
-    problem = Problem(
-        inner_module(calls.model), x, target, method.threat, goal, precision=method.settings.precision,
-        generator=calls.generator,
-    )  # fmt: skip
-    hit = pgd(problem, method.budget(x), steps=steps, step_factor=step_factor, keep="last")
-    return hit.adversarial, hit.passes
+class FixedBudgetSettings(TrainingSettings):
+    """What these methods have in common: one budget for all cases.
+
+    Attributes:
+        eps: size of the perturbation, in ``unit``; the default is an L2 of 4.7 on a slice of 56x40.
+
+    Where a method has them: ``steps`` gradient steps, each ``step_factor * eps / steps`` long; ``beta``, the share of
+    the loss on perturbed samples in the whole loss, of which the rest is clean.
+    """
+
+    sizes: ClassVar[tuple[str, ...]] = ("eps",)
+
+    eps: float = 0.1
+
+
+F = TypeVar("F", bound=FixedBudgetSettings)
+
+
+class FixedBudget(Method[F, MethodReport]):
+    """A way to train with perturbations of one size."""
+
+    @property
+    def eps(self) -> float:
+        """Budget per voxel in network units."""
+        return self.settings.eps * self.per_voxel
+
+    @override
+    def sizes(self) -> dict[str, float]:
+        return {"eps": self.eps}
+
+    def budget(self, x: torch.Tensor) -> torch.Tensor:
+        """(B,) float32, the same for all samples."""
+        return torch.full((len(x),), self.eps, device=x.device)
+
+    def attacked(
+        self, calls: Calls, x: torch.Tensor, target: Target, steps: int, step_factor: float, goal: Goal = UNTARGETED
+    ) -> tuple[torch.Tensor, PassCount]:
+        """The last point of PGD within the budget (B, C, *S), and the passes it took."""
+        problem = Problem(
+            calls.network, x, target, self.threat, goal, precision=self.settings.precision, generator=calls.generator
+        )
+        hit = pgd(problem, self.budget(x), steps=steps, step_factor=step_factor, keep="last")
+        return hit.adversarial, hit.passes
 
 
 def mixed(calls: Calls, x: torch.Tensor, perturbed: torch.Tensor, passes: PassCount, beta: float) -> MethodReport:
     """(1 - beta) loss(x) + beta loss(perturbed)."""
     loss = calls.accumulate([(x, 1 - beta), (perturbed, beta)])
-    return MethodReport(loss, passes, len(x) * (2 if beta < 1 else 1))
+    return MethodReport(loss=loss, passes=passes, training=len(x) * (2 if beta < 1 else 1), patches=len(x))
 
 
-class PGDAT(Method[PGDATSettings]):
+class PGDATSettings(FixedBudgetSettings):
+    """Settings of :class:`PGDAT`."""
+
+    section: ClassVar[str] = "pgdat"
+
+    steps: Steps = 20
+    step_factor: Positive = 4.0
+    beta: Share = 1.0
+
+
+class PGDAT(FixedBudget[PGDATSettings]):
     """Adversarial training with PGD of a fixed budget ("SAT").
 
     Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018, arXiv 1706.06083:
     the loss is L(x + d), d the last of K steps d <- P(d + alpha eps / K g / |g|) (sign(g) for linf) from a random point
-    of the ball, g the gradient of the sample's own Dice + CE, P the projection onto the ball. With ``beta`` < 1:
-    (1 - beta) L(x) + beta L(x + d).
+    of the ball, g the gradient of the sample's own loss (Dice + CE, of a classifier CE), P the projection onto the
+    ball. With ``beta`` < 1: (1 - beta) L(x) + beta L(x + d).
     """
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
-        perturbed, passes = attacked(self, calls, x, target, self.settings.steps, self.settings.step_factor)
+    name, settings_class = "PGDAT", PGDATSettings
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
+        perturbed, passes = self.attacked(calls, x, target, self.settings.steps, self.settings.step_factor)
         return mixed(calls, x, perturbed, passes, self.settings.beta)
 
 
-class FGSMAT(Method[FGSMATSettings]):
+class FGSMATSettings(FixedBudgetSettings):
+    """Settings of :class:`FGSMAT`."""
+
+    section: ClassVar[str] = "fgsmat"
+
+    step_factor: Positive = 1.25
+    beta: Share = 1.0
+
+
+class FGSMAT(FixedBudget[FGSMATSettings]):
     """Adversarial training with one step from a random point.
 
     Wong, Rice & Kolter, "Fast is better than free: revisiting adversarial training", ICLR 2020, arXiv 2001.03994:
     as :class:`PGDAT` with K = 1 and a step of 1.25 eps.
     """
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
-        perturbed, passes = attacked(self, calls, x, target, 1, self.settings.step_factor)
+    name, settings_class = "FGSMAT", FGSMATSettings
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
+        perturbed, passes = self.attacked(calls, x, target, 1, self.settings.step_factor)
         return mixed(calls, x, perturbed, passes, self.settings.beta)
 
 
-class SegPGDAT(Method[SegPGDATSettings]):
-    """Adversarial training with SegPGD, on batches half of which stay clean.
+class SegPGDATSettings(FixedBudgetSettings):
+    """Settings of :class:`SegPGDAT`."""
+
+    section: ClassVar[str] = "segpgdat"
+
+    steps: Steps = 7
+    step_factor: Positive = 4.0
+
+
+class SegPGDAT(FixedBudget[SegPGDATSettings]):
+    """Adversarial training with SegPGD, on batches half of which stay clean. For segmentations.
 
     Gu et al., "SegPGD: an effective and efficient adversarial attack for evaluating and boosting segmentation
     robustness", ECCV 2022, arXiv 2207.12391: the last half of the batch (of an odd one the larger) is perturbed by PGD
     on the SegPGD loss (:func:`ima_seg.attacks.losses.segpgd`); the loss is that of the batch.
     """
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
+    name, settings_class, classifies = "SegPGDAT", SegPGDATSettings, False
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
         rows = slice(len(x) // 2, None)
-        perturbed, passes = attacked(
-            self, calls, x[rows], target[rows], self.settings.steps, self.settings.step_factor, GOALS["segpgd"]
+        perturbed, passes = self.attacked(
+            calls, x[rows], target[rows], self.settings.steps, self.settings.step_factor, GOALS["segpgd"]
         )
-        batch = torch.cat([x[: len(x) // 2], perturbed])
-        return MethodReport(calls.accumulate([(batch, 1.0)]), passes, len(x))
+        return mixed(calls, x, torch.cat([x[: len(x) // 2], perturbed]), passes, beta=1.0)
 
 
-class NoiseAugmentation(Method[NoiseSettings]):
+class FreeATSettings(FixedBudgetSettings):
+    """Settings of :class:`FreeAT`.
+
+    Attributes:
+        replays: updates m from each batch.
+        step_factor: each moves the perturbation by ``step_factor * eps``.
+    """
+
+    section: ClassVar[str] = "freeat"
+
+    replays: int = Field(4, ge=1, le=100)
+    step_factor: Positive = 1.0
+
+
+class FreeAT(FixedBudget[FreeATSettings]):
+    """Adversarial training "for free": each batch is used m times, and every backward pass serves both sides.
+
+    Shafahi et al., "Adversarial training for free!", NeurIPS 2019, arXiv 1904.12843: m times in a row, the gradient of
+    L(x + d) updates the parameters, and moves d by d <- P(d + alpha eps g / |g|) (sign(g) for linf). d is kept from
+    batch to batch. L is the training loss itself, with all its heads. For the same cost as a standard training,
+    iterations are to be divided by m.
+    """
+
+    name, settings_class = "FreeAT", FreeATSettings
+    _delta: torch.Tensor | None = None
+
+    @property
+    @override
+    def updates_per_batch(self) -> int:
+        return self.settings.replays
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
+        image = self.threat.perturbable(x)
+        delta = self._delta
+        if delta is None or delta.shape != image.shape or delta.device != x.device:
+            delta = torch.zeros_like(image, dtype=torch.float32)
+        eps, replays = self.budget(x), self.settings.replays
+        total = torch.zeros((), device=x.device)
+        for replay in range(replays):
+            if replay:
+                calls.update()
+            leaf = x.clone()
+            self.threat.perturbable(leaf).add_(delta)
+            leaf.requires_grad_(True)
+            total = total + calls.accumulate([(leaf, 1.0)])
+            assert leaf.grad is not None
+            # The scale of a gradient scaler does not matter; where it has made the gradient infinite, d stays.
+            delta, _ = gradient_step(
+                delta, self.threat.perturbable(leaf.grad), alpha=self.settings.step_factor * eps, eps=eps,
+                norm=self.settings.norm,
+            )  # fmt: skip
+        self._delta = delta
+        return MethodReport(loss=total / replays, passes=PassCount(), training=len(x) * replays, patches=len(x))
+
+
+class NoiseSettings(FixedBudgetSettings):
+    """Settings of :class:`NoiseAugmentation`."""
+
+    section: ClassVar[str] = "noise"
+
+    beta: Share = 1.0
+
+
+class NoiseAugmentation(FixedBudget[NoiseSettings]):
     """Training on white noise: (1 - beta) L(x) + beta L(x + n).
 
     l2: n is Gaussian with a standard deviation drawn uniformly from [0, eps] for each patch; linf: uniform in [-r, r],
@@ -92,7 +218,9 @@ class NoiseAugmentation(Method[NoiseSettings]):
     natural consequence of test error in noise", ICML 2019, arXiv 1901.10513.
     """
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
+    name, settings_class = "Noise", NoiseSettings
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
         perturbed = x.clone()
         image = self.threat.perturbable(perturbed)
         draws: dict[str, Any] = {"device": x.device, "dtype": x.dtype, "generator": calls.generator}

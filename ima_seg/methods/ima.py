@@ -17,78 +17,64 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, Problem, boundary_search, pgd
 from ima_seg.attacks.boundary import start_radius
-from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
-from ima_seg.attacks.passes import forward as passed
+from ima_seg.attacks.network import frozen, full_resolution, resolve_precision
+from ima_seg.attacks.passes import forward
 from ima_seg.attacks.quality import class_quality, hard_quality, loss_quality
 from ima_seg.attacks.rows import assign, chosen
-from ima_seg.errors import UserError
-from ima_seg.methods.ledger import EpochSummary, MarginLedger
+from ima_seg.methods.base import Calls, MethodReport, map_heads
+from ima_seg.methods.ledger import MarginLedger
+from ima_seg.methods.margins import WithMargins
 from ima_seg.methods.settings import IMASettings
 from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
-from ima_seg.types import Classes, Labels, Network, PassCount, Target, ThreatModel
+from ima_seg.types import Classes, Labels, Network, PassCount, Target
 
 #: On accelerators the working batch of the search shrinks in at most this many sizes.
 ACCELERATOR_SIZES = 8
 
 
-def _backward(loss: torch.Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
-def _trained_on(output: Any, rows: torch.Tensor) -> Any:
-    """A network's ``output`` whose gradient comes from the ``rows`` (B,) bool alone; all its values stay."""
-    if isinstance(output, (list, tuple)):
-        return type(output)(_trained_on(head, rows) for head in output)
-    return torch.where(per_row(rows, output), output, output.detach())
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did. Tensors stay on their device, detached.
+@dataclass(frozen=True, kw_only=True)
+class StepReport(MethodReport):
+    """What one step of IMA did. Tensors stay on their device, detached.
 
     Attributes:
         loss: (1 - beta) * clean + beta * adversarial, 0-dim.
         clean_loss, adversarial_loss: 0-dim; equal where nothing was attacked. The adversarial one is that of the whole
             batch, which includes a classifier's wrong images, though they have no part in its gradient.
         adversarial: the perturbed batch (B, C, *S), or None where nothing was attacked.
-        searched: (B,) bool, patches whose boundary was searched: with foreground, not below the criterion's threshold
-            without perturbation, and of a case that does not rest.
-        resting: (B,) bool, patches left out of the search because the margin of their case is steady.
+        searched: (B,) bool, patches whose boundary was searched: with foreground, and not below the criterion's
+            threshold without perturbation.
         crossed: (B,) bool.
         distance: (B,) size of the perturbation, per voxel in network units.
         background: (B,) bool, patches without foreground; none for classifiers.
         below: (B,) bool, patches that have crossed without perturbation, images that are classified wrongly.
         nonfinite: (B,) bool, patches left out of the margins for a NaN or infinite gradient.
         stalled: (B,) bool, patches whose gradient was exactly zero at some step.
-        passes: network passes that the perturbations took, without the two training passes and a classifier's check.
+
+    ``passes`` are without the two training passes and a classifier's check.
     """
 
-    loss: torch.Tensor
     clean_loss: torch.Tensor
     adversarial_loss: torch.Tensor
     adversarial: torch.Tensor | None
     searched: torch.Tensor
-    resting: torch.Tensor
     crossed: torch.Tensor
     distance: torch.Tensor
     background: torch.Tensor
     below: torch.Tensor
     nonfinite: torch.Tensor
     stalled: torch.Tensor
-    passes: PassCount
 
 
-class IMA:
+class IMA(WithMargins[StepReport]):
     """IMA training of one network: settings, margins, and the step.
 
     Args:
@@ -113,11 +99,12 @@ class IMA:
     ) -> None:
         if isinstance(labels, Classes):
             settings.check_classes()
-        self.settings, self.labels, self.ledger = settings, labels, ledger
-        self.threat = ThreatModel(settings.norm, image_channels)
+        super().__init__(settings, labels=labels, image_channels=image_channels)
+        self.ledger = ledger
         self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None
 
     @classmethod
+    @override
     def from_settings(
         cls,
         settings: IMASettings,
@@ -127,114 +114,61 @@ class IMA:
         epochs: int,
         image_channels: int | None = None,
     ) -> IMA:
-        """With a fresh ledger whose step and cap follow from ``settings``.
-
-        Args:
-            settings: see :class:`IMASettings`.
-            labels: how the network's outputs are read.
-            patch_voxels: image channels x voxels of a training patch.
-            epochs: length of the training.
-            image_channels: the first this many input channels may be perturbed; None means all.
-        """
+        """With a fresh ledger whose step and cap follow from ``settings``; arguments as for every method."""
         delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
-        ledger = MarginLedger(
-            delta=delta, eps_max=eps_max, rule=settings.rule, steady_interval=settings.steady_interval
-        )
-        return cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
+        ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
+        ima = cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
+        ima.epochs = epochs
+        return ima
 
-    def step(
-        self,
-        model: nn.Module,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        case_ids: Sequence[str],
-        *,
-        loss: Callable[[Any], torch.Tensor],
-        backward: Callable[[torch.Tensor], None] = _backward,
-        forward: Callable[[nn.Module, torch.Tensor], Any] | None = None,
-        victim: Network | None = None,
-        generator: torch.Generator | None = None,
-    ) -> StepReport:
-        """Accumulate the gradient of one IMA step in ``p.grad`` and note the visits in the ledger.
-
-        Args:
-            model: network (B, C, *S) -> logits (B, K, *S), or a list with the full resolution first; also wrapped in
-                DistributedDataParallel or torch.compile. A classifier yields logits (B, K).
-            x: batch (B, C, *S), floating point, finite, in network units.
-            y: reference at full resolution, (B, 1, *S) or (B, *S) labels, or regions (B, K[+1], *S). Of a classifier
-                classes (B,) or (B, 1), or labels (B, K) of 0 and 1.
-            case_ids: B ids; repeats are visits of their own.
-            loss: training loss of the network's whole output, for this batch.
-            backward: how to backpropagate a loss (a gradient scaler scales here).
-            forward: how to call the network for the two training passes (autocast goes here); default ``model(x)``.
-            victim: what the search attacks where that is not the network itself: the network as it is used, with its
-                tiling or further inputs.
-            generator: source of the random starts.
-
-        The caller clears gradients before and steps the optimiser afterwards, once.
-        """
-        if len(case_ids) != len(x):
-            raise UserError(f"{len(case_ids)} case ids for a batch of {len(x)}; every sample needs the id of its case")
-        forward = forward or (lambda network, batch: network(batch))
-        beta, network = self.settings.beta, inner_module(model) if victim is None else victim
-        distributed = isinstance(model, DistributedDataParallel)
-        # The first backward only accumulates; ranks exchange gradients in the second.
-        accumulate: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if isinstance(model, DistributedDataParallel) and beta > 0:
-            accumulate = model.no_sync()
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> StepReport:
+        settings, beta = self.settings, self.settings.beta
         # The clean backward pass yields the gradient of its input for the price of the first layer's.
-        leads = self.settings.start != "random" and 0 < beta < 1
-        clean = x.detach().requires_grad_(leads)
-        with accumulate:
-            output = forward(model, clean)
-            clean_loss = loss(output)
-            target = Target.from_raw(y, self.labels)
-            clean_logits = full_resolution(output).detach()
-            if target.whole_image and model.training and beta > 0:
-                clean_logits = self._searched_logits(network, x)
-            quality, threshold, background = self._criterion(clean_logits, target)
+        clean = x.detach().requires_grad_(settings.start != "random" and 0 < beta < 1)
+        # The first backward only accumulates; ranks exchange gradients in the second.
+        with calls.exchanging(beta == 0):
+            output = calls.forward(calls.model, clean)
+            clean_loss = calls.loss(output)
+            logits = full_resolution(output).detach()
+            if target.whole_image and calls.model.training and beta > 0:
+                logits = self._searched_logits(calls.network, x)
+            quality, threshold, background = self._criterion(logits, target)
             below = ~background & (quality < threshold)
-            resting = ~background & ~below & self.ledger.resting(case_ids, x.device)
-            searched = ~background & ~below & ~resting
-            perturbed = resting | background if self.settings.background_steps else resting
+            searched = ~background & ~below
+            nothing = torch.zeros_like(searched)
+            perturbed = background if settings.background_steps else nothing
             attacked = searched | perturbed
-            attack_any = beta > 0 and (distributed or bool(attacked.any()))
-            del output, clean_logits
-            backward(clean_loss * (1 - beta) if attack_any or target.whole_image else clean_loss)
-        clean_loss = clean_loss.detach()
-        if not attack_any:
-            return self._unattacked(clean_loss, x, searched, resting, background, below)
+            attack = beta > 0 and (isinstance(calls.model, DistributedDataParallel) or bool(attacked.any()))
+            del output, logits
+            calls.backward(clean_loss * (1 - beta) if attack or target.whole_image else clean_loss)
+        loss = clean_loss = adversarial_loss = clean_loss.detach()
+        found = BoundaryResult(
+            adversarial=x.clone() if attack else x, crossed=nothing, finite=nothing,
+            distance=torch.zeros(len(x), device=x.device), stalled=nothing, passes=PassCount(),
+        )  # fmt: skip
 
-        eps = self.ledger.get(case_ids, x.device)
-        with contextlib.nullcontext() if self._graphs is None else self._graphs:
-            found = self._perturb(
-                network, x, target, eps, quality, threshold, clean.grad, searched, perturbed, generator
-            )
-        self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
+        def of_attacked(head: torch.Tensor) -> torch.Tensor:
+            """``head``, whose gradient comes from the attacked samples alone; all its values stay."""
+            return torch.where(per_row(attacked, head), head, head.detach())
 
-        output = forward(model, found.adversarial)
-        adversarial_loss = loss(_trained_on(output, attacked) if target.whole_image else output)
-        backward(adversarial_loss * beta)
-        adversarial_loss = adversarial_loss.detach()
+        if attack:
+            eps = self.ledger.get(case_ids, x.device)
+            start = None if clean.grad is None else self._free_step(x, clean.grad, eps, calls.generator)
+            with contextlib.nullcontext() if self._graphs is None else self._graphs:
+                found = self._perturb(calls, x, target, eps, found, quality, threshold, searched, perturbed, start)
+            self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
+            output = calls.forward(calls.model, found.adversarial)
+            adversarial_loss = calls.loss(map_heads(output, of_attacked) if target.whole_image else output)
+            calls.backward(adversarial_loss * beta)
+            adversarial_loss = adversarial_loss.detach()
+            loss = (1 - beta) * clean_loss + beta * adversarial_loss
+        searched = searched if attack else nothing
         return StepReport(
-            loss=(1 - beta) * clean_loss + beta * adversarial_loss,
-            clean_loss=clean_loss,
-            adversarial_loss=adversarial_loss,
-            adversarial=found.adversarial,
-            searched=searched,
-            resting=resting,
-            crossed=found.crossed,
-            distance=found.distance,
-            background=background,
-            below=below,
-            nonfinite=searched & ~found.finite,
-            stalled=found.stalled,
-            passes=found.passes,
-        )
-
-    def end_epoch(self) -> EpochSummary:
-        """Move the margins; a collective call when ``torch.distributed`` is initialised."""
-        return self.ledger.step()
+            loss=loss, clean_loss=clean_loss, adversarial_loss=adversarial_loss,
+            adversarial=found.adversarial if attack else None, searched=searched, crossed=found.crossed,
+            distance=found.distance, background=background, below=below, nonfinite=searched & ~found.finite,
+            stalled=found.stalled, passes=found.passes, training=len(x) * (2 if attack else 1), patches=len(x),
+        )  # fmt: skip
 
     def _searched_logits(self, network: Network, x: torch.Tensor) -> torch.Tensor:
         """Logits of the clean batch as the search computes them.
@@ -244,7 +178,7 @@ class IMA:
         """
         dtype = resolve_precision(self.settings.precision, x.device)
         with frozen(network, dtype), torch.no_grad():
-            return passed(network, x, dtype)
+            return forward(network, x, dtype)
 
     def _criterion(self, logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Quality of the clean samples, the threshold that they must not fall below, and which have no foreground.
@@ -269,29 +203,23 @@ class IMA:
 
     def _perturb(
         self,
-        network: Network,
+        calls: Calls,
         x: torch.Tensor,
         target: Target,
         eps: torch.Tensor,
+        found: BoundaryResult,
         quality: torch.Tensor,
         threshold: torch.Tensor,
-        clean_gradient: torch.Tensor | None,
         searched: torch.Tensor,
         perturbed: torch.Tensor,
-        generator: torch.Generator | None,
+        start: torch.Tensor | None,
     ) -> BoundaryResult:
         """The boundary of the ``searched`` samples, and PGD within its margin ``eps`` on each that is ``perturbed``."""
         settings = self.settings
-        nothing = torch.zeros_like(searched)
-        found = BoundaryResult(
-            adversarial=x.detach().clone(), crossed=nothing, finite=nothing, distance=torch.zeros_like(eps),
-            stalled=nothing, passes=PassCount(),
-        )  # fmt: skip
-        start = None
-        if clean_gradient is not None:
-            start = self._free_step(x, clean_gradient, settings.step_factor * eps / settings.steps, eps, generator)
         multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
-        problem = Problem(network, x, target, self.threat, precision=settings.precision, generator=generator)
+        problem = Problem(
+            calls.network, x, target, self.threat, precision=settings.precision, generator=calls.generator
+        )
         if bool(searched.any()):
             found = boundary_search(
                 problem,
@@ -309,7 +237,7 @@ class IMA:
         hit = pgd(
             problem.select(rows),
             eps[rows],
-            steps=max(settings.background_steps, 1),
+            steps=settings.background_steps,
             step_factor=settings.step_factor,
             keep="last",  # costs the gradient passes and nothing else
         )
@@ -318,49 +246,17 @@ class IMA:
         return replace(found, passes=found.passes + hit.passes)
 
     def _free_step(
-        self,
-        x: torch.Tensor,
-        gradient: torch.Tensor,
-        length: torch.Tensor,
-        eps: torch.Tensor,
-        generator: torch.Generator | None,
+        self, x: torch.Tensor, gradient: torch.Tensor, eps: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor:
-        """The perturbation (B, image channels, *S) of one step of ``length`` (B,) along the clean ``gradient``.
+        """The perturbation (B, image channels, *S) of one step of the search along the clean ``gradient``.
 
-        It is made from the clean batch, or from a random point (``start = "mixed"``). The scale of the gradient does
-        not matter, so neither does that of a gradient scaler. Where it is zero, infinite or NaN, the random point
-        remains.
+        It is made from a random point. The scale of the gradient does not matter, so neither does that of a gradient
+        scaler. Where it is zero, infinite or NaN, the random point remains.
         """
         image, norm = self.threat.perturbable(x), self.threat.norm
         nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
         seeds = draw_seeds(len(x), x.device, generator)
         random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, seeds)
-        origin = random if self.settings.start == "mixed" else nothing
-        step, size = gradient_step(origin, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
+        length = self.settings.step_factor * eps / self.settings.steps
+        step, size = gradient_step(random, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
         return torch.where(per_row(torch.isfinite(size) & (size > 0), step), step, random)
-
-    def _unattacked(
-        self,
-        clean_loss: torch.Tensor,
-        x: torch.Tensor,
-        searched: torch.Tensor,
-        resting: torch.Tensor,
-        background: torch.Tensor,
-        below: torch.Tensor,
-    ) -> StepReport:
-        nothing = torch.zeros_like(searched)
-        return StepReport(
-            loss=clean_loss,
-            clean_loss=clean_loss,
-            adversarial_loss=clean_loss,
-            adversarial=None,
-            searched=nothing if self.settings.beta == 0 else searched,
-            resting=nothing if self.settings.beta == 0 else resting,
-            crossed=nothing,
-            distance=torch.zeros(len(x), device=x.device),
-            background=background,
-            below=below,
-            nonfinite=nothing,
-            stalled=nothing,
-            passes=PassCount(),
-        )

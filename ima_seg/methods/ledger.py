@@ -9,27 +9,32 @@ weigh the same, in whatever order and on whatever rank they came.
 from __future__ import annotations
 
 import math
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ima_seg.errors import UserError
-from ima_seg.methods.ranks import gather
+
+T = TypeVar("T")
 
 Rule = Literal["paper", "majority", "mean", "grow"]
 RULES: tuple[Rule, ...] = ("paper", "majority", "mean", "grow")
 
 #: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
-#: A case whose margin changed by at most this share over its last ``patience`` moves is steady.
-STEADY_CHANGE = 0.1
-
-#: Layout version of :meth:`MarginLedger.state_dict`.
+#: Layout version of :meth:`MarginLedger.state_dict`, and the fields of a record there.
 STATE_VERSION = 1
+COLUMNS: Mapping[str, torch.dtype] = {
+    "margin": torch.float64,
+    "visits": torch.int64,
+    "crossed": torch.int64,
+    "expanding": torch.bool,
+    "seen": torch.int64,
+}
 
 
 @dataclass
@@ -38,7 +43,6 @@ class CaseRecord:
 
     ``held`` visits found no adversarial sample within the margin; ``crossed`` ones did. ``expanding`` is whether the
     margin grew when it last moved (at the cap it no longer does); ``seen`` is the last epoch with a visit that counted.
-    ``recent`` are the margins after the last moves, the latest last.
     """
 
     margin: float
@@ -46,13 +50,6 @@ class CaseRecord:
     crossed: int = 0
     expanding: bool = True
     seen: int = -1
-    recent: list[float] = field(default_factory=list)
-
-
-@dataclass
-class _EpochVisits:
-    held: int = 0
-    distances: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,18 @@ class EpochSummary:
     equilibrium: bool
 
 
+def gather(mine: T) -> list[T]:
+    """Every rank's ``mine``, in the order of ranks, on all of them; ``[mine]`` in a training of one process.
+
+    A collective call when ``torch.distributed`` is initialised. ``mine`` must be picklable.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [mine]
+    parts: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
 class MarginLedger:
     """Margins per case, updated once per epoch.
 
@@ -97,19 +106,14 @@ class MarginLedger:
         patience: equilibrium is reported when the median margin, averaged over this many epochs, is less than 5 % above
             its average over as many epochs before. Epochs count from the one in which half of the cases have had a
             visit that counted: before, margins stand still because the network is not good enough to be attacked.
-        steady_interval: every how many epochs the boundary of a *steady* case is searched; 1 means always. A case is
-            steady when its last ``patience`` moves changed its margin by 10 % at most. Which epochs those are follows
-            from the case's name and the number of the epoch, so that all ranks, and a resumed training, agree.
 
     Raises:
-        UserError: a step or cap that is not positive, an unknown rule, an interval below 1.
+        UserError: a step or cap that is not positive, an unknown rule.
 
     Cases without a visit that counted keep their margin.
     """
 
-    def __init__(
-        self, *, delta: float, eps_max: float, rule: Rule = "mean", patience: int = 5, steady_interval: int = 1
-    ) -> None:
+    def __init__(self, *, delta: float, eps_max: float, rule: Rule = "mean", patience: int = 5) -> None:
         for name, value in (("delta", delta), ("eps_max", eps_max)):
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value!r}; it must be a positive number (per voxel, network units)")
@@ -117,10 +121,7 @@ class MarginLedger:
             raise UserError(f"delta is {delta:g}, more than eps_max {eps_max:g}; use a smaller step or a larger cap")
         if rule not in RULES:
             raise UserError(f"margin rule is {rule!r}; the rules there are: {', '.join(map(repr, RULES))}")
-        if steady_interval < 1:
-            raise UserError(f"steady_interval is {steady_interval}; it must be at least 1, which searches every epoch")
         self.delta, self.eps_max, self.rule, self.patience = delta, eps_max, rule, patience
-        self.steady_interval = steady_interval
         self.cases: dict[str, CaseRecord] = {}
         self.epoch = 0
         self._medians: list[float] = []
@@ -138,19 +139,6 @@ class MarginLedger:
         """Margins of ``case_ids`` as (B,) float32; unknown cases are entered."""
         self.register(case_ids)
         return torch.tensor([self.cases[str(c)].margin for c in case_ids], dtype=torch.float32, device=device)
-
-    def resting(self, case_ids: Sequence[str], device: torch.device | str | None = None) -> torch.Tensor:
-        """Which of ``case_ids`` need no search in this epoch, (B,) bool: steady cases whose turn it is not."""
-        return torch.tensor([self._rests(str(c)) for c in case_ids], dtype=torch.bool, device=device)
-
-    def _rests(self, case: str) -> bool:
-        if self.steady_interval == 1 or case not in self.cases:
-            return False
-        recent = self.cases[case].recent
-        if len(recent) < self.patience or abs(recent[-1] - recent[0]) > STEADY_CHANGE * recent[0]:
-            return False
-        # The name staggers the cases, so that every epoch searches as many.
-        return (self.epoch + zlib.crc32(case.encode())) % self.steady_interval != 0
 
     def record(
         self, case_ids: Sequence[str], *, crossed: torch.Tensor, distance: torch.Tensor, counts: torch.Tensor
@@ -199,36 +187,31 @@ class MarginLedger:
         for cases, part in gather((list(self.cases), self._drain())):
             self.register(cases)
             visits += part
-        by_case: defaultdict[str, _EpochVisits] = defaultdict(_EpochVisits)
+        by_case: defaultdict[str, list[float | None]] = defaultdict(list)
         for case, was_crossed, size in visits:
-            if was_crossed:
-                by_case[case].distances.append(size)
-            else:
-                by_case[case].held += 1
-        for case, epoch_visits in by_case.items():
-            self._move(self.cases[case], epoch_visits)
+            by_case[case].append(size if was_crossed else None)
+        for case, sizes in by_case.items():
+            self._move(self.cases[case], sizes)
         return self._summarise(len(by_case), visits)
 
-    def _move(self, record: CaseRecord, epoch_visits: _EpochVisits) -> None:
-        held, distances = epoch_visits.held, epoch_visits.distances
-        visits = held + len(distances)
+    def _move(self, record: CaseRecord, sizes: Sequence[float | None]) -> None:
+        """Move a margin by its visits of an epoch, None where one held, else its distance."""
+        distances = [size for size in sizes if size is not None]
+        held = len(sizes) - len(distances)
         expanded = record.margin + self.delta
         contracted = (record.margin + math.fsum(distances) / len(distances)) / 2 if distances else expanded
-        if self.rule == "paper":
-            moved = expanded if held else contracted
-        elif self.rule == "majority":
-            moved = expanded if 2 * held >= visits else contracted
-        elif self.rule == "grow":
-            moved = expanded if held else record.margin
+        if self.rule == "mean":
+            moved = (held * expanded + len(distances) * contracted) / len(sizes)
+        elif held >= len(sizes) / 2 if self.rule == "majority" else held:
+            moved = expanded
         else:
-            moved = (held * expanded + len(distances) * contracted) / visits
+            moved = record.margin if self.rule == "grow" else contracted
         moved = min(max(moved, 0.0), self.eps_max)
         record.expanding = moved > record.margin
         record.margin = moved
-        record.visits += visits
+        record.visits += len(sizes)
         record.crossed += len(distances)
         record.seen = self.epoch
-        record.recent = [*record.recent, moved][-self.patience :]
 
     def _summarise(self, cases_visited: int, visits: list[tuple[str, bool, float]]) -> EpochSummary:
         margins = torch.tensor([r.margin for r in self.cases.values()] or [float("nan")], dtype=torch.float64)
@@ -258,7 +241,6 @@ class MarginLedger:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as JSON types and plain float64 / int64 tensors (safe under ``weights_only``)."""
-        records = list(self.cases.values())
         return {
             "version": STATE_VERSION,
             "delta": self.delta,
@@ -267,12 +249,10 @@ class MarginLedger:
             "epoch": self.epoch,
             "medians": list(self._medians),
             "cases": list(self.cases),
-            "margin": torch.tensor([r.margin for r in records], dtype=torch.float64),
-            "visits": torch.tensor([r.visits for r in records], dtype=torch.int64),
-            "crossed": torch.tensor([r.crossed for r in records], dtype=torch.int64),
-            "expanding": torch.tensor([r.expanding for r in records], dtype=torch.bool),
-            "seen": torch.tensor([r.seen for r in records], dtype=torch.int64),
-            "recent": [list(r.recent) for r in records],
+            **{
+                name: torch.tensor([getattr(record, name) for record in self.cases.values()], dtype=dtype)
+                for name, dtype in COLUMNS.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -287,17 +267,13 @@ class MarginLedger:
                 "resume with the ima-seg that wrote it"
             )
         try:
-            columns = (state[key].tolist() for key in ("margin", "visits", "crossed", "expanding", "seen"))
-            # Checkpoints of earlier versions lack it; their cases are steady once they have moved often enough.
-            recent = state.get("recent") or [[] for _ in state["cases"]]
-            rows = zip(state["cases"], *columns, recent, strict=True)
+            columns = (state[name].tolist() for name in COLUMNS)
             self.cases = {
                 str(case): CaseRecord(
-                    min(float(margin), self.eps_max), int(visits), int(crossed), bool(grows), int(seen),
-                    [float(m) for m in moved][-self.patience :],
+                    min(float(margin), self.eps_max), int(visits), int(crossed), bool(grows), int(seen)
                 )
-                for case, margin, visits, crossed, grows, seen, moved in rows
-            }  # fmt: skip
+                for case, margin, visits, crossed, grows, seen in zip(state["cases"], *columns, strict=True)
+            }
             self.epoch = int(state["epoch"])
             self._medians = [float(m) for m in state["medians"]]
         except KeyError as error:

@@ -48,18 +48,17 @@ def _figure(history: Sequence[Mapping[str, Any]], ledger: MarginLedger, norm: No
     FigureCanvasAgg(figure)
     (course, histogram), (shares, losses) = figure.subplots(2, 2)
     epochs = [row["epoch"] for row in history]
-    dot = "o" if len(epochs) == 1 else None
 
     def column(name: str) -> list[float]:
         return [float(row[name]) for row in history]
 
-    course.fill_between(
-        epochs, column("margin_q05"), column("margin_q95"), color="C0", alpha=0.15, lw=0, label="5-95 % of cases"
-    )
-    course.fill_between(
-        epochs, column("margin_q25"), column("margin_q75"), color="C0", alpha=0.3, lw=0, label="25-75 %"
-    )
-    course.plot(epochs, column("margin_q50"), color="C0", marker=dot, label="median")
+    def draw(axes: Any, name: str, label: str, **style: Any) -> None:
+        axes.plot(epochs, column(name), marker="o" if len(epochs) == 1 else None, label=label, **style)
+
+    for low, high, alpha in ((5, 95, 0.15), (25, 75, 0.3)):
+        lower, upper = column(f"margin_q{low:02}"), column(f"margin_q{high}")
+        course.fill_between(epochs, lower, upper, color="C0", alpha=alpha, lw=0, label=f"{low}-{high} % of cases")
+    draw(course, "margin_q50", "median", color="C0")
     course.axhline(delta, color="grey", linestyle=":", label=f"first margin, step δ = {delta:.3g}")
     course.axhline(eps_max, color="black", linestyle="--", linewidth=0.8, label=f"cap ε_max = {eps_max:.3g}")
     course.set(title="Margins over epochs", xlabel="epoch", ylabel=f"margin, {unit}", ylim=(0, None))
@@ -72,19 +71,17 @@ def _figure(history: Sequence[Mapping[str, Any]], ledger: MarginLedger, norm: No
         title=f"Margins of {len(margins)} cases now", xlabel=f"margin, {unit}", ylabel="cases", xlim=(0, None)
     )
 
-    shares.plot(epochs, column("expanding_share"), marker=dot, color="C2", label="cases whose margin still grows")
-    shares.plot(epochs, column("crossed_share"), marker=dot, color="C3", label="visits that crossed")
-    shares.plot(
-        epochs, column("below_tau_share"), marker=dot, color="C7", linewidth=1, label="patches with clean Dice below τ"
-    )
+    draw(shares, "expanding_share", "cases whose margin still grows", color="C2")
+    draw(shares, "crossed_share", "visits that crossed", color="C3")
+    draw(shares, "below_tau_share", "patches with clean Dice below τ", color="C7", linewidth=1)
     settled = next((row["epoch"] for row in history if row["equilibrium"]), None)
     if settled is not None:
         shares.axvline(settled, color="C2", linestyle="--", label=f"equilibrium first seen, epoch {settled}")
     shares.set(title="Equilibrium", xlabel="epoch", ylabel="share", ylim=(-0.02, 1.02))
     shares.yaxis.set_major_formatter(PercentFormatter(1.0))
 
-    losses.plot(epochs, column("clean_loss"), marker=dot, color="C0", label="clean loss")
-    losses.plot(epochs, column("adversarial_loss"), marker=dot, color="C3", label="adversarial loss")
+    draw(losses, "clean_loss", "clean loss", color="C0")
+    draw(losses, "adversarial_loss", "adversarial loss", color="C3")
     losses.set(title="Losses and cost", xlabel="epoch", ylabel="training loss")
     cost = losses.twinx()
     cost.plot(epochs, column("passes_per_sample"), color="C1", linewidth=1, linestyle="-.", label="passes (right)")

@@ -30,12 +30,11 @@ ENVIRONMENT_VARIABLE = "IMA_CONFIG"
 DEFAULT_EPS_MAX = 0.3
 
 #: What trainings did before a setting existed.
-BEFORE: Mapping[str, Any] = {"start": "random", "steady_interval": 1, "criterion": "dice"}
+BEFORE: Mapping[str, Any] = {"start": "random", "criterion": "dice"}
+#: Settings that there were, and the value of each that did nothing.
+REMOVED: Mapping[str, Any] = {"steady_interval": 1}
 
 Auto = Literal["auto"]
-Start = Literal["random", "gradient", "mixed"]
-Criterion = Literal["dice", "relative", "loss"]
-
 
 S = TypeVar("S", bound="TrainingSettings")
 
@@ -139,24 +138,17 @@ class IMASettings(TrainingSettings):
         beta: weight of the adversarial loss; 0 is standard training.
         steps: gradient steps K of the search, at most.
         step_factor: alpha; a step is ``step_factor * margin / steps`` long.
-        start: where the search begins. ``"random"``: at a random point. ``"gradient"``: one step from the clean image
-            along the input gradient of the clean training loss, which the clean backward pass yields at the cost of the
-            first layer's. ``"mixed"``: that step from the random point. It is the gradient of another loss (whole
-            batch, all deep-supervision heads), so only the start: the search climbs each patch's own. Patches without a
-            usable gradient, and all where ``beta`` is 1, start at random. A case's last perturbation cannot be used
-            again: nnU-Net's patches are random, augmented crops, and the batch does not tell from where.
+        start: where the search begins. ``"random"``: at a random point. ``"mixed"``: one step from there along the
+            input gradient of the clean training loss, which the clean backward pass yields at the cost of the first
+            layer's. It is the gradient of another loss (whole batch, all heads), so only the start: the search climbs
+            each patch's own. Patches without a usable gradient, and all where ``beta`` is 1, start at random.
         refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``). The
             two forwards of the default leave it a little beyond, which cost no robustness.
         background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
-            clean. They climb their own loss from a random point: trained on the step of the clean gradient instead,
-            networks were less robust.
-        steady_interval: a case whose margin hardly moved any more is searched in every so many epochs only; in the
-            others its patches are perturbed to its margin like background, by at least one step, and say nothing about
-            the margin (see ``MarginLedger``). 1 searches all cases in all epochs.
+            clean. They climb their own loss from a random point.
         rule: how visits move margins (see ``MarginLedger``).
         cuda_graphs: ``"on"`` captures the network passes of the search as CUDA graphs, one for each size of the batch
-            (:class:`ima_seg.attacks.GraphedPasses`): faster where launches take longer than kernels, for the memory of
-            a pass.
+            (:class:`ima_seg.attacks.GraphedPasses`): faster where launches take longer than kernels.
     """
 
     section: ClassVar[str] = "ima"
@@ -164,19 +156,25 @@ class IMASettings(TrainingSettings):
 
     eps_max: Auto | float = "auto"
     delta: Auto | float = "auto"
-    criterion: Criterion = "dice"
+    criterion: Literal["dice", "relative", "loss"] = "dice"
     tau: float = 0.45
     beta: float = Field(0.5, ge=0, le=1)
     steps: int = Field(5, ge=1, le=1000)
     step_factor: float = Field(4.0, gt=0)
-    start: Start = "random"
+    start: Literal["random", "mixed"] = "random"
     refine: Refine = "root"
     refine_steps: int = Field(2, ge=0, le=100)
     refine_tolerance: float = Field(0.1, ge=0, lt=1)
     background_steps: int = Field(1, ge=0, le=1000)
-    steady_interval: int = Field(1, ge=1, le=1000)
     rule: Rule = "mean"
     cuda_graphs: Literal["off", "on"] = "off"
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _start_exists(cls, start: Any) -> Any:
+        if start == "gradient":
+            raise ValueError("it was removed, for it gained nothing; use 'random' or 'mixed'")
+        return start
 
     @field_validator("tau")
     @classmethod
@@ -212,12 +210,7 @@ class IMASettings(TrainingSettings):
                 )
 
     def resolve_sizes(self, *, patch_voxels: int, epochs: int) -> tuple[float, float]:
-        """``(delta, eps_max)`` per voxel in network units.
-
-        Args:
-            patch_voxels: image channels x voxels of a training patch.
-            epochs: length of the training.
-        """
+        """``(delta, eps_max)`` per voxel in network units, for patches of so many values and this many epochs."""
         per_voxel = self.per_voxel(patch_voxels)
         eps_max = DEFAULT_EPS_MAX if self.eps_max == "auto" else self.eps_max * per_voxel
         delta = eps_max / min(max(epochs / 3, 10), 50) if self.delta == "auto" else self.delta * per_voxel
@@ -227,19 +220,14 @@ class IMASettings(TrainingSettings):
 
     def search(self, *, delta: float, multiple_of: int) -> SearchSettings:
         """The settings of the boundary search; ``delta`` per voxel."""
-        return SearchSettings(
-            steps=self.steps,
-            step_factor=self.step_factor,
-            start_slack=delta,
-            refine=self.refine,
-            refine_steps=self.refine_steps,
-            refine_tolerance=self.refine_tolerance,
-            multiple_of=multiple_of,
-        )
+        shared = self.model_dump(include={"steps", "step_factor", "refine", "refine_steps", "refine_tolerance"})
+        return SearchSettings(**shared, start_slack=delta, multiple_of=multiple_of)
 
 
 def _explain(item: Any, source: str, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in item["loc"] if part not in ("literal['auto']", "float"))
+    if item["type"] == "extra_forbidden" and key in REMOVED:
+        return f"{source}: the setting {key!r} was removed; leave it out"
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; the settings there are: {', '.join(model.model_fields)}"
@@ -294,7 +282,12 @@ def load_settings(base: S, *, plans: Mapping[str, Any] | None = None, file: str 
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two trainings' settings, as a phrase; empty where they train the same."""
+    """What differs between two trainings' settings, as a phrase; empty where they train the same.
+
+    ``old`` may be of a version with other settings: see ``BEFORE`` and ``REMOVED``.
+    """
+    old = {name: value for name, value in old.items() if name not in REMOVED or value != REMOVED[name]}
+    old = {**{name: value for name, value in BEFORE.items() if name in new}, **old}
     # How often to save and validate changes nothing about what is trained.
     ignored = {"save_every", "val_iterations_per_epoch", "precision", "cuda_graphs"}
     names = [n for n in {**old, **new} if n not in ignored and old.get(n) != new.get(n)]

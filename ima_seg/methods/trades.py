@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
 from ima_seg.attacks import Goal
-from ima_seg.attacks.network import frozen, full_resolution, inner_module, resolve_precision
+from ima_seg.attacks.network import frozen, full_resolution, resolve_precision
 from ima_seg.attacks.passes import forward
-from ima_seg.methods.base import Calls, Method, MethodReport
-from ima_seg.methods.fixed import attacked
-from ima_seg.methods.fixed_settings import TRADESSettings
+from ima_seg.methods.base import Calls, MethodReport, map_heads
+from ima_seg.methods.fixed import FixedBudget, FixedBudgetSettings, Positive, Steps
 from ima_seg.types import PassCount, Target
+
+
+class TRADESSettings(FixedBudgetSettings):
+    """Settings of :class:`TRADES`.
+
+    Attributes:
+        weight: of the divergence (the paper's 1 / lambda).
+    """
+
+    section: ClassVar[str] = "trades"
+
+    steps: Steps = 10
+    step_factor: Positive = 2.5
+    weight: float = Field(6.0, ge=0)
 
 
 def divergence(logits: torch.Tensor, target: Target, progress: float = 0.0, *, clean: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of the predictions p of ``clean`` and q of ``logits``, mean over voxels (B,), in nats.
 
-    Regions: of their yes and no, mean over voxels and regions. Ignored voxels do not count.
+    Regions, or labels of an image: of their yes and no, mean over voxels and regions. Ignored voxels do not count.
 
     Args:
-        logits: (B, K, *S).
+        logits: (B, K, *S), of a classifier (B, K).
         target: tells regions from classes, and which voxels are ignored.
         progress: not used.
-        clean: (B, K, *S).
+        clean: of the same shape.
     """
-    flat, reference = logits.flatten(2).float(), clean.flatten(2).float()
+    flat, reference = (part.float().reshape(*part.shape[:2], -1) for part in (logits, clean))
     if target.labels.regions:
         p = reference.sigmoid()
         each = p * (F.logsigmoid(reference) - F.logsigmoid(flat))
@@ -42,29 +57,29 @@ def divergence(logits: torch.Tensor, target: Target, progress: float = 0.0, *, c
     return each.masked_fill(~counted, 0.0).sum((1, 2)) / counted.sum((1, 2)).clamp_min(1)
 
 
-def _rows(output: Any, rows: slice) -> Any:
-    return [head[rows] for head in output] if isinstance(output, (list, tuple)) else output[rows]
-
-
-class TRADES(Method[TRADESSettings]):
+class TRADES(FixedBudget[TRADESSettings]):
     """L(x) + weight KL(p(x) || p(x + d)): the clean loss, and how far a perturbation moves the prediction.
 
     Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019, arXiv 1901.08573.
     d is the last of K steps of PGD on the divergence, from a random point of the ball (theirs: a tiny Gaussian; at the
     clean image the divergence has no gradient). Predictions are those at full resolution. Clean and perturbed patches
-    go through the network in one batch, whose graph both terms need: the memory is that of two batches.
+    go through the network in one batch, clean ones first, whose graph both terms need: the memory is that of two
+    batches.
     """
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target) -> MethodReport:
-        settings, network, count = self.settings, inner_module(calls.model), len(x)
+    name, settings_class = "TRADES", TRADESSettings
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
+        settings, count = self.settings, len(x)
         dtype = resolve_precision(settings.precision, x.device)
-        with frozen(network, dtype), torch.no_grad():
-            clean = forward(network, x, dtype)
+        with frozen(calls.network, dtype), torch.no_grad():
+            clean = forward(calls.network, x, dtype)
         goal = Goal("divergence", partial(divergence, clean=clean))
-        perturbed, passes = attacked(self, calls, x, target, settings.steps, settings.step_factor, goal)
+        perturbed, passes = self.attacked(calls, x, target, settings.steps, settings.step_factor, goal)
         output = calls.forward(calls.model, torch.cat([x, perturbed]))
         heads = full_resolution(output)
         moved = divergence(heads[count:], target, clean=heads[:count]).mean()
-        value = calls.loss(_rows(output, slice(count))) + settings.weight * moved
+        value = calls.loss(map_heads(output, lambda head: head[:count])) + settings.weight * moved
         calls.backward(value)
-        return MethodReport(value.detach(), passes + PassCount(forwards=count), 2 * count)
+        passes += PassCount(forwards=count)
+        return MethodReport(loss=value.detach(), passes=passes, training=2 * count, patches=count)

@@ -6,30 +6,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ima_seg.monai.attack import Attack, AttackBatchd, per_sample
     from ima_seg.monai.batch import case_name
-    from ima_seg.monai.margins import MarginLedgerHandler
+    from ima_seg.monai.handler import MarginLedgerHandler, TrainingHandler
     from ima_seg.monai.robustness import RobustnessHandler
-    from ima_seg.monai.trainer import IMASupervisedTrainer
+    from ima_seg.monai.trainer import AdversarialSupervisedTrainer, IMASupervisedTrainer
+
+# Imported at first use, for MONAI and Ignite take seconds to load.
+_HOMES = {
+    "AdversarialSupervisedTrainer": "trainer",
+    "Attack": "attack",
+    "AttackBatchd": "attack",
+    "IMASupervisedTrainer": "trainer",
+    "MarginLedgerHandler": "handler",
+    "RobustnessHandler": "robustness",
+    "TrainingHandler": "handler",
+    "case_name": "batch",
+    "per_sample": "attack",
+}
 
 __all__ = [
+    "AdversarialSupervisedTrainer",
     "Attack",
     "AttackBatchd",
     "IMASupervisedTrainer",
     "MarginLedgerHandler",
     "RobustnessHandler",
+    "TrainingHandler",
     "case_name",
     "per_sample",
 ]
-
-# Imported at first use, for MONAI and Ignite take seconds to load.
-_HOMES = {
-    "Attack": "attack",
-    "AttackBatchd": "attack",
-    "IMASupervisedTrainer": "trainer",
-    "MarginLedgerHandler": "margins",
-    "RobustnessHandler": "robustness",
-    "case_name": "batch",
-    "per_sample": "attack",
-}
 
 
 def __getattr__(name: str) -> Any:

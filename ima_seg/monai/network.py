@@ -40,16 +40,8 @@ class AsUsed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         """What the network returns for the batch, or for the part of it that ``x`` (B, C[+1], *S) is."""
-        if not (self.args or self.kwargs):
-            return self.inferer(x, self._network)
-        rows = x[:, -1].flatten(1)[:, 0].long()
-
-        def part(value: Any) -> Any:
-            batched = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == self.size
-            return value[rows] if batched else value
-
-        named = {name: part(value) for name, value in self.kwargs.items()}
-        return self.inferer(x[:, :-1], self._network, *map(part, self.args), **named)
+        images, args, kwargs = own_inputs(x, self.args, self.kwargs, self.size)
+        return self.inferer(images, self._network, *args, **kwargs)
 
     def _network(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if type(self.inferer) is SimpleInferer or not torch.is_grad_enabled():
@@ -62,3 +54,25 @@ def numbered(x: torch.Tensor) -> torch.Tensor:
     """The batch (B, C + 1, *S) whose last channel is the number of the sample."""
     numbers = torch.arange(len(x), device=x.device, dtype=x.dtype).view(-1, *(1,) * (x.ndim - 1))
     return torch.cat([x, numbers.expand(-1, 1, *x.shape[2:])], 1)
+
+
+def own_inputs(
+    x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], size: int
+) -> tuple[torch.Tensor, Sequence[Any], Mapping[str, Any]]:
+    """Images without the numbers that :func:`numbered` gave them, and the further inputs of just these samples.
+
+    Args:
+        x: (B, C + 1, *S), or without further inputs (B, C, *S).
+        args: further inputs, as are ``kwargs``.
+        kwargs: by name.
+        size: samples of the whole batch.
+    """
+    if not (args or kwargs):
+        return x, args, kwargs
+    rows = x[:, -1].flatten(1)[:, 0].long()
+
+    def part(value: Any) -> Any:
+        batched = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == size
+        return value[rows] if batched else value
+
+    return x[:, :-1], [part(value) for value in args], {name: part(value) for name, value in kwargs.items()}

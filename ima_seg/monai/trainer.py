@@ -1,30 +1,28 @@
-"""IMA training in MONAI's engine: a ``SupervisedTrainer`` whose step is that of IMA."""
+"""Adversarial training in MONAI's engine: a ``SupervisedTrainer`` whose step is that of a method."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
-from monai.losses import DeepSupervisionLoss
 from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ima_seg.attacks.network import allow_recompiles, full_resolution, inner_module
+from ima_seg.attacks.network import allow_recompiles, inner_module
 from ima_seg.errors import UserError
+from ima_seg.methods import registry
+from ima_seg.methods.base import Method
 from ima_seg.methods.ima import IMA
-from ima_seg.methods.settings import IMASettings
 from ima_seg.monai.batch import case_ids, plain, reference, with_meta
-from ima_seg.monai.margins import MarginLedgerHandler
+from ima_seg.monai.handler import TrainingHandler
 from ima_seg.monai.network import AsUsed, numbered
+from ima_seg.monai.passes import Passes
 from ima_seg.types import Labels
 
 #: Settings of nnU-Net's trainers, and what says the same here.
@@ -36,91 +34,107 @@ _MONAI_NAMES = {
 }
 
 
-def make_ima(options: IMA | Mapping[str, Any], *, epochs: int) -> IMA:
-    """The IMA training that a trainer's argument ``ima`` describes.
+def make_method(
+    options: Method[Any, Any] | Mapping[str, Any], *, epochs: int, name: str | None = None
+) -> Method[Any, Any]:
+    """The method that a trainer's argument describes.
 
     Args:
-        options: see :class:`IMASupervisedTrainer`.
+        options: see :class:`AdversarialSupervisedTrainer`.
         epochs: length of the training.
+        name: of the method, where ``options`` do not say it.
 
     Raises:
-        UserError: an unknown setting or value, or no ``labels``.
+        UserError: an unknown method, setting or value, or no ``labels``.
     """
-    if isinstance(options, IMA):
+    if isinstance(options, Method):
         return options
-    if not isinstance(options, Mapping) or "labels" not in options:
+    values = dict(options) if isinstance(options, Mapping) else {}
+    name = name or values.pop("name", None)
+    if name is None or "labels" not in values:
         raise UserError(
-            f"ima is {options!r}; give it the settings and how to read the outputs, ima={{'labels': 3, 'tau': 0.6}} "
-            "for 3 output channels of which 0 is background, or an ima_seg.IMA"
+            f"{options!r} describes no method; give its name, settings and how to read the outputs, method={{'name': "
+            "'trades', 'labels': 3, 'eps': 0.1}} or ima={'labels': 3, 'tau': 0.6} for 3 output channels of which 0 is "
+            "background, or a method of ima_seg.methods"
         )
-    values = dict(options)
     labels = values.pop("labels")
     if isinstance(labels, Mapping):
         labels = Labels(**labels)
     elif isinstance(labels, int):
         labels = Labels(labels)
     image_channels, voxels = values.pop("image_channels", None), values.pop("patch_voxels", None)
-    for name in values.keys() & _MONAI_NAMES.keys():
-        raise UserError(f"ima: {name} is a setting of nnU-Net's trainers; here it is {_MONAI_NAMES[name]}")
-    settings = IMASettings.parse(values, source="ima")
+    for setting in values.keys() & _MONAI_NAMES.keys():
+        raise UserError(f"{name}: {setting} is a setting of nnU-Net's trainers; here it is {_MONAI_NAMES[setting]}")
+    base = registry.preset(name)
+    settings = type(base).parse(values, source=name, base=base)
     if settings.unit == "l2" and voxels is None:
-        raise UserError("ima: unit 'l2' is of a whole patch; give patch_voxels, its image channels x voxels, as well")
+        raise UserError(
+            f"{name}: unit 'l2' is of a whole patch; give patch_voxels, its image channels x voxels, as well"
+        )
     # Sizes per voxel do not depend on the patch.
-    return IMA.from_settings(
+    return registry.make_method(
         settings, labels=labels, patch_voxels=voxels or 1, epochs=epochs, image_channels=image_channels
     )
 
 
-class IMASupervisedTrainer(SupervisedTrainer):
-    """MONAI's ``SupervisedTrainer`` with IMA training; all of its arguments, events and handlers stay what they are.
+class AdversarialSupervisedTrainer(SupervisedTrainer):
+    """MONAI's ``SupervisedTrainer`` with another step; all of its arguments, events and handlers stay what they are.
 
     Args:
         args: of ``SupervisedTrainer``, as are ``kwargs``; ``iteration_update`` is taken.
-        ima: an :class:`ima_seg.IMA`, or a mapping of its settings (:class:`ima_seg.IMASettings`) and
+        method: a method of :mod:`ima_seg.methods`, or a mapping of its ``name``, its settings and
 
-            - ``labels``: an :class:`ima_seg.Labels` or other object that ``IMA`` reads outputs by, its arguments as a
-              mapping, or the number of output channels, of which 0 is background;
+            - ``labels``: an :class:`ima_seg.Labels` or :class:`ima_seg.Classes`, arguments of the former as a mapping,
+              or the number of output channels, of which 0 is background;
             - ``image_channels``: the first this many input channels may be perturbed (default: all);
             - ``patch_voxels``: image channels x voxels of a patch, needed with ``unit = "l2"``.
-        case_key: key of the batch, or of the images' metadata, that holds the case ids. Default: the file that the
-            images' metadata name, as ``LoadImaged`` notes it; the id is its folder and name.
+        case_key: key of the batch, or of the images' metadata, that holds the case ids, which IMA needs. Default: the
+            file that the images' metadata name, as ``LoadImaged`` notes it; the id is its folder and name.
 
     Images (B, C, *S) must be in network units, as normalised. The reference may be a label map, one-hot, or regions.
 
-    Each iteration accumulates the gradient of two training passes, of the clean and of the perturbed batch, then steps
-    the optimiser once. ``FORWARD_COMPLETED`` and ``LOSS_COMPLETED`` fire once, in the clean pass: ``PRED`` and ``LOSS``
-    are then its whole output and its loss, and what a handler puts in their place is used.
-    ``BACKWARD_COMPLETED`` fires when the gradient of both is there. From then on ``engine.state.output`` holds
+    Each iteration accumulates the gradient of the method's training passes, of IMA that of the clean and of the
+    perturbed batch, then steps the optimiser. ``FORWARD_COMPLETED`` and ``LOSS_COMPLETED`` fire once, in the first pass
+    (TRADES: for the clean half of its batch): ``PRED`` and ``LOSS`` are then its output and its loss, and what a
+    handler puts in their place is used. ``BACKWARD_COMPLETED`` fires when all of the gradient is there. From then on
+    ``engine.state.output`` holds ``IMAGE`` and ``LABEL`` as in ``SupervisedTrainer``, ``PRED``, the prediction of the
+    first pass at full resolution, ``LOSS``, the loss of the whole step, and of IMA ``clean_loss`` and
+    ``adversarial_loss``. The report of the step is in ``engine.state`` by the section of the settings: ``ima_report``.
+    Attacks go through the ``inferer`` and with the further inputs of ``prepare_batch``.
 
-    - ``IMAGE``, ``LABEL``: as in ``SupervisedTrainer``;
-    - ``PRED``: the clean prediction at full resolution, detached;
-    - ``LOSS``: (1 - beta) * clean + beta * adversarial loss, detached; ``clean_loss`` and ``adversarial_loss``,
-
-    and ``engine.state.ima_report`` the :class:`ima_seg.StepReport`.
-
-    The search attacks the network through the ``inferer`` and with the further inputs of ``prepare_batch``. The margins
-    move at the end of an epoch, by the first :class:`MarginLedgerHandler` in ``train_handlers``, or one that is made.
-    They are part of :meth:`state_dict`: ``CheckpointSaver(save_dict={"trainer": trainer, ...})`` saves them.
+    Epochs are ended by the first :class:`TrainingHandler` in ``train_handlers``, or one that is made. What a method
+    keeps, such as margins, is part of :meth:`state_dict`: ``CheckpointSaver(save_dict={"trainer": trainer, ...})``
+    saves it. A method that makes several updates from a batch accumulates no gradients over batches.
 
     A network with deep supervision returns a list with the full resolution first, or, as ``DynUNet`` does, the heads
     stacked (B, heads, K, *S). The loss gets what the network returns; only ``DeepSupervisionLoss``, which takes no
     stack, gets a list instead.
     """
 
-    def __init__(self, *args: Any, ima: IMA | Mapping[str, Any], case_key: str | None = None, **kwargs: Any) -> None:
+    #: Of the method, where it is always the same.
+    _name: str | None = None
+
+    def __init__(
+        self, *args: Any, method: Method[Any, Any] | Mapping[str, Any], case_key: str | None = None, **kwargs: Any
+    ) -> None:
         bound = inspect.signature(SupervisedTrainer).bind(*args, **kwargs)
         given = bound.arguments
         if given.get("iteration_update") is not None:
             raise UserError(
-                "iteration_update would replace the IMA step; leave it out, or train with SupervisedTrainer"
+                "iteration_update would replace the method's step; leave it out, or train with SupervisedTrainer"
             )
-        self.ima = make_ima(ima, epochs=given["max_epochs"])
+        self.method = make_method(method, epochs=given["max_epochs"], name=self._name)
+        if given.get("accumulation_steps", 1) > 1 and self.method.updates_per_batch > 1:
+            raise UserError(
+                f"{self.method.name} makes {self.method.updates_per_batch} updates from each batch, so that gradients "
+                "cannot accumulate over batches; leave accumulation_steps out"
+            )
         self.case_key = case_key
         handlers = ensure_tuple(given.get("train_handlers") or ())
-        mine = [handler for handler in handlers if isinstance(handler, MarginLedgerHandler)][:1]
-        self.margins = mine[0] if mine else MarginLedgerHandler()
+        mine = [handler for handler in handlers if isinstance(handler, TrainingHandler)][:1]
+        self.training = mine[0] if mine else TrainingHandler()
         # Margins have moved before any other handler looks at them, or saves them, at the end of an epoch.
-        given["train_handlers"] = [self.margins, *(handler for handler in handlers if handler is not self.margins)]
+        given["train_handlers"] = [self.training, *(handler for handler in handlers if handler is not self.training)]
         self.loss_is_reduced = False
         super().__init__(*bound.args, **bound.kwargs)
         if self.compile:
@@ -132,140 +146,80 @@ class IMASupervisedTrainer(SupervisedTrainer):
                 )
 
     def state_dict(self) -> Any:
-        """The state of the engine, and under ``ima`` that of the margins."""
+        """The state of the engine, and under the section of the settings (``ima``) that of the method."""
         state = super().state_dict()
-        state["ima"] = self.margins.state_dict()
+        state[self.method.settings.section] = self.training.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; from that of a ``SupervisedTrainer`` the margins start anew."""
+        """Restore :meth:`state_dict`; from that of a ``SupervisedTrainer`` the method starts anew."""
         state = dict(state_dict)
-        margins = state.pop("ima", None)
+        mine = state.pop(self.method.settings.section, None)
         super().load_state_dict(state)
-        if margins is None:
-            self.logger.warning("IMA: the checkpoint holds no margins; they start anew at %.4g", self.ima.ledger.delta)
+        if mine is None:
+            self.logger.warning("%s: the checkpoint holds %s", self.method.name, self.method.absent())
         else:
-            self.margins.load_state_dict(margins)
+            self.training.load_state_dict(mine)
 
     def _iteration(self, engine: Any, batchdata: Any) -> Any:
-        """One IMA step; see the class."""
+        """One step of the method; see the class."""
         if batchdata is None:
             raise ValueError("Must provide batch data for current iteration.")
         prepared = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)
         images, targets, args, kwargs = (*prepared, (), {}) if len(prepared) == 2 else prepared
-        ids = case_ids(batchdata, images, self.case_key)
-        y = reference(targets, images, self.ima.labels)
+        method, section = self.method, self.method.settings.section
+        ids = case_ids(batchdata, images, self.case_key) if method.uses_cases else [""] * len(images)
+        y = reference(targets, images, method.labels)
         x, victim, extended = plain(images), None, bool(args or kwargs)
         if extended or type(engine.inferer) is not SimpleInferer:
             victim = AsUsed(inner_module(engine.network), engine.inferer, args, kwargs, len(x))
         if extended:
-            x, threat = numbered(x), self.ima.threat
-            self.ima.threat = replace(threat, image_channels=threat.image_channels or images.shape[1])
+            x, threat = numbered(x), method.threat
+            method.threat = replace(threat, image_channels=threat.image_channels or images.shape[1])
 
         output = engine.state.output = {Keys.IMAGE: images, Keys.LABEL: targets}
         first, last, share = _accumulation(engine)
         engine.network.train()
         if first:
             engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
-        passes = _Passes(engine, plain(targets), args, kwargs, share)
-        report = self.ima.step(
-            engine.network, x, y, ids, loss=passes.loss, backward=passes.backward, forward=passes.forward, victim=victim
-        )
-        if extended and report.adversarial is not None:
+        passes = Passes(engine, plain(targets), args, kwargs, len(x), share)
+        report = method.step(
+            engine.network, x, y, ids, loss=passes.loss, backward=passes.backward, forward=passes.forward,
+            update=passes.update, victim=victim,
+        )  # fmt: skip
+        if extended and getattr(report, "adversarial", None) is not None:
             report = replace(report, adversarial=report.adversarial[:, :-1])
-        engine.state.ima_report, engine.state.ima_voxels = report, self.ima.threat.perturbable(x)[0].numel()
+        setattr(engine.state, f"{section}_report", report)
+        setattr(engine.state, f"{section}_voxels", method.threat.perturbable(x)[0].numel())
         output[Keys.LOSS] = report.loss
-        output |= {"clean_loss": report.clean_loss, "adversarial_loss": report.adversarial_loss}
+        output |= {name: getattr(report, name) for name in method.losses}
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if last and passes.scaler is not None:
-            passes.scaler.step(engine.optimizer)
-            passes.scaler.update()
-        elif last:
-            engine.optimizer.step()
+        if last:
+            passes.step_optimizer()
         output[Keys.PRED] = with_meta(output[Keys.PRED], images)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 
 
-class _Passes:
-    """The two training passes of an iteration, the first of them with MONAI's events.
+class IMASupervisedTrainer(AdversarialSupervisedTrainer):
+    """:class:`AdversarialSupervisedTrainer` by IMA.
 
     Args:
-        engine: the trainer.
-        targets: what the loss compares with.
-        args: further inputs of the network, as are ``kwargs``.
-        kwargs: by name.
-        share: the gradient is divided by this.
+        args: of ``SupervisedTrainer``, as are ``kwargs``.
+        ima: an :class:`ima_seg.IMA`, or a mapping of its settings (:class:`ima_seg.IMASettings`), ``labels`` and more
+            as for ``method``.
     """
 
-    def __init__(
-        self, engine: Any, targets: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], share: int
-    ) -> None:
-        self.engine, self.targets, self.args, self.kwargs, self.share = engine, targets, args, kwargs, share
-        self.scaler = engine.scaler if engine.amp else None
-        self._clean = True
-        self._prediction: Any = None
+    _name = "ima"
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.scaler is None:
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", **self.engine.amp_kwargs)
+    def __init__(self, *args: Any, ima: IMA | Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, method=ima, **kwargs)
 
-    def forward(self, network: nn.Module, batch: torch.Tensor) -> Any:
-        """The network's output for (B, C[+1], *S), stacked heads as a list."""
-        images = batch[:, :-1] if self.args or self.kwargs else batch
-        with self._autocast():
-            prediction = self.engine.inferer(images, network, *self.args, **self.kwargs)
-            if self._clean:
-                output = self.engine.state.output
-                output[Keys.PRED] = prediction
-                self.engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-                prediction = output[Keys.PRED]
-        self._prediction = prediction
-        stacked = isinstance(prediction, torch.Tensor) and prediction.ndim == images.ndim + 1
-        return list(prediction.unbind(1)) if stacked else prediction
-
-    def loss(self, heads: Any) -> torch.Tensor:
-        """The training loss of what :meth:`forward` returned."""
-        function = self.engine.loss_function
-        prediction = heads if isinstance(function, DeepSupervisionLoss) else self._prediction
-        self._prediction = None
-        with self._autocast():
-            value = self._scalar(
-                function(heads if isinstance(function, DeepSupervisionLoss) else prediction, self.targets)
-            )
-            if not self._clean:
-                return value
-            self._clean = False
-            output = self.engine.state.output
-            output[Keys.LOSS] = value
-            self.engine.fire_event(IterationEvents.LOSS_COMPLETED)
-            used: torch.Tensor = output[Keys.LOSS]
-        # Without graph: the activations of this pass must be gone when the search begins.
-        output[Keys.PRED], output[Keys.LOSS] = full_resolution(heads).detach(), used.detach()
-        return used
-
-    def _scalar(self, value: Any) -> torch.Tensor:
-        if not isinstance(value, torch.Tensor):
-            raise UserError(
-                f"loss_function returned a {type(value).__name__}; return one scalar tensor, the total that is to be "
-                "backpropagated"
-            )
-        if value.numel() > 1 and not self.engine.loss_is_reduced:
-            self.engine.loss_is_reduced = True
-            self.engine.logger.warning(
-                "loss_function returned a tensor of shape %s, not a scalar; its mean is trained on, as by "
-                "SupervisedTrainer. Make the loss with reduction='mean' to say so. (The search needs no loss per "
-                "sample from you: it climbs its own.)",
-                tuple(value.shape),
-            )
-        scalar: torch.Tensor = value.mean()
-        return scalar
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Backpropagate one of the two losses."""
-        loss = loss / self.share
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    @property
+    def ima(self) -> IMA:
+        """The training."""
+        assert isinstance(self.method, IMA)
+        return self.method
 
 
 def _accumulation(engine: Any) -> tuple[bool, bool, int]:

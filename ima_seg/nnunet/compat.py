@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ima_seg.errors import UserError
+from ima_seg.methods.registry import make_method
 from ima_seg.methods.settings import TrainingSettings
 from ima_seg.nnunet.dataset import channel_names
 from ima_seg.nnunet.intensity import shared_native_scale
@@ -32,23 +34,22 @@ def check_nnunet_version() -> str:
     return check_version("nnunetv2", SUPPORTED_NNUNET, title="nnU-Net")
 
 
-T = TypeVar("T", bound=Training[Any])
-
-
-def make_training(kind: type[T], trainer: Any, settings: TrainingSettings) -> T:
-    """The training of a ``kind`` that fits a freshly constructed nnU-Net trainer."""
-    configuration, labels = trainer.configuration_manager, trainer.label_manager
-    return kind(
+def make_training(trainer: Any, settings: TrainingSettings) -> Training:
+    """The training that fits a freshly constructed nnU-Net trainer."""
+    labels = trainer.label_manager
+    channels = len(channel_names(trainer.dataset_json))
+    voxels = channels * math.prod(trainer.configuration_manager.patch_size)
+    method = make_method(
         settings,
         labels=Labels(
             outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label
         ),
-        patch_size=configuration.patch_size,
-        image_channels=len(channel_names(trainer.dataset_json)),
+        patch_voxels=voxels,
         epochs=trainer.num_epochs,
-        native=shared_native_scale(trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json),
-        log=trainer.print_to_log_file,
+        image_channels=channels,  # those that a cascade appends are never perturbed
     )
+    native = shared_native_scale(trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json)
+    return Training(method, voxels=voxels, native=native, log=trainer.print_to_log_file)
 
 
 def find_trainer(name: str) -> Any:

@@ -262,15 +262,15 @@ def _folders() -> Iterator[Finding]:
 
 
 def _settings() -> Iterator[Finding]:
-    from ima_seg import methods
-    from ima_seg.methods.settings import ENVIRONMENT_VARIABLE, IMASettings, load_settings
+    from ima_seg.methods.registry import METHODS, preset
+    from ima_seg.methods.settings import ENVIRONMENT_VARIABLE, load_settings
 
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     if not value:
         yield Finding(ENVIRONMENT_VARIABLE, "not set; the trainers' own settings are used")
         return
     errors = []
-    for base in (IMASettings(), *(kind() for kind in methods.SETTINGS)):
+    for base in map(preset, METHODS):
         try:
             load_settings(base)
         except UserError as error:

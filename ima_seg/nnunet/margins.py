@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ima_seg.errors import UserError
-from ima_seg.methods.history import PROGRESS_FILE, margin_rows, write_csv
+from ima_seg.files import write_csv
 from ima_seg.methods.ledger import MarginLedger
+from ima_seg.methods.margins import PROGRESS_FILE, margin_rows
 from ima_seg.methods.plots import plot_progress
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, restore_ledger
 from ima_seg.nnunet.dataset import read_description
