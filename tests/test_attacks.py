@@ -284,7 +284,7 @@ def test_checkpoints_and_stages_follow_the_papers():
 
 
 def answers(logits, raw, labels):
-    """(sample, probabilities of the answers, the reference's, lead of the best other) of each decision, in float64."""
+    """(sample, probabilities, the reference's, lead of the best other, its class) of decisions in float64."""
     for b in range(len(logits)):
         for v in range(logits.shape[2]):
             z = logits[b, :, v].double()
@@ -297,15 +297,14 @@ def answers(logits, raw, labels):
                 y = int(raw[b, 0, v])
                 p = z.softmax(0).tolist()
                 lead = max(z[k].item() for k in range(len(z)) if k != y) - z[y].item()
-                ordered = sorted(z.tolist(), reverse=True)
-                yield b, p, y, lead, (y, ordered[0] - ordered[2] if len(z) > 2 else 1.0)
+                yield b, p, y, lead, y
 
 
 def kl(p, q):
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
 
 
-def expected_loss(name, p, y, lead, extra, progress, weight):
+def expected_loss(name, p, y, lead, progress, weight):
     entropy = -math.log(p[y])
     onehot = [float(k == y) for k in range(len(p))]
     middle = [(a + b) / 2 for a, b in zip(p, onehot, strict=True)]
@@ -313,7 +312,6 @@ def expected_loss(name, p, y, lead, extra, progress, weight):
     return {
         "ce": entropy,
         "margin": lead,
-        "dlr": lead / extra,
         "segpgd": entropy * (share if lead > 0 else 1 - share),
         "cospgd": entropy * p[y] / math.sqrt(sum(a * a for a in p)),
         "masked_ce": 0.0 if lead > 0 else entropy,
@@ -333,12 +331,12 @@ def test_losses_equal_loops_over_the_voxels(name, regions, outputs, ignore):
     decisions = list(answers(logits.detach(), raw, labels))
     expected = []
     for b in range(2):
-        mine = [(p, y, lead, extra) for sample, p, y, lead, extra in decisions if sample == b]
-        classes = [extra if regions else y for _, y, _, extra in mine]
+        mine = [(p, y, lead) for sample, p, y, lead, _ in decisions if sample == b]
+        classes = [answer for sample, _, _, _, answer in decisions if sample == b]
         rarest = min(classes.count(c) for c in classes)
         values = [
-            expected_loss(name, p, y, lead, 1.0 if regions else extra[1], progress, rarest / classes.count(c))
-            for (p, y, lead, extra), c in zip(mine, classes, strict=True)
+            expected_loss(name, p, y, lead, progress, rarest / classes.count(c))
+            for (p, y, lead), c in zip(mine, classes, strict=True)
         ]
         expected.append(sum(values) / len(values))
     loss = GOALS[name].loss(logits, target, progress)

@@ -52,24 +52,15 @@ def apgd(
     The loss alone drives step lengths and returns; what is handed out is the point of most damage within the budget.
     A loss that changes with the progress (SegPGD's) is compared between steps as it was at each.
 
-    Args:
-        problem: what is attacked.
-        eps: budget, as for :func:`ima_seg.attacks.pgd`.
-        steps: gradient steps of each restart, over all stages.
-        restarts: as for PGD.
-        start: as for PGD.
-        red_eps: stages of radius 2, 1.5 and 1 times ``eps`` with 3 : 3 : 4 of the steps, each from the projection of
-            the point of greatest loss of the one before. Points beyond the budget are climbed over, never returned.
-
-    Returns:
-        The point of most damage visited, the clean one included.
+    Arguments as for :func:`ima_seg.attacks.pgd`. ``red_eps``: stages of radius 2, 1.5 and 1 times ``eps``, 3 : 3 : 4 of
+    the steps, each from the projection of the point of greatest loss of the one before. Points beyond the budget are
+    climbed over, never returned.
     """
     best = Best(problem, eps, steps)
     stages = stage_lengths(steps, red_eps)
     if start or red_eps:  # else the clean batch is the first point of the walk, within the budget
-        best.visit_clean()
+        best.look(problem.zero(), 0)
     for _ in range(restarts if start else 1):
-        best.begin_restart()
         done = 0
         delta = problem.random(eps * stages[0][0]) if start else problem.zero()
         for radius, length in stages:
@@ -101,8 +92,6 @@ def _stage(
         sane = all_finite(logits)
         if within_budget:
             best.visit(delta, logits, done)
-        else:
-            best.carry(done)
         if here is None:
             loss, gradient = problem.goal.loss(logits, problem.target, done / steps), torch.zeros_like(delta)
         else:

@@ -49,18 +49,14 @@ class SearchSettings:
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.refine_steps < 0 or self.multiple_of < 1:
-            raise UserError(
-                f"steps is {self.steps}, refine_steps {self.refine_steps}, multiple_of {self.multiple_of}; at least "
-                "1, 0 and 1 are needed"
-            )
+        least = {"steps": 1, "multiple_of": 1, "refine_steps": 0, "start_slack": 0, "refine_tolerance": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"{name} is {getattr(self, name)}; at least {bound} is needed")
+        if self.step_factor <= 0:
+            raise UserError(f"step_factor is {self.step_factor}; it must be positive")
         if self.refine not in get_args(Refine):
             raise UserError(f"refine is {self.refine!r}; there are: {', '.join(get_args(Refine))}")
-        if self.step_factor <= 0 or self.start_slack < 0 or self.refine_tolerance < 0:
-            raise UserError(
-                f"step_factor is {self.step_factor}, start_slack {self.start_slack}, refine_tolerance "
-                f"{self.refine_tolerance}; the first must be positive, the others not negative"
-            )
 
 
 @dataclass(frozen=True)

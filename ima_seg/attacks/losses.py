@@ -154,20 +154,6 @@ def margin(decisions: Decisions, progress: float) -> torch.Tensor:
 
 
 @_mean
-def dlr(decisions: Decisions, progress: float) -> torch.Tensor:
-    """Difference of logits ratio, mean of (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), z_(j) the j-th largest.
-
-    The margin without its scale (Croce & Hein 2020, arXiv 2003.01690, eq. 6). Two classes and regions have no third
-    logit; there it is the margin.
-    """
-    lead = wrong_side(decisions.logits, decisions.target)
-    if decisions.target.labels.regions or decisions.logits.shape[1] < 3:
-        return lead
-    top = decisions.logits.topk(3, dim=1).values
-    return lead / (top[:, :1] - top[:, 2:] + 1e-12)
-
-
-@_mean
 def segpgd(decisions: Decisions, progress: float) -> torch.Tensor:
     """Mean of (1 - λ) CE where the decision is right and λ CE where it is wrong, λ = progress / 2.
 

@@ -53,17 +53,10 @@ def minimal_norm(
     network that is not linear, so the search never stops below a crossing: the last rounds look again just below it.
     Samples that have not crossed are searched at ``eps`` in every round.
 
-    Args:
-        problem: what is attacked. Its goal is climbed and its damage reported; ``threshold`` alone says what is broken.
-        eps: the largest budget to look at (B,), or one number, per voxel in network units.
-        threshold: (B,), a sample is broken when its quality, the hard foreground Dice, is below; of a classifier 0.
-        clean_quality: (B,) of the clean batch: hard foreground Dice, NaN without foreground; of a classifier
-            :func:`ima_seg.attacks.class_quality`.
-        steps: gradient steps of each search, at most.
-        rounds: searches.
-        restarts: how often to make all rounds; later ones go on from the smallest crossing and forget the failures.
-        gamma: share of the distance by which the next crossing must at least be nearer.
-        step_factor: a step is ``step_factor * budget / steps`` long.
+    A sample is broken when its quality is below ``threshold`` (B,): the hard foreground Dice, of a classifier
+    :func:`ima_seg.attacks.class_quality`, whose threshold is 0. ``clean_quality`` (B,) is that of the clean batch, NaN
+    without foreground. There are ``rounds`` searches of at most ``steps`` steps; ``restarts`` make all rounds again, go
+    on from the smallest crossing and forget the failures. ``step_factor`` as in :class:`SearchSettings`.
     """
     best = Best(problem, eps, rounds * restarts)
     settings = SearchSettings(steps=steps, step_factor=step_factor, refine_steps=12, refine_tolerance=gamma / 2)
@@ -72,7 +65,7 @@ def minimal_norm(
     searched = foreground & ~fallen
     crossing = torch.where(fallen, 0.0, torch.full_like(eps, torch.inf))
     failed, stalls = torch.zeros_like(eps), torch.zeros_like(eps)
-    best.visit_clean()
+    best.look(problem.zero(), 0)
     nearest, damage = best.delta, best.damage
     for search in range(rounds * restarts):
         if search % rounds == 0:
@@ -92,12 +85,7 @@ def minimal_norm(
         failed = torch.where(found.crossed, failed, torch.maximum(failed, budget))
         stalls = stalls + found.stalled
     broken = torch.isfinite(crossing)
-    result = finish(
-        problem,
-        torch.where(per_row(broken, nearest), nearest, best.delta),
-        damage=torch.where(broken, damage, best.damage),
-        zero_gradient=stalls / (rounds * restarts),
-        trace=best.trace,
-        passes=best.passes.made,
-    )
+    delta = torch.where(per_row(broken, nearest), nearest, best.delta)
+    damage = torch.where(broken, damage, best.damage)
+    result = finish(problem, delta, damage, stalls / (rounds * restarts), best.trace, best.passes.made)
     return MinimalResult(**vars(result), broken=broken, crossing=crossing, foreground=foreground)

@@ -60,24 +60,16 @@ def frozen(model: Network, dtype: torch.dtype | None = None) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    writing: list[Any] = [] if dtype is None else _writing_views(model)
+    flags: list[tuple[Any, str]] = [(module, "training") for module in model.modules() if module.training]
+    flags += [(parameter, "requires_grad") for parameter in model.parameters() if parameter.requires_grad]
+    flags += [(activation, "inplace") for activation in ([] if dtype is None else _writing_views(model))]
     try:
-        for module in training:
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for activation in writing:
-            activation.inplace = False
+        for owner, flag in flags:
+            setattr(owner, flag, False)
         yield
     finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for activation in writing:
-            activation.inplace = True
+        for owner, flag in flags:
+            setattr(owner, flag, True)
 
 
 def _cpu_has_bf16() -> bool:
@@ -96,19 +88,16 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     """
     if precision == "fp32":
         return None
-    if device.type == "cuda":
-        native_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        if precision == "auto":
-            return torch.bfloat16 if native_bf16 else torch.float16
-        if precision == "bf16" and not native_bf16:
-            raise UserError(
-                f"search precision 'bf16' is not native to {torch.cuda.get_device_name(device)}; use 'fp16'"
-            )
-        return torch.bfloat16 if precision == "bf16" else torch.float16
+    cuda, cpu = device.type == "cuda", device.type == "cpu"
+    native = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else cpu and _cpu_has_bf16()
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
-    if device.type == "cpu" and precision == "bf16":
+        return torch.bfloat16 if native else torch.float16 if cuda else None
+    if precision == "bf16" and (native or cpu):
         return torch.bfloat16
+    if precision == "fp16" and cuda:
+        return torch.float16
+    if precision == "bf16" and cuda:
+        raise UserError(f"search precision 'bf16' is not native to {torch.cuda.get_device_name(device)}; use 'fp16'")
     raise UserError(f"search precision {precision!r} does not exist on device {device.type!r}; use 'fp32' or 'auto'")
 
 

@@ -22,11 +22,8 @@ def scaled_to(delta: torch.Tensor, eps: torch.Tensor, norm: Norm) -> torch.Tenso
 def gaussian_noise(problem: Problem, eps: torch.Tensor, *, restarts: int = 1) -> AttackResult:
     """White Gaussian noise scaled to exactly ``eps`` within the support: its RMS (l2) or its largest value (linf).
 
-    Args:
-        problem: what is attacked.
-        eps: size of the noise of each sample (B,), or one number, per voxel in network units.
-        restarts: how many draws; the one of most damage is kept. The clean image is not among them: noise that does
-            good is a finding too. The trace has a row for each draw.
+    ``restarts``: how many draws; the one of most damage is kept. The clean image is not among them: noise that does
+    good is a finding too. The trace has a row for each draw.
     """
 
     def draw() -> torch.Tensor:

@@ -51,7 +51,7 @@ def pgd(
 
     Args:
         problem: what is attacked.
-        eps: budget of each sample (B,), or one number, per voxel in network units.
+        eps: budget of each sample, (B,), or one number, per voxel in network units.
         steps: gradient steps of each restart.
         restarts: how often to start; the worst counts, per sample.
         step_factor: each step is ``step_factor * eps / steps`` long. No step is too long: what leaves the ball is
@@ -70,9 +70,8 @@ def pgd(
         return _last(problem, eps, alpha, steps, start)
     best = Best(problem, eps, steps)
     if start:
-        best.visit_clean()
+        best.look(problem.zero(), 0)
     for _ in range(restarts if start else 1):
-        best.begin_restart()
         delta = problem.random(eps) if start else problem.zero()
         for step in range(steps):
             here = best.passes.at(delta, step / steps)
@@ -97,4 +96,4 @@ def _last(problem: Problem, eps: torch.Tensor, alpha: torch.Tensor, steps: int, 
         del gradient
         zero = zero + (length == 0)
     damage, trace = torch.full_like(zero, torch.nan), zero.new_empty((0, len(zero)))
-    return finish(problem, delta, damage=damage, zero_gradient=zero / steps, trace=trace, passes=passes.made)
+    return finish(problem, delta, damage, zero / steps, trace, passes.made)

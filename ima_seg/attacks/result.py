@@ -36,11 +36,10 @@ class AttackResult:
 def finish(
     problem: Problem,
     delta: torch.Tensor,
-    *,
     damage: torch.Tensor,
-    zero_gradient: torch.Tensor,
+    zero: torch.Tensor,
     trace: torch.Tensor,
-    passes: PassCount,
+    made: PassCount,
 ) -> AttackResult:
     """The result for ``delta`` (B, image channels, *S), its size measured on the batch that is handed out.
 
@@ -49,7 +48,7 @@ def finish(
     adversarial = problem.apply(delta)
     distance = perturbation_size(problem.difference(adversarial), problem.threat.norm)
     damage, trace = (torch.where(torch.isinf(part), torch.nan, part) for part in (damage, trace))
-    return AttackResult(adversarial, distance, damage, zero_gradient, trace, passes)
+    return AttackResult(adversarial, distance, damage, zero, trace, made)
 
 
 class Best:
@@ -67,19 +66,14 @@ class Best:
     def __init__(self, problem: Problem, eps: torch.Tensor, steps: int) -> None:
         self.problem, self.passes, self.eps = problem, Passes(problem), eps
         self.delta = problem.zero()
-        nothing = torch.full(eps.shape, -torch.inf, device=eps.device)
-        self.damage, self._clean, self._running = nothing, nothing, nothing
-        self.trace = nothing.repeat(steps + 1, 1)
-        self._gradients, self._zero = 0, torch.zeros_like(nothing)
+        self.damage = torch.full(eps.shape, -torch.inf, device=eps.device)
+        self._by_step = self.damage.repeat(steps + 1, 1)
+        self._gradients, self._zero = 0, torch.zeros_like(self.damage)
 
-    def visit_clean(self) -> None:
-        """Visit the clean batch, for attacks that start elsewhere."""
-        self.look(self.delta, 0)
-        self._clean = self._running
-
-    def begin_restart(self) -> None:
-        """Start the trace over, from the clean point where that has been visited."""
-        self._running = self._clean
+    @property
+    def trace(self) -> torch.Tensor:
+        """(steps + 1, B), most damage up to each step, over all restarts."""
+        return self._by_step.cummax(0).values
 
     def look(self, delta: torch.Tensor, step: int) -> torch.Tensor:
         """Visit ``x + delta``; returns its logits (B, K, *S)."""
@@ -98,13 +92,8 @@ class Best:
         better = (damage >= self.damage) & (damage > -torch.inf)
         self.delta = torch.where(per_row(better, delta), delta, self.delta)
         self.damage = torch.where(better, damage, self.damage)
-        self._running = torch.fmax(self._running, damage)
-        self.carry(step)
+        self._by_step[step] = torch.fmax(self._by_step[step], damage)
         return sane
-
-    def carry(self, step: int) -> None:
-        """Note that ``step`` steps brought nothing new."""
-        self.trace[step] = torch.fmax(self.trace[step], self._running)
 
     def count(self, length: torch.Tensor) -> None:
         """Count a gradient pass whose gradients are of size ``length`` (B,), and those that are exactly zero."""
@@ -113,11 +102,5 @@ class Best:
 
     def result(self) -> AttackResult:
         """The best point, projected and measured once more."""
-        return finish(
-            self.problem,
-            project(self.delta, self.eps, self.problem.threat.norm),
-            damage=self.damage,
-            zero_gradient=self._zero / max(self._gradients, 1),
-            trace=self.trace,
-            passes=self.passes.made,
-        )
+        delta, zero = project(self.delta, self.eps, self.problem.threat.norm), self._zero / max(self._gradients, 1)
+        return finish(self.problem, delta, self.damage, zero, self.trace, self.passes.made)

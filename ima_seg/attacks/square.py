@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -37,19 +37,14 @@ def square(
     one label; a square is the hyper-cube with the same share of the voxels (a box where an axis is shorter); there is
     no box [0, 1] to clip to; windows lie where there is support; a window that would change nothing is flipped.
 
-    Args:
-        problem: what is attacked; its loss is taken at progress 0 throughout, for the values are compared.
-        eps: budget, as for :func:`ima_seg.attacks.pgd`.
-        queries: forwards per sample and restart, the start included; the clean image, the first row of the trace, costs
-            one more.
-        restarts: how often to start anew.
-        p_init: share of the voxels in the first windows; halved on the paper's schedule, scaled to ``queries``.
+    Arguments as for :func:`ima_seg.attacks.pgd`. ``queries``: forwards per sample and restart, the start included; the
+    clean image, the first row of the trace, costs one more. ``p_init``: share of the voxels in the first windows,
+    halved on the paper's schedule. The loss is taken at progress 0 throughout, for its values are compared.
     """
     best, search = Best(problem, eps, queries), _Search(problem, eps)
     linf = problem.threat.norm == "linf"
-    best.visit_clean()
+    best.look(problem.zero(), 0)
     for _ in range(restarts):
-        best.begin_restart()
         delta = proposal = search.stripes() if linf else search.tiles()
         loss = torch.full(eps.shape, -torch.inf, device=eps.device)
         for query in range(queries):
@@ -64,19 +59,12 @@ def square(
     return best.result()
 
 
-@dataclass(frozen=True)
-class _Window:
-    """A window of one size, kept on the device so that no query copies anything there.
+class _Window(NamedTuple):
+    """A window of one size, kept on the device so that no query copies anything there."""
 
-    Attributes:
-        edges: (axes,) int64, voxels along each axis.
-        offsets: (V,) flat distance of each of its voxels from its first.
-        bumps: (axes, V), a pair of bumps of opposite sign along each axis, of norm 1.
-    """
-
-    edges: torch.Tensor
-    offsets: torch.Tensor
-    bumps: torch.Tensor
+    edges: torch.Tensor  #: (axes,) int64, voxels along each axis
+    offsets: torch.Tensor  #: (V,) flat distance of each of its voxels from its first
+    bumps: torch.Tensor  #: (axes, V), a pair of bumps of opposite sign along each axis, of norm 1
 
 
 class _Search:

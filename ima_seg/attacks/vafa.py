@@ -51,15 +51,10 @@ def vafa(
     added to the objective: the budget does its work. Steps of q are a share of its range, not 1; the smooth rounding
     above stands for a steepening tanh; images are edge-padded to whole blocks; the worst point visited is returned.
 
-    Args:
-        problem: what is attacked.
-        eps: budget, as for :func:`ima_seg.attacks.pgd`.
-        steps: gradient steps of each restart.
-        restarts: the first starts at q = q_max as the paper does, the others at random tables.
-        block: edge of a block, in voxels; an axis shorter than that is one block.
-        headroom: see above. Above 1, for once the steps of the less harmful frequencies have shrunk the perturbation
-            would be smaller than allowed. Default: 1.5 for l2, 3 for linf.
-        step_factor: each step is ``step_factor * (q_max - q_min) / steps`` long.
+    Arguments as for :func:`ima_seg.attacks.pgd`. Of the ``restarts`` the first starts at q = q_max as the paper does,
+    the others at random tables. ``block``: edge of a block, in voxels; an axis shorter than that is one block.
+    ``headroom``: above 1, for once the steps of the less harmful frequencies have shrunk the perturbation would be
+    smaller than allowed; default: 1.5 for l2, 3 for linf. ``step_factor``: in units of (q_max - q_min) / steps.
     """
     if block < 1:
         raise UserError(f"block is {block}; the edge of a block is at least one voxel")
@@ -67,9 +62,8 @@ def vafa(
     q_max = per_row(quantised.uniform_step(eps, headroom or _HEADROOM[norm]), quantised.coefficients)
     q_min = q_max / _Q_RANGE
     alpha = step_factor * (q_max - q_min) / steps
-    best.visit_clean()
+    best.look(problem.zero(), 0)
     for restart in range(restarts):
-        best.begin_restart()
         share = torch.ones_like(quantised.coefficients)
         if restart:
             share.uniform_(generator=problem.generator)
