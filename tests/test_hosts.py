@@ -15,7 +15,7 @@ from monai.networks.nets import DynUNet
 
 import nnunet_trainers
 from ima_seg import Labels, Target, UserError
-from ima_seg.attacks.sample_losses import dice_ce_loss
+from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.methods import METHODS
 from ima_seg.monai import AdversarialSupervisedTrainer, TrainingHandler
 from tests.models import TinyUNet

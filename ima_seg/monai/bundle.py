@@ -12,10 +12,10 @@ from torch import nn
 
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.files import load_tensors
 from ima_seg.monai.config import Parts, data_format, is_single_ct, load_parts, read_metadata
 from ima_seg.monai.model import LoadedBundle
 from ima_seg.types import Labels
+from ima_seg.weights import load_tensors
 
 if TYPE_CHECKING:  # it imports MONAI, which takes seconds
     from ima_seg.monai.case import BundleCase

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ima_seg.errors import UserError
-from ima_seg.files import load_tensors, replacing
+from ima_seg.files import replacing
 from ima_seg.methods.ledger import MarginLedger
+from ima_seg.weights import load_tensors
 
 #: Key of the state of an IMA training in a checkpoint. Stock nnU-Net ignores keys that it does not know.
 KEY = "ima"

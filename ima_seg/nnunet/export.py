@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from ima_seg.errors import UserError
 from ima_seg.files import building_folder
 from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, checkpoint_files, read_checkpoint, write_checkpoint
+from ima_seg.nnunet.compat import find_trainer
 
 STOCK_TRAINER = "nnUNetTrainer"
 #: What nnU-Net's inference reads from a model folder, beside the checkpoints.
@@ -59,14 +59,16 @@ def _check_architecture(trainer_name: str, file: Path) -> None:
     """Refuse a trainer whose network a stock nnU-Net would build differently."""
     if trainer_name == STOCK_TRAINER:
         return
-    import nnunet_trainers
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    trainer: Any = getattr(nnunet_trainers, trainer_name, None)
-    if trainer is None:
+    try:
+        trainer = find_trainer(trainer_name)
+    except RuntimeError:
+        trainer = None
+    # Looked up as nnU-Net does, for the trainers stand above this module.
+    if trainer is None or trainer.__module__.partition(".")[0] != "nnunet_trainers":
         raise UserError(
             f"{file} was trained by {trainer_name}, which is not a trainer of ima-seg; nothing was exported"
         )
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
     if trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture:
         raise UserError(f"{file}: {trainer_name} builds a network of its own, which stock nnU-Net cannot; not exported")

@@ -1,0 +1,40 @@
+"""Files of torch, read without running code that they carry."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ima_seg.errors import UserError
+
+
+def load_tensors(path: Path, *, trust: bool = False, allowed: Sequence[Any] = ()) -> Any:
+    """What :func:`torch.save` wrote, on the CPU.
+
+    Args:
+        path: of the file.
+        trust: unpickle it fully, which runs whatever code it carries.
+        allowed: classes and functions that it may hold beside tensors and plain values, for torch's ``safe_globals``.
+
+    Raises:
+        UserError: it cannot be read, or would run code while ``trust`` is not set.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if "Unsupported" in line), "unsupported contents")
+        raise UserError(
+            f"{path} holds more than tensors and plain values ({reason}); reading it would run code from the file. If "
+            "you trust its origin, pass --trust-checkpoint"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read ({reason}); it may be truncated, or a scripted model, which cannot be used"
+        ) from None
