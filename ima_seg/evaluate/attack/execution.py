@@ -132,8 +132,7 @@ class Attacker:
     def _minimal(self, condition: Condition, case: Case, window: Window) -> Found:
         """The smallest breaking perturbation of the whole volume, up to the largest budget of the run."""
         settings = self.settings
-        sized = make_stage(case, window, self.threat, settings.budget)
-        eps = per_voxel(max(settings.eps), settings.unit, sized)
+        eps = per_voxel(max(settings.eps), settings.unit, make_stage(case, window, self.threat, settings.budget))
         stage = make_stage(
             case, window, self.threat, "volume", precision=settings.precision, generator=self.generator(condition, case)
         )

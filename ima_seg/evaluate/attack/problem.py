@@ -44,11 +44,10 @@ class Stage:
 
     def run(self, attack: Callable[[Problem, float], AttackResult], eps: float) -> AttackResult:
         """``attack`` on all samples, in chunks, each with the budget ``eps`` per voxel in network units."""
-        count = len(self.problem)
-        rows = [slice(start, start + self.chunk) for start in range(0, count, self.chunk)]
-        parts = [attack(self.problem.select(chunk) if len(rows) > 1 else self.problem, eps) for chunk in rows]
-        if len(parts) == 1:
-            return parts[0]
+        if len(self.problem) <= self.chunk:
+            return attack(self.problem, eps)
+        starts = range(0, len(self.problem), self.chunk)
+        parts = [attack(self.problem.select(slice(start, start + self.chunk)), eps) for start in starts]
         joined: dict[str, Any] = {"passes": sum((part.passes for part in parts), PassCount())}
         for name in (field.name for field in fields(AttackResult) if field.name != "passes"):
             joined[name] = torch.cat([getattr(part, name) for part in parts], 1 if name == "trace" else 0)
