@@ -207,10 +207,10 @@ def _converged(records: Sequence[Record]) -> _Found:
     for r in records:
         if r.kind == "white" and len(r.trace) >= 10 and r.eps is not None:
             tail = max(1, round(0.1 * (len(r.trace) - 1)))
-            gains[f"{r.model}, {r.attack} at {r.eps:g}"].append(abs(r.trace[-1 - tail] - r.trace[-1]))
+            gains[f"{r.model}, {r.attack} at {r.eps:g}"].append(r.trace[-1 - tail] - r.trace[-1])
     means = {where: sum(values) / len(values) for where, values in gains.items()}
-    bad = [f"{where}: {gain:.3f}" for where, gain in means.items() if gain >= TOLERANCE]
-    return _Found(len(means), bad, f"{max(means.values(), default=0):.4f}")
+    bad = [f"{where}: {gain:.3f}" for where, gain in means.items() if abs(gain) >= TOLERANCE]
+    return _Found(len(means), bad, f"{max(map(abs, means.values()), default=0):.4f}")
 
 
 def _gradients(records: Sequence[Record]) -> _Found:
