@@ -114,13 +114,11 @@ def swatch(colour: int) -> str:
     return f'<svg class="swatch" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{inside}</svg>'
 
 
-def curves(
-    ident: str, title: str, lines: Sequence[Line], *, x_label: str, ticks: Sequence[float], log: bool = False
-) -> str:
+def curves(ident: str, title: str, lines: Sequence[Line], *, x_label: str, ticks: Sequence[float]) -> str:
     """Mean Dice, from 0 to 1, as lines with bands and markers.
 
-    The x axis has ``ticks``, ascending from 0, as many as can be read. With ``log`` it is logarithmic from the first
-    after 0 on where the last is far above that.
+    The x axis has ``ticks``, ascending from 0, as many as can be read. Where the last is far above the first after 0,
+    it is logarithmic from there on.
     """
 
     def paint(axes: Any) -> None:
@@ -130,7 +128,7 @@ def curves(
             _curve(axes, colour, [x for x, _, _ in points], [dice.estimate for _, dice, _ in points])
             for x, dice, note in points:
                 _marker(axes, colour, x, dice.estimate, note)
-        if log and len(ticks) > 2 and ticks[-1] > 6 * ticks[1]:
+        if len(ticks) > 2 and ticks[-1] > 6 * ticks[1]:
             decades = math.log10(ticks[-1] / ticks[1])
             step = max(decades / (len(ticks) - 2), 0.15 * decades)
             axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.9 * step)

@@ -143,7 +143,7 @@ def _flag(name: str, found: _Found) -> Flag:
     status: Status = "SKIP" if not found.total else "WARN" if found.bad else "PASS"
     sentence = dict(zip(("WARN", "PASS", "SKIP"), sentences, strict=True))[status]
     sentence = sentence.format(**found._asdict(), share=f"{len(found.bad)} of {found.total}")
-    if found.bad:
+    if status == "WARN":
         more = f"; and {len(found.bad) - SHOWN} more" if len(found.bad) > SHOWN else ""
         sentence += f": {'; '.join(found.bad[:SHOWN])}{more}."
     return Flag(name, status, sentence)
@@ -196,9 +196,9 @@ def _dice(condition: Condition) -> float:
 
 
 def _reaches_floor(summary: Summary) -> _Found:
-    worst = sorted((c for c in summary.conditions if c.attack == WORST and c.dice is not None), key=_dice)
-    lowest = {model: next((c for c in worst if c.model == model), None) for model in {c.model: 0 for c in worst}}
-    numbers = {f"{model} {_dice(c):.3f} at eps {c.eps:g}": _dice(c) for model, c in lowest.items() if c is not None}
+    worst = [c for c in summary.conditions if c.attack == WORST and c.dice is not None]
+    lowest = {c.model: c for c in sorted(worst, key=_dice, reverse=True)}
+    numbers = {f"{model} {_dice(c):.3f} at eps {c.eps:g}": _dice(c) for model, c in lowest.items()}
     return _Found(len(numbers), [words for words, dice in numbers.items() if dice >= FLOOR], "; ".join(numbers))
 
 
@@ -207,10 +207,10 @@ def _converged(records: Sequence[Record]) -> _Found:
     for r in records:
         if r.kind == "white" and len(r.trace) >= 10 and r.eps is not None:
             tail = max(1, round(0.1 * (len(r.trace) - 1)))
-            gains[f"{r.model}, {r.attack} at {r.eps:g}"].append(abs(r.trace[-1 - tail] - r.trace[-1]))
+            gains[f"{r.model}, {r.attack} at {r.eps:g}"].append(r.trace[-1 - tail] - r.trace[-1])
     means = {where: sum(values) / len(values) for where, values in gains.items()}
-    bad = [f"{where}: {gain:.3f}" for where, gain in means.items() if gain >= TOLERANCE]
-    return _Found(len(means), bad, f"{max(means.values(), default=0):.4f}")
+    bad = [f"{where}: {gain:.3f}" for where, gain in means.items() if abs(gain) >= TOLERANCE]
+    return _Found(len(means), bad, f"{max(map(abs, means.values()), default=0):.4f}")
 
 
 def _gradients(records: Sequence[Record]) -> _Found:

@@ -38,20 +38,25 @@ def colours(run: Run) -> dict[str, int]:
 
 
 def _curves(
-    run: Run, summary: Summary, ident: str, title: str, note: str, items: Sequence[tuple[float, Condition]], **axis: Any
-) -> Chart:
-    """One line per model through its clean Dice, at 0, and its (x, condition) of ``items``."""
-    against = axis["x_label"].split(" (")[0]
-    lines = []
-    for model, colour in colours(run).items():
-        clean = summary.find(model, "clean")
-        mine = sorted(((x, c) for x, c in items if c.model == model), key=lambda item: item[0])
-        if mine and clean is not None:
-            mine.insert(0, (0.0, clean))
-        points = [(x, c.dice, describe(c)) for x, c in mine if c.dice is not None]
-        if points:
-            lines.append((colour, points))
-    return title, note, charts.curves(ident, f"Mean Dice against {against}, {title}", lines, **axis)
+    run: Run, summary: Summary, ident: str, facets: Mapping[str, Sequence[tuple[float, Condition]]], x_label: str
+) -> list[Chart]:
+    """A chart per facet: one line per model through its clean Dice, at 0, and its (x, condition)."""
+    found = []
+    for number, (name, items) in enumerate(facets.items()):
+        lines = []
+        for model, colour in colours(run).items():
+            clean = summary.find(model, "clean")
+            mine = sorted(((x, c) for x, c in items if c.model == model), key=lambda item: item[0])
+            if mine and clean is not None:
+                mine.insert(0, (0.0, clean))
+            points = [(x, c.dice, describe(c)) for x, c in mine if c.dice is not None]
+            if points:
+                lines.append((colour, points))
+        heading = "Transfer from the other model" if name == "transfer" else attack_name(name)
+        title, ticks = f"Mean Dice against {x_label}, {heading}", sorted({0.0, *(x for x, _ in items)})
+        svg = charts.curves(f"{ident}-{number}", title, lines, x_label=x_label, ticks=ticks)
+        found.append((heading, KINDS[items[0][1].kind], svg))
+    return found
 
 
 def dice_charts(run: Run, summary: Summary) -> list[Chart]:
@@ -61,21 +66,8 @@ def dice_charts(run: Run, summary: Summary) -> list[Chart]:
         if c.eps is not None and c.kind in (*WORST_OF, "noise", WORST):
             name = "transfer" if c.kind == "transfer" and len(run.models) == 2 else c.attack
             facets.setdefault(name, []).append((c.eps, c))
-    return [
-        _curves(
-            run,
-            summary,
-            f"curve-{number}",
-            "Transfer from the other model" if name == "transfer" else attack_name(name),
-            KINDS[items[0][1].kind],
-            items,
-            x_label=f"eps ({unit_short(run)})",
-            ticks=sorted({0.0, *(eps for eps, _ in items)}),
-            log=True,
-        )
-        for number, (name, items) in enumerate(facets.items())
-        if items
-    ]
+    some = {name: items for name, items in facets.items() if items}
+    return _curves(run, summary, "curve", some, f"eps ({unit_short(run)})")
 
 
 def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
@@ -84,19 +76,7 @@ def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
     for c in summary.conditions:
         if c.kind == "corruption" and c.severity is not None:
             facets.setdefault(c.attack, []).append((float(c.severity), c))
-    return [
-        _curves(
-            run,
-            summary,
-            f"corruption-{number}",
-            attack_name(name),
-            "",
-            items,
-            x_label="severity (0: unchanged)",
-            ticks=[float(i) for i in range(1 + int(max(severity for severity, _ in items)))],
-        )
-        for number, (name, items) in enumerate(facets.items())
-    ]
+    return _curves(run, summary, "corruption", facets, "severity (0: unchanged)")
 
 
 def _finite(row: Mapping[str, Any], name: str) -> float:
