@@ -2,6 +2,8 @@
 
 A small U-Net is trained on axial slices of phantoms (``ima_seg.data.phantom``), organ and lesion as one class, first as
 usual, then by IMA. Each figure is written twice, for light and for dark pages.
+
+One file: all figures of the site, drawn by one command from one short training.
 """
 
 from __future__ import annotations

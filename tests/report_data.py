@@ -1,4 +1,7 @@
-"""A made-up evaluation of two models: plausible numbers, from a seed, in the files that an evaluation writes."""
+"""A made-up evaluation of two models: plausible numbers, from a seed, in the files that an evaluation writes.
+
+One file: one made-up evaluation, of which every part depends on the others.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""One file: attacks without gradients share their table and their networks."""
+
 import copy
 import functools
 

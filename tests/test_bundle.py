@@ -1,4 +1,7 @@
-"""MONAI bundles: their own inference reproduced with gradients, and evaluations of them."""
+"""MONAI bundles: their own inference reproduced with gradients, and evaluations of them.
+
+One file: the tests share bundles and runs that take long to make.
+"""
 
 import json
 import shutil

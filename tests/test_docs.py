@@ -7,6 +7,8 @@ Blocks marked ``python`` are executed, those of a page in order, in one namespac
 - ``<!-- not run: REASON -->``: the block is only compiled.
 
 Of blocks marked ``bash`` the commands of ima-seg, nnU-Net, the benchmarks and make are parsed by their own parsers.
+
+One file: everything that a page can promise is checked by the same reading of the pages.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Evaluations of whole cases: every attack, the files that are written, what a stock nnU-Net makes of them."""
+"""Evaluations of whole cases: every attack, the files that are written, what a stock nnU-Net makes of them.
+
+One file: the tests share models and runs that take long to make.
+"""
 
 import dataclasses
 import json

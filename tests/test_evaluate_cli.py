@@ -1,4 +1,7 @@
-"""``ima-seg evaluate`` as a command: interrupted, in parts, on several ranks, with bad files and models."""
+"""``ima-seg evaluate`` as a command: interrupted, in parts, on several ranks, with bad files and models.
+
+One file: the command line is tried on one trained model, which takes long to make.
+"""
 
 import html
 import json

@@ -1,4 +1,7 @@
-"""Finding and checking the cases of an evaluation."""
+"""Finding and checking the cases of an evaluation.
+
+One file: one table of bad files, each with the message that it gets.
+"""
 
 import gzip
 import json

@@ -1,4 +1,7 @@
-"""Triton kernels against the reference in float64; in Triton's interpreter where there is no GPU."""
+"""Triton kernels against the reference in float64; in Triton's interpreter where there is no GPU.
+
+One file: every kernel is compared with its reference on the same set of layouts.
+"""
 
 import itertools
 import logging

@@ -1,4 +1,7 @@
-"""The methods that IMA is compared with, each against a direct calculation of its formula."""
+"""The methods that IMA is compared with, each against a direct calculation of its formula.
+
+One file: each method's step beside the formula it is compared with, on one batch.
+"""
 
 import copy
 import math

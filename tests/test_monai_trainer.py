@@ -1,4 +1,7 @@
-"""IMA in MONAI's engine: the step, events and state, networks with and without deep supervision, mistakes."""
+"""IMA in MONAI's engine: the step, events and state, networks with and without deep supervision, mistakes.
+
+One file: the trainer's promises are tried on the same engine and network.
+"""
 
 import copy
 import subprocess

@@ -1,4 +1,7 @@
-"""Steps, points between, masks and boxes; what torch is told of all ops."""
+"""Steps, points between, masks and boxes; what torch is told of all ops.
+
+One file: the ops on images share their inputs, and each refusal stands beside what it refuses.
+"""
 
 import itertools
 import math

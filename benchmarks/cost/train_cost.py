@@ -14,6 +14,8 @@ iterations is zero: all the optimiser's work is done, and every contestant keeps
 Nothing is reported unless the state is such a one, all losses are finite, and IMA with beta = 0 has the gradient of the
 standard iteration. The tables go to standard output and to ``benchmarks/results/train_cost_DEVICE.md`` and ``.json``;
 ``--quick`` runs one round of small networks and writes nothing.
+
+One file: every training that is timed, side by side, with what they share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Table and figure of stored robustness results; nothing in them is typed by hand."""
+"""Table and figure of stored robustness results; nothing in them is typed by hand.
+
+One file: each section of the table with its own figures, and nothing that another script uses.
+"""
 
 from __future__ import annotations
 

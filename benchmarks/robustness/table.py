@@ -12,6 +12,8 @@ Every stage goes on where it stopped: trainings and evaluations live in WORK, an
 (``--table`` makes only them). A stored result is taken as it is if settings, plans, versions and sources are as they
 are now; otherwise the script says what differs and stops; ``--rerun METHOD`` makes it anew. Calls with different
 ``--methods`` may run side by side; their seconds are then those of a shared machine.
+
+One file: the stages of one command, in the order in which it goes on where it was stopped.
 """
 
 from __future__ import annotations

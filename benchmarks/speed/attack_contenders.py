@@ -3,6 +3,8 @@
 Every contender gets the same network, batch, budget, number of steps and step length, starts at the clean image and
 climbs the same loss, per-sample Dice plus cross-entropy. The libraries are made for classifiers of images in [0, 1];
 ``wrapper`` says what it takes to run each here, and only what is named there is added. Wrapping is not timed.
+
+One file: the contenders stand side by side, so that one sees that all get the same.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ Time: all contenders and the floor alternate in one run, in an order that revers
 by round. Memory: peak beyond network and batch, each in a process of its own. The tables go to standard output and to
 ``benchmarks/results/attack_speed_DEVICE.md``, the numbers to ``.json`` beside it. ``--quick`` is a trial on one
 tiny network per dimension: it measures no memory, holds nothing to a bar and writes nothing.
+
+One file: networks, checks, timing and memory are one protocol, which a reader must see whole to trust a ratio.
 """
 
 from __future__ import annotations
