@@ -33,7 +33,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def start(monkeypatch):
     """Attacks start at the clean image and a little to the side instead of at random."""
-    monkeypatch.setattr("ima_seg.attacks.passes.random_start", lambda like, radius, norm, seeds, mask=None: side(like))
+    monkeypatch.setattr("ima_seg.attacks.problem.random_start", lambda like, radius, norm, seeds, mask=None: side(like))
 
 
 def side(like):
