@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,7 +22,7 @@ from ima_seg.evaluate.attack.execution import Attacker
 from ima_seg.evaluate.attack.problem import native_scale
 from ima_seg.evaluate.attack.share import Share, pick_device, share_out
 from ima_seg.evaluate.attack.sweep import Contestant, Sweep
-from ima_seg.evaluate.measure.collect import read_run
+from ima_seg.evaluate.measure.collect import complete, read_run
 from ima_seg.evaluate.records import Failure, Record, drop_half_line, read_lines
 from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, Run
@@ -82,26 +81,25 @@ def evaluate(
     """
     if tile_batch is not None and tile_batch < 1:
         raise UserError(f"tile_batch is {tile_batch}; the network sees at least 1 tile at once")
-    console = console or Console(stderr=True)
     out = Path(output)
     settings = settings.model_copy(update={"attacks": attack_names(settings.attacks), "eps": sorted(set(settings.eps))})
     with share_out(num_parts, part_id) as share:
         place = pick_device(device)
-        load = partial(
-            _load, settings=settings, folds=folds, checkpoint=checkpoint, previous_stage=previous_stage, device=place,
-            trust=trust,
-        )  # fmt: skip
-        loaded = {name: load(folder) for name, folder in models.items()}
+        loading: dict[str, Any] = {"device": place, "trust": trust}
+        loaded: dict[str, Model] = {}
+        for name, folder in models.items():
+            if _is_bundle(folder):
+                names, reading = settings.bundle_labels, settings.bundle_output
+                loaded[name] = load_bundle(folder, checkpoint=checkpoint, labels=names, output=reading, **loading)
+            else:
+                model = load_model(folder, folds=folds, checkpoint=checkpoint or "checkpoint_final.pth", **loading)
+                loaded[name] = replace(model, previous_stage=None if previous_stage is None else Path(previous_stage))
         first = _compatible(loaded, settings)
         if {"disappear", "appear"} & set(settings.attacks) and not settings.targets:
             settings = settings.model_copy(update={"targets": list(first.classes)})
         check_settings(settings, models=list(loaded), classes=list(first.classes))
         dtype = resolve_precision(settings.precision, place)
-        window: dict[str, Any] = {
-            "step_size": settings.step_size,
-            "mirroring": settings.mirroring,
-            "tile_batch": tile_batch,
-        }
+        window: dict[str, Any] = settings.model_dump(include={"step_size", "mirroring"}) | {"tile_batch": tile_batch}
         contestants = [Contestant(name, model, model.window(**window)) for name, model in loaded.items()]
         # Bundles read nnU-Net's naming too.
         finder = next((model for model in loaded.values() if not _is_bundle(model.folder)), first)
@@ -124,24 +122,11 @@ def evaluate(
         if share.index == 0:
             for problem in problems:
                 sweep.fail(problem.case, problem.message)
-        mine = share.of(cases)
-        _work(sweep, mine, console)
+        _work(sweep, cases[share.index :: share.count], console or Console(stderr=True))
         share.wait()
-        report = write_report([out], out) if share.rank == 0 and _complete(out, run, share) else None
+        report = write_report([out], out) if share.rank == 0 and _is_whole(out, run, share) else None
         share.wait()  # a rank that ends with an error before ends the others, too
     return report, len(sweep.failed)
-
-
-def _load(
-    folder: str | Path, settings: EvaluationSettings, *, folds: Sequence[str] | None, checkpoint: str | None,
-    previous_stage: str | Path | None, device: torch.device, trust: bool,
-) -> Model:  # fmt: skip
-    """A MONAI bundle or an nnU-Net model folder."""
-    if _is_bundle(folder):
-        labels, output = settings.bundle_labels, settings.bundle_output
-        return load_bundle(folder, checkpoint=checkpoint, labels=labels, output=output, device=device, trust=trust)
-    model = load_model(folder, folds=folds, checkpoint=checkpoint or "checkpoint_final.pth", device=device, trust=trust)
-    return replace(model, previous_stage=None if previous_stage is None else Path(previous_stage))
 
 
 def _is_bundle(folder: str | Path) -> bool:
@@ -246,18 +231,13 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         raise UserError(f"{out} holds this evaluation already, in part or whole; go on with --resume, or name another")
 
 
-def _complete(out: Path, run: Run, share: Share) -> bool:
+def _is_whole(out: Path, run: Run, share: Share) -> bool:
     """Whether every case of all parts is evaluated or noted as failed, so that this process is the last."""
     if share.count == share.world:
         return True
     failed = {failure.case for failure in read_lines(sorted(out.glob("failures*.jsonl")), Failure)}
-    there = {(r.case, r.model, r.attack, r.eps, r.severity) for r in read_lines(_record_files(out), Record)}
-    return all(
-        case in failed or (case, model, *condition) in there
-        for case in run.cases
-        for model, wanted in run.conditions.items()
-        for condition in wanted
-    )
+    there = complete(run, read_lines(_record_files(out), Record))
+    return all(case in failed or (case, model.name) in there for case in run.cases for model in run.models)
 
 
 def _record_files(out: Path) -> list[Path]:
@@ -270,7 +250,6 @@ def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
     if len(todo) < len(cases):
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are done already")
     conditions = sum(len(sweep.conditions(contestant)) for contestant in sweep.contestants)
-    began = time.monotonic()
     columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True)]
     text = TextColumn("{task.description}")
     # A progress bar on a terminal; nothing elsewhere, where a line per case is written instead.
@@ -278,15 +257,9 @@ def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
         task = progress.add_task("", total=len(todo) * conditions)
         sweep.log = lambda text: console.print(escape(text), soft_wrap=True)
         sweep.step = lambda what: progress.update(task, advance=1, description=escape(what))
+        began = time.monotonic()
         for number, case in enumerate(todo, 1):
-            started = time.monotonic()
             sweep.evaluate(case)
-            now = time.monotonic()
-            left = (now - began) / number * (len(todo) - number)
-            sweep.log(f"[{number}/{len(todo)}] {case.case}: {now - started:.0f} s, about {_duration(left)} left")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+            passed = time.monotonic() - began
+            each = timedelta(seconds=round(passed / number))
+            sweep.log(f"[{number}/{len(todo)}] {case.case}: {each} per case, about {each * (len(todo) - number)} left")

@@ -9,7 +9,6 @@ from typing import Any
 from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.corruptions import CORRUPTIONS, SEVERITIES
-from ima_seg.evaluate.attack.problem import check_units
 from ima_seg.evaluate.records import Kind
 from ima_seg.evaluate.run import EvaluationSettings
 
@@ -57,8 +56,10 @@ def check_settings(settings: EvaluationSettings, *, models: Sequence[str], class
     Raises:
         UserError: names the setting, its value and the remedy.
     """
-    check_units(settings.norm, settings.unit)
-    attack_names(settings.attacks)
+    norm, unit = settings.norm, settings.unit
+    if (norm, unit) in (("l2", "linf"), ("linf", "rms"), ("linf", "l2")):
+        fitting = "rms, l2, hu or percent" if norm == "l2" else "linf, hu or percent"
+        raise UserError(f"unit {unit!r} does not go with norm {norm!r}; use --unit {fitting}")
     if settings.attacks and not settings.eps:
         raise UserError("attacks need at least one budget; name them with --eps, for example --eps 0.02 0.05 0.1")
     if any(not 0 < eps < float("inf") for eps in settings.eps):

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Model, Window
 from ima_seg.ops import perturbation_size
 
-#: ``report(text)`` for messages, ``step()`` after each record.
-Log = Callable[[str], None]
 #: How much larger a breaking perturbation may be made until the exported segmentation is broken, too.
 _LARGER = (1.01, 1.03, 1.1)
 
@@ -42,7 +41,7 @@ class Contestant:
 
 @dataclass
 class _Subject:
-    """A case as one model sees it, and the prediction of its clean image."""
+    """A case as one model sees it, the prediction of its clean image, and the lowest Dice and its panel so far."""
 
     contestant: Contestant
     files: CaseFiles
@@ -77,7 +76,7 @@ class Sweep:
     records: Path
     failures: Path
     done: set[tuple[Any, ...]]
-    log: Log = print
+    log: Callable[[str], None] = print
     step: Callable[[str], None] = lambda what: None
     failed: set[str] = field(default_factory=set)
 
@@ -111,24 +110,19 @@ class Sweep:
             with self._noting(files.case, contestant.name, "clean"):
                 subjects.append(self._clean(contestant, files))
         for subject in subjects:
+            name = subject.contestant.name
             for condition in self.conditions(subject.contestant):
-                if condition.kind != "clean":
-                    self._unless_done(condition, subject, subjects)
-
-    def _unless_done(self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject]) -> None:
-        case, name = subject.files.case, subject.contestant.name
-
-        def work() -> Record | None:
-            if condition.kind == "corruption":
-                return self._corruption(condition, subject)
-            return self._attack(condition, subject, subjects)
-
-        if condition.key(case, name, self.settings) not in self.done:
-            with self._noting(case, name, condition.attack):
-                record = within_memory(subject.contestant.window, work, self.log)
-                if record is not None:
-                    self._write(record)
-        self.step(f"{case}  {name}  {condition.attack}")
+                if condition.kind == "clean":
+                    continue
+                if condition.key(files.case, name, self.settings) not in self.done:
+                    with self._noting(files.case, name, condition.attack):
+                        work: Callable[[], Record | None] = partial(self._attack, condition, subject, subjects)
+                        if condition.kind == "corruption":
+                            work = partial(self._corruption, condition, subject)
+                        record = within_memory(subject.contestant.window, work, self.log)
+                        if record is not None:
+                            self._write(record)
+                self.step(f"{files.case}  {name}  {condition.attack}")
 
     @contextlib.contextmanager
     def _noting(self, case: str, model: str, attack: str) -> Iterator[None]:
@@ -205,13 +199,16 @@ class Sweep:
             budget="volume" if condition.kind == "minimal" else self.settings.budget,
         )
         metric_seconds += time.perf_counter() - started
-        pictured = case.scale is not None and self._is_worst(condition, subject, metrics)
-        saved = self.settings.save_adversarial
+        # Pictured is the worst white-box attack at the middle budget so far.
+        middle = condition.kind == "white" and condition.eps == self.settings.eps[len(self.settings.eps) // 2]
+        pictured = middle and case.scale is not None and metrics.dice is not None and metrics.dice < subject.worst
         panel = disk = None
-        if pictured or saved:
+        if pictured or self.settings.save_adversarial:
             native = case.native_delta(case.delta(found.perturbed))
-            panel = self._panel(condition, subject, native, after) if pictured else None
-            disk = self._disk(condition, subject, native) if saved else None
+            if pictured:
+                subject.worst, panel = metrics.dice or 0.0, self._panel(condition, subject, native, after)
+            if self.settings.save_adversarial:
+                disk = self._disk(condition, subject, native)
         return self._record(
             condition, case.raw.case, contestant, metrics, size=size, eps_network=found.eps_network,
             breaking_rms=found.breaking_rms, trace=found.trace, zero_gradient=found.zero_gradient,
@@ -230,25 +227,27 @@ class Sweep:
         delta = found.perturbed - case.base
         image = delta[:, : case.image_channels]
         length, rms = float(perturbation_size(image, self.settings.norm)), image.square().mean().sqrt()
-        for factor in (1.0, *_LARGER):
-            if factor > 1:
-                if factor * length > found.eps_network:
-                    break
-                larger = case.base + factor * delta
-                found = replace(found, perturbed=larger, breaking_rms=float(factor * rms))
-                after = case.predict(subject.contestant.window, larger)
-                metrics, _ = self._metrics(case, after)
-            if metrics.dice is not None and metrics.dice < threshold:
-                return found, after, metrics
-        return replace(found, breaking_rms=None), after, metrics
+
+        def broken() -> bool:
+            return metrics.dice is not None and metrics.dice < threshold
+
+        for factor in _LARGER:
+            if broken() or factor * length > found.eps_network:
+                break
+            larger = case.base + factor * delta
+            found = replace(found, perturbed=larger, breaking_rms=float(factor * rms))
+            after = case.predict(subject.contestant.window, larger)
+            metrics, _ = self._metrics(case, after)
+        return found if broken() else replace(found, breaking_rms=None), after, metrics
 
     def _corruption(self, condition: Condition, subject: _Subject) -> Record:
         raw, contestant = subject.case.raw, subject.contestant
         began = time.perf_counter()
-        name, severity = condition.attack.partition(":")[2], condition.severity
-        assert severity is not None
-        image = corrupt(raw.image, raw.spacing_mm, name, severity, self.settings.seed, raw.case)
-        case = subject.case.altered(image)
+        assert condition.severity is not None
+        name = condition.attack.removeprefix("corruption:")
+        case = subject.case.altered(
+            corrupt(raw.image, raw.spacing_mm, name, condition.severity, self.settings.seed, raw.case)
+        )
         after = case.predict(contestant.window, case.base)
         seconds = time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, after)
@@ -277,23 +276,10 @@ class Sweep:
             model=contestant.name,
             kind=condition.kind,
             attack=condition.attack,
-            classes=metrics.classes,
-            dice=metrics.dice,
-            nsd=metrics.nsd,
-            hd95_mm=metrics.hd95_mm,
-            slice_dice=metrics.slice_dice,
+            **vars(metrics),
             **condition.fields(self.settings),
             **values,
         )
-
-    def _is_worst(self, condition: Condition, subject: _Subject, metrics: CaseMetrics) -> bool:
-        """Whether this is the case's worst white-box attack at the middle budget so far; if so it is noted."""
-        middle = self.settings.eps[len(self.settings.eps) // 2] if self.settings.eps else None
-        dice = metrics.dice
-        if condition.kind != "white" or condition.eps != middle or dice is None or dice >= subject.worst:
-            return False
-        subject.worst = dice
-        return True
 
     def _panel(self, condition: Condition, subject: _Subject, native: FloatArray, after: LabelArray) -> str:
         """Store slices for the report; those of a better outcome of the same case are removed."""
@@ -303,6 +289,9 @@ class Sweep:
         if subject.panel is not None and subject.panel != path:
             subject.panel.unlink(missing_ok=True)
         subject.panel = path
+        return self._relative(path)
+
+    def _relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _disk(self, condition: Condition, subject: _Subject, native: FloatArray) -> Disk:
@@ -316,8 +305,8 @@ class Sweep:
         assert case.scale is not None
         change = (again.raw.image.astype(np.float64) - case.raw.image) / case.scale.reshape(-1, 1, 1, 1)
         return Disk(
-            image=[path.relative_to(self.folder).as_posix() for path in images],
-            difference=[path.relative_to(self.folder).as_posix() for path in differences],
+            image=[self._relative(path) for path in images],
+            difference=[self._relative(path) for path in differences],
             dice=metrics.dice,
             rms=float(np.sqrt(np.square(change).sum() / (len(change) * case.image_voxels))),
             linf=float(np.abs(change).max()),

@@ -96,18 +96,18 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     if not seen:
         raise UserError(f"no records in {names}: there is no records*.jsonl, or nothing was evaluated yet")
     result.records = _in_order(run, position, seen.values())
-    complete = _complete(run, result.records)
+    whole = complete(run, result.records)
     for folder in folders:
         for failure in read_lines(sorted(folder.glob("failures*.jsonl")), Failure):
             models = expected["model"] if failure.model is None else {failure.model}
-            later = all((failure.case, model) in complete for model in models)
+            later = all((failure.case, model) in whole for model in models)
             if failure not in result.failures and not later:
                 result.failures.append(failure)
     result.failures.sort(key=lambda f: (position.get(f.case, len(position)), f.case, f.model or "", f.message))
     return result
 
 
-def _complete(run: Run, records: Sequence[Record]) -> set[tuple[str, str]]:
+def complete(run: Run, records: Iterable[Record]) -> set[tuple[str, str]]:
     """(case, model) with every record that the settings ask for."""
     found: dict[tuple[str, str], set[tuple[str, float | None, int | None]]] = defaultdict(set)
     for record in records:
