@@ -117,12 +117,18 @@ def evaluate(
             write_text(out / f"run{share.suffix}.json", run.model_dump_json(indent=1) + "\n")
         failures.unlink(missing_ok=True)
         share.wait()
-        done = {record.key for record in read_lines(_record_files(out), Record)}
+        there = list(read_lines(_record_files(out), Record))
+        done = {record.key for record in there}
         sweep = Sweep(settings, contestants, Attacker(settings, place), out, records, failures, done)
         if share.index == 0:
             for problem in problems:
                 sweep.fail(problem.case, problem.message)
-        _work(sweep, cases[share.index :: share.count], console or Console(stderr=True))
+        mine, whole = cases[share.index :: share.count], complete(run, there)
+        todo = [case for case in mine if not whole.issuperset((case.case, name) for name in loaded)]
+        console = console or Console(stderr=True)
+        if len(todo) < len(mine):
+            console.print(f"{len(mine) - len(todo)} of {len(mine)} cases are done already")
+        _work(sweep, todo, console)
         share.wait()
         report = write_report([out], out) if share.rank == 0 and _is_whole(out, run, share) else None
         share.wait()  # a rank that ends with an error before ends the others, too
@@ -246,20 +252,18 @@ def _record_files(out: Path) -> list[Path]:
 
 def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
     """Evaluate ``cases``, with the remaining time."""
-    todo = [case for case in cases if not sweep.is_done(case.case)]
-    if len(todo) < len(cases):
-        console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are done already")
     conditions = sum(len(sweep.conditions(contestant)) for contestant in sweep.contestants)
     columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True)]
     text = TextColumn("{task.description}")
     # A progress bar on a terminal; nothing elsewhere, where a line per case is written instead.
     with Progress(*columns, text, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(todo) * conditions)
+        task = progress.add_task("", total=len(cases) * conditions)
         sweep.log = lambda text: console.print(escape(text), soft_wrap=True)
         sweep.step = lambda what: progress.update(task, advance=1, description=escape(what))
         began = time.monotonic()
-        for number, case in enumerate(todo, 1):
+        for number, case in enumerate(cases, 1):
             sweep.evaluate(case)
             passed = time.monotonic() - began
             each = timedelta(seconds=round(passed / number))
-            sweep.log(f"[{number}/{len(todo)}] {case.case}: {each} per case, about {each * (len(todo) - number)} left")
+            left = each * (len(cases) - number)
+            sweep.log(f"[{number}/{len(cases)}] {case.case}: {each} per case, about {left} left")

@@ -113,7 +113,7 @@ class Record(Strict):
     @property
     def key(self) -> tuple[Any, ...]:
         """What identifies the record within a run."""
-        return (self.case, self.model, self.attack, self.norm, self.unit, self.eps, self.budget, self.severity)
+        return (self.case, self.model, self.attack, self.eps, self.severity)
 
 
 class Failure(Strict):

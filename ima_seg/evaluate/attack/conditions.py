@@ -22,10 +22,10 @@ class Condition:
     eps: float | None = None
     severity: int | None = None
 
-    def key(self, case: str, model: str, settings: EvaluationSettings) -> tuple[Any, ...]:
-        """The key of its record."""
-        fields = self.fields(settings)
-        return (case, model, self.attack, *(fields.get(name) for name in ("norm", "unit", "eps", "budget", "severity")))
+    @property
+    def key(self) -> tuple[str, float | None, int | None]:
+        """What identifies it within a run; the end of :attr:`Record.key`."""
+        return (self.attack, self.eps, self.severity)
 
     def fields(self, settings: EvaluationSettings) -> dict[str, Any]:
         """Fields of its record that follow from the settings."""

@@ -84,14 +84,6 @@ class Sweep:
         """All conditions of one model."""
         return conditions(self.settings, model=contestant.name, models=[other.name for other in self.contestants])
 
-    def is_done(self, case: str) -> bool:
-        """Whether every record of ``case`` is there."""
-        return all(
-            condition.key(case, contestant.name, self.settings) in self.done
-            for contestant in self.contestants
-            for condition in self.conditions(contestant)
-        )
-
     def fail(self, case: str, message: str, model: str | None = None) -> None:
         """Note that a case could not be evaluated."""
         self.failed.add(case)
@@ -114,7 +106,7 @@ class Sweep:
             for condition in self.conditions(subject.contestant):
                 if condition.kind == "clean":
                     continue
-                if condition.key(files.case, name, self.settings) not in self.done:
+                if (files.case, name, *condition.key) not in self.done:
                     with self._noting(files.case, name, condition.attack):
                         work: Callable[[], Record | None] = partial(self._attack, condition, subject, subjects)
                         if condition.kind == "corruption":
@@ -156,7 +148,7 @@ class Sweep:
         case, before = within_memory(contestant.window, predicted, self.log)
         condition, seconds = Condition("clean", "clean"), time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, before)
-        if condition.key(files.case, contestant.name, self.settings) not in self.done:
+        if (files.case, contestant.name, *condition.key) not in self.done:
             repeat = None
             if all(name != contestant.name for _, name, *_ in self.done):
                 # Without the memory for a gradient the clean image and the corruptions are evaluated all the same.

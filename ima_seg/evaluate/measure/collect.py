@@ -111,8 +111,8 @@ def complete(run: Run, records: Iterable[Record]) -> set[tuple[str, str]]:
     """(case, model) with every record that the settings ask for."""
     found: dict[tuple[str, str], set[tuple[str, float | None, int | None]]] = defaultdict(set)
     for record in records:
-        found[record.case, record.model].add((record.attack, record.eps, record.severity))
-    return {key for key, there in found.items() if there >= set(run.conditions.get(key[1], ()))}
+        found[record.case, record.model].add(record.key[2:])
+    return {key for key, there in found.items() if there.issuperset(run.conditions.get(key[1], ()))}
 
 
 def _merge(folders: Sequence[Path], runs: Sequence[Run]) -> Run:
