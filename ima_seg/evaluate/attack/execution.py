@@ -34,20 +34,11 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class Found:
-    """A perturbed case and what is known about its making.
+    """A perturbed case and what is known about its making; the rest as in :class:`ima_seg.evaluate.records.Record`."""
 
-    Attributes:
-        perturbed: (1, C + extra, *S), in the layout of :attr:`Case.base`.
-        eps_network: the budget per voxel in network units.
-        passes: over the whole volume.
-        breaking_rms: see :class:`ima_seg.evaluate.records.Record`.
-        trace: lowest Dice so far, by step.
-        zero_gradient: share of gradient passes that were zero; ``None`` without gradients.
-    """
-
-    perturbed: torch.Tensor
+    perturbed: torch.Tensor  # (1, C + extra, *S), in the layout of Case.base
     eps_network: float
-    passes: PassCount
+    passes: PassCount  # over the whole volume
     breaking_rms: float | None = None
     trace: list[float] = field(default_factory=list)
     zero_gradient: float | None = None

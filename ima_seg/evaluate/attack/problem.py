@@ -19,19 +19,12 @@ from ima_seg.types import PassCount, ThreatModel
 
 @dataclass(frozen=True)
 class Stage:
-    """A case with the problem of attacking it: a batch of one volume, or of the slices of one volume.
-
-    Attributes:
-        case: the case.
-        problem: its network is the sliding window, its batch in the layout of :attr:`Case.base`.
-        budget: ``"volume"`` or ``"slice"``.
-        chunk: how many samples an attack is given at once.
-    """
+    """A case with the problem of attacking it: a batch of one volume, or of the slices of one volume."""
 
     case: Case
-    problem: Problem
+    problem: Problem  # its network is the sliding window, its batch in the layout of Case.base
     budget: Budget
-    chunk: int
+    chunk: int  # how many samples an attack is given at once
 
     def volume(self, batch: torch.Tensor) -> torch.Tensor:
         """A batch as the attack returns it -> (1, C + extra, *S)."""

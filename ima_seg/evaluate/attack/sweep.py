@@ -54,31 +54,18 @@ class _Subject:
 
 @dataclass
 class Sweep:
-    """Evaluates cases; everything that it finds is in the files of ``folder`` when a method returns.
-
-    Attributes:
-        settings: of the run.
-        contestants: the models.
-        attacker: runs the attacks.
-        folder: output folder.
-        records: file to append records to.
-        failures: file to append failures to.
-        done: keys of records that are there already.
-        log: gets messages.
-        step: called after each condition, done or skipped.
-        failed: cases of which something could not be evaluated.
-    """
+    """Evaluates cases; everything that it finds is in the files of ``folder`` when a method returns."""
 
     settings: EvaluationSettings
     contestants: Sequence[Contestant]
     attacker: Attacker
     folder: Path
-    records: Path
-    failures: Path
-    done: set[tuple[Any, ...]]
+    records: Path  # file to append to
+    failures: Path  # the same
+    done: set[tuple[Any, ...]]  # keys of records that are there already
     log: Callable[[str], None] = print
-    step: Callable[[str], None] = lambda what: None
-    failed: set[str] = field(default_factory=set)
+    step: Callable[[str], None] = lambda what: None  # called after each condition, done or skipped
+    failed: set[str] = field(default_factory=set)  # cases of which something could not be evaluated
 
     def conditions(self, contestant: Contestant) -> list[Condition]:
         """All conditions of one model."""

@@ -21,25 +21,15 @@ _VARYING = {"seconds", "metric_seconds", "panel"}
 
 @dataclass
 class Evaluation:
-    """One evaluation, merged from its parts.
+    """One evaluation, merged from its parts."""
 
-    Attributes:
-        run: settings and circumstances; the models and cases of all folders, in their order.
-        records: without duplicates.
-        failures: cases that could not be evaluated, less those that a later attempt completed.
-        panels: panel file of each record that has one, by its key.
-        duplicates: how many records were there twice; the first was kept.
-        differing: keys of the records whose duplicates differ in more than their run time.
-        others: run.json of the second and further folders, and of parts, for the circumstances.
-    """
-
-    run: Run
-    records: list[Record]
-    failures: list[Failure]
-    panels: dict[tuple[Any, ...], Path] = field(default_factory=dict)
-    duplicates: int = 0
-    differing: list[tuple[Any, ...]] = field(default_factory=list)
-    others: list[Run] = field(default_factory=list)
+    run: Run  # settings and circumstances; the models and cases of all folders, in their order
+    records: list[Record]  # without duplicates
+    failures: list[Failure]  # less those that a later attempt completed
+    panels: dict[tuple[Any, ...], Path] = field(default_factory=dict)  # by the key of the record
+    duplicates: int = 0  # how many records were there twice; the first was kept
+    differing: list[tuple[Any, ...]] = field(default_factory=list)  # keys of those that differ in more than their times
+    others: list[Run] = field(default_factory=list)  # of further folders and of parts, for the circumstances
 
 
 def read_run(folder: Path, name: str = "run.json") -> Run:

@@ -1,6 +1,6 @@
 """The numbers of an evaluation: means with intervals, comparisons, areas, breaking sizes; nothing is recomputed.
 
-Long for its types: they are the layout of ``summary.json``, and each stands beside what fills it.
+One file: its types are the layout of ``summary.json``, and each stands beside what fills it.
 """
 
 from __future__ import annotations
@@ -94,38 +94,30 @@ class Area(Strict):
 
 
 class Targeted(Strict):
-    """One organ made to disappear (share of its reference volume that is left) or to appear (share of the volume
-    predicted on the clean image).
-    """
+    """One organ made to disappear or to appear."""
 
     model: str
     attack: str
     target: str
     eps: float | None
-    share: Estimate | None
+    share: Estimate | None  # volume left, of that in the reference; or predicted, of that on the clean image
     dice: Estimate | None
     n: int
     left_out: int  # nothing to divide by
 
 
 class Saved(Strict):
-    """Adversarial files of one model, attack and budget, read again from disk.
-
-    Attributes:
-        resampled: of how many files the plans resample the image; there the two Dice may differ.
-        dice: mean in network space, as everywhere else in the report; ``disk_dice`` of the files, predicted anew.
-        rms: mean size in network space, SD per voxel; ``disk_rms`` measured on the files.
-    """
+    """Adversarial files of one model, attack and budget, read again from disk."""
 
     model: str
     attack: str
     eps: float | None
     n: int
-    resampled: int
-    dice: float | None
-    disk_dice: float | None
-    rms: float | None
-    disk_rms: float | None
+    resampled: int  # files of which the plans resample the image; there the two Dice may differ
+    dice: float | None  # mean in network space, as everywhere else in the report
+    disk_dice: float | None  # of the files, predicted anew
+    rms: float | None  # mean size in network space, network units per voxel
+    disk_rms: float | None  # the same, measured on the files
 
 
 class Incomplete(Strict):

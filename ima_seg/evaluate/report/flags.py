@@ -1,6 +1,6 @@
 """Sanity checks of an evaluation: whether its attacks did what attacks do. Each answers with its numbers.
 
-Long for its sentences, which belong beside the checks that fill them.
+One file: its sentences belong beside the checks that fill them.
 """
 
 from __future__ import annotations
