@@ -168,7 +168,7 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
             for group, members in everything.items()
         ],
         areas=_areas(everything, clean),
-        breaking=_breaking(groups),
+        breaking=_breaking(groups, clean),
         targeted=_targeted(groups),
         comparisons=comparisons([model.name for model in run.models], _dice_of_groups(everything, partial)),
         clean_costs=clean_costs([model.name for model in run.models], clean),
@@ -263,13 +263,12 @@ def _areas(groups: Groups, clean: Mapping[str, Mapping[str, float]]) -> list[Are
     return areas
 
 
-def _breaking(groups: Groups) -> list[Breaking]:
+def _breaking(groups: Groups, clean: Mapping[str, Mapping[str, float]]) -> list[Breaking]:
     found = []
     for group, records in groups.items():
         if group.kind == "minimal":
-            before = clean_dice(groups, group.model)
             # What has no clean Dice to lose is not robust.
-            sizes = [r.breaking_rms for case, r in records.items() if before.get(case, 0) > 0]
+            sizes = [r.breaking_rms for case, r in records.items() if clean[group.model].get(case, 0) > 0]
             found.append(median_breaking(sizes, group.model, group.attack))
     return [result for result in found if result is not None]
 

@@ -97,14 +97,14 @@ def margin_charts(run: Run) -> list[Chart]:
         title = f"Margins of {model.name}"
         margins = [v for name in ima.get("margins") or {} if not math.isnan(v := _finite(ima["margins"], name))]
         if margins and max(margins) > 0:
-            svg = charts.histogram(f"margins-{number}", title, margins, colour, label, "training cases")
+            svg = charts.histogram(f"margins-{number}", title, margins, colour, label)
             found.append((title, f"{len(margins)} training cases at the end of training", svg))
         title = f"Course of the margins of {model.name}"
         names = ("epoch", "margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
         points = [tuple(_finite(row, name) for name in names) for row in ima.get("history") or []]
         rows = [row for row in points if not any(map(math.isnan, row))]
         if len(rows) > 1 and any(max(row[1:]) > 0 for row in rows):
-            svg = charts.course(f"course-{number}", title, rows, colour, "epoch", label, _finite(ima, "eps_max"))
+            svg = charts.course(f"course-{number}", title, rows, colour, label, _finite(ima, "eps_max"))
             note = "Median over training cases, with the ranges from 25 to 75 % and from 5 to 95 %"
             found.append((title, note, svg))
     return found
