@@ -263,7 +263,6 @@ def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
         began = time.monotonic()
         for number, case in enumerate(cases, 1):
             sweep.evaluate(case)
-            passed = time.monotonic() - began
-            each = timedelta(seconds=round(passed / number))
-            left = each * (len(cases) - number)
+            mean = (time.monotonic() - began) / number
+            each, left = (timedelta(seconds=round(mean * count)) for count in (1, len(cases) - number))
             sweep.log(f"[{number}/{len(cases)}] {case.case}: {each} per case, about {left} left")

@@ -143,10 +143,8 @@ class Sweep:
                     repeat = within_memory(
                         contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
                     )
-            times = {"seconds": seconds, "metric_seconds": metric_seconds}
-            self._write(
-                self._record(condition, files.case, contestant, metrics, repeat_difference=repeat, forwards=1, **times)
-            )
+            values = {"repeat_difference": repeat, "forwards": 1, "seconds": seconds, "metric_seconds": metric_seconds}
+            self._write(self._record(condition, files.case, contestant, metrics, **values))
         self.step(f"{files.case}  {contestant.name}  clean")
         return _Subject(contestant, files, case, before, metrics.dice)
 
@@ -171,8 +169,7 @@ class Sweep:
         started = time.perf_counter()
         count = case.image_channels
         size = measure_size(
-            case.base[0, :count].cpu().numpy(),
-            found.perturbed[0, :count].cpu().numpy(),
+            *(image[0, :count].cpu().numpy() for image in (case.base, found.perturbed)),
             scale=None if case.scale is None else case.scale.tolist(),
             native_range=case.native_range.tolist(),
             budget="volume" if condition.kind == "minimal" else self.settings.budget,
