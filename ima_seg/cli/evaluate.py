@@ -187,11 +187,9 @@ def _label_values(assignments: Sequence[str]) -> dict[str, list[int]]:
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
     """Names of the trainers where they differ, else of the folders."""
-    trainers = [folder.resolve().name.split("__")[0] for folder in folders]
-    if len(set(trainers)) == len(folders):
-        return trainers
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(folders) else [str(folder) for folder in folders]
+    names, paths = [folder.resolve().name for folder in folders], [str(folder) for folder in folders]
+    trainers = [name.split("__")[0] for name in names]
+    return next((found for found in (trainers, names) if len(set(found)) == len(found)), paths)
 
 
 def _is_ct(folder: Path) -> bool:

@@ -30,7 +30,6 @@ Function = Callable[[Volume, Spacing, float, np.random.Generator], Volume]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 MOTION_MM = MOTION_DEGREES = 2.0
-_NEEDS = "torchio>=0.21.4,<2"
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _apply(transform: str, volume: Volume, spacing: Spacing, **options: Any) -> 
     try:
         torchio: Any = importlib.import_module("torchio")
     except ImportError as error:
-        raise UserError(f'corruptions need TorchIO ({error}): pip install "{_NEEDS}"') from None
+        raise UserError(f'corruptions need TorchIO ({error}): pip install "torchio>=0.21.4,<2"') from None
     # TorchIO turns about the origin, so that is put into the centre.
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -spacing * (np.asarray(volume.shape[1:]) - 1) / 2

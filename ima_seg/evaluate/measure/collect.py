@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ima_seg.errors import UserError
-from ima_seg.evaluate.records import Failure, Record, read_lines
+from ima_seg.evaluate.records import Failure, Record, parse, read_lines
 from ima_seg.evaluate.run import ModelInfo, Run
 
 #: Fields of a record in which two computations of the same thing may differ.
@@ -39,15 +36,9 @@ def read_run(folder: Path, name: str = "run.json") -> Run:
         UserError: there is none, or it is no valid one.
     """
     path = folder / name
-    try:
-        return Run.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {folder} is not the output folder of an evaluation") from None
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid ({str(error).splitlines()[0]}); the file was changed by hand or written by another "
-            "version, evaluate again"
-        ) from None
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {folder} is not the output folder of an evaluation")
+    return parse(path.read_bytes(), Run, str(path))
 
 
 def collect(folders: Sequence[Path]) -> Evaluation:

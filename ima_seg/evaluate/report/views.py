@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,21 +62,20 @@ def _curves(
 
 def dice_charts(run: Run, summary: Summary) -> list[Chart]:
     """Dice against eps, one chart per attack; the worst comes first, the transfers of two models share a chart."""
-    facets: dict[str, list[tuple[float, Condition]]] = {WORST: []}
-    for c in summary.conditions:
+    facets: dict[str, list[tuple[float, Condition]]] = defaultdict(list)
+    for c in sorted(summary.conditions, key=lambda c: c.kind != WORST):
         if c.eps is not None and c.kind in (*WORST_OF, "noise", WORST):
             name = "transfer" if c.kind == "transfer" and len(run.models) == 2 else c.attack
-            facets.setdefault(name, []).append((c.eps, c))
-    some = {name: items for name, items in facets.items() if items}
-    return _curves(run, summary, "curve", some, f"eps ({unit_short(run)})")
+            facets[name].append((c.eps, c))
+    return _curves(run, summary, "curve", facets, f"eps ({unit_short(run)})")
 
 
 def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
     """Dice against severity, one chart per corruption."""
-    facets: dict[str, list[tuple[float, Condition]]] = {}
+    facets: dict[str, list[tuple[float, Condition]]] = defaultdict(list)
     for c in summary.conditions:
         if c.kind == "corruption" and c.severity is not None:
-            facets.setdefault(c.attack, []).append((float(c.severity), c))
+            facets[c.attack].append((float(c.severity), c))
     return _curves(run, summary, "corruption", facets, "severity (0: unchanged)")
 
 
@@ -124,17 +124,14 @@ def budget_sizes(run: Run, summary: Summary) -> list[tuple[float, dict[str, floa
 
 def attack_rows(summary: Summary) -> dict[str, list[Condition]]:
     """Conditions of the main table by attack, the worst first, then by eps and model."""
-    found: dict[str, list[Condition]] = {WORST: []}
-    for c in summary.conditions:
-        if c.kind in (WORST, *WORST_OF, "noise"):
-            found.setdefault(c.attack, []).append(c)
+    shown = [c for c in summary.conditions if c.kind in (WORST, *WORST_OF, "noise")]
     models = list(dict.fromkeys(c.model for c in summary.conditions))
-    for items in found.values():
-        items.sort(key=lambda c: (c.eps or 0.0, models.index(c.model)))
     # Transfers from different models side by side.
-    families = list(dict.fromkeys(name.split(":")[0] for name in found))
-    ordered = sorted(found.items(), key=lambda item: families.index(item[0].split(":")[0]))
-    return {name: items for name, items in ordered if items}
+    families = list(dict.fromkeys([WORST, *(c.attack.split(":")[0] for c in shown)]))
+    found: dict[str, list[Condition]] = defaultdict(list)
+    for c in sorted(shown, key=lambda c: (families.index(c.attack.split(":")[0]), c.eps or 0.0, models.index(c.model))):
+        found[c.attack].append(c)
+    return found
 
 
 def case_table(evaluation: Evaluation, summary: Summary) -> dict[str, list[Any]]:
