@@ -207,11 +207,8 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         return
     share.wait()
     there = read_run(out)
-    differing = [
-        f"{name} is {new!r}, there {old!r}"
-        for name, new in run.settings.model_dump().items()
-        if (old := there.settings.model_dump()[name]) != new
-    ]
+    mine, theirs = run.settings.model_dump(), there.settings.model_dump()
+    differing = [f"{name} is {mine[name]!r}, there {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
     # The packages on which numbers depend.
     decisive = ["ima-seg", "nnunetv2", *(["monai"] if any(model.bundle for model in run.models) else [])]
     differing += [
