@@ -74,7 +74,7 @@ def test_every_attack_from_the_files_to_the_report(whole, phantoms, name):
     case = names(phantoms, flavour)[CASE]
     models = [f"model {seed}" for seed in range(count)]
     wanted = {
-        condition.key(case, model, chosen)
+        (case, model, *condition.key)
         for model in models
         for condition in conditions(chosen, model=model, models=models)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,13 @@ def add_parsers(subparsers: Any) -> None:
     text = "make or convert an nnU-Net data set"
     parser = subparsers.add_parser("dataset", help=text, description=text)
     commands = parser.add_subparsers(dest="dataset_command", metavar="COMMAND", required=True)
-    _add_phantom(commands)
-    _add_decathlon(commands)
-    text = "list the known data sets"
-    commands.add_parser("list", help=text, description=text).set_defaults(run=_run_list)
 
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        parser.set_defaults(run=run)
+        return parser
 
-def _add_phantom(commands: Any) -> None:
-    text = "write a synthetic data set"
-    parser = commands.add_parser("phantom", help=text, description=text)
+    parser = add("phantom", "write a synthetic data set", _run_phantom)
     parser.add_argument("-d", "--dataset-id", type=int, default=990, metavar="ID", help="nnU-Net id (default: 990)")
     parser.add_argument("--name", default="Phantom", help="data set name (default: Phantom)")
     parser.add_argument("--flavour", default="mr", help="a phantom of 'ima-seg dataset list' (default: mr)")
@@ -35,17 +34,13 @@ def _add_phantom(commands: Any) -> None:
     parser.add_argument("--ignore-label", action="store_true", help="sparse annotation with an ignore label")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where to write (default: nnUNet_raw)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing phantom of this id and name")
-    parser.set_defaults(run=_run_phantom)
-
-
-def _add_decathlon(commands: Any) -> None:
     text = "convert a downloaded task of the Medical Segmentation Decathlon into nnUNet_raw"
-    parser = commands.add_parser("decathlon", help=text, description=text)
+    parser = add("decathlon", text, _run_decathlon)
     parser.add_argument("path", type=Path, help="the folder TaskNN_Name or its .tar archive")
     parser.add_argument("-d", "--dataset-id", type=int, metavar="ID", help="nnU-Net id (default: the task's number)")
     parser.add_argument("-np", "--num-processes", type=int, metavar="N", help="worker processes")
     parser.add_argument("--no-verify", action="store_true", help="skip the checksum and the check for missing cases")
-    parser.set_defaults(run=_run_decathlon)
+    add("list", "list the known data sets", _run_list)
 
 
 def _run_phantom(args: argparse.Namespace) -> None:
@@ -63,17 +58,12 @@ def _run_phantom(args: argparse.Namespace) -> None:
         raise UserError(f"dataset id {args.dataset_id} is taken by {others[0]}: choose another id (-d)")
     folder = write_phantom_dataset(
         root,
-        dataset_id=args.dataset_id,
-        name=args.name,
-        cases=args.cases,
-        test_cases=args.test_cases,
-        seed=args.seed,
+        **{name: getattr(args, name) for name in ("dataset_id", "name", "cases", "test_cases", "seed", "overwrite")},
         modality=flavour.modality,
-        spacing=flavour.spacing if args.spacing is None else tuple(args.spacing),
-        shape=flavour.shape if args.shape is None else tuple(args.shape),
+        spacing=tuple(args.spacing or flavour.spacing),
+        shape=tuple(args.shape or flavour.shape),
         regions=flavour.regions or args.regions,
         ignore_label=flavour.ignore_label or args.ignore_label,
-        overwrite=args.overwrite,
     )
     print(f"wrote {folder}: {args.cases} training and {args.test_cases} test cases")
     if args.output is not None:

@@ -23,6 +23,9 @@ Attack models on whole volumes, through the sliding window and the preprocessing
 OUT gets records.jsonl, summary.json, CSV files and report.html.
 """
 
+DEFAULT_ATTACKS = ["ifgsm", "pgd", "apgd-dice", "apgd-ce", "segpgd", "gaussian"]
+DEFAULT_EPS = [0.02, 0.05, 0.1, 0.2]
+
 
 def add_parsers(commands: Any) -> None:
     """Add the two commands to ``commands``, the result of ``add_subparsers``."""
@@ -32,93 +35,65 @@ def add_parsers(commands: Any) -> None:
         description=_EVALUATE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # What is not given has the default of the function or of the settings.
+    absent = argparse.SUPPRESS
     data = evaluate.add_argument_group("data")
-    data.add_argument(
-        "-i", dest="images", metavar="IMAGES", help="folder of images, CASE_0000.nii.gz; bundles: or CASE.nii.gz"
-    )
-    data.add_argument("-gt", dest="labels", metavar="LABELS", help="folder of labels, CASE.nii.gz")
+    data.add_argument("-i", dest="images", help="folder of images, CASE_0000.nii.gz; bundles: or CASE.nii.gz")
+    data.add_argument("-gt", dest="labels", help="folder of labels, CASE.nii.gz")
     data.add_argument("-o", dest="output", type=Path, metavar="OUT", help="folder to write to")
     data.add_argument("--limit", type=int, metavar="N", help="at most so many cases")
     model = evaluate.add_argument_group("models, as nnUNetv2_predict takes them; the first is the reference")
-    model.add_argument("-m", dest="models", action="append", type=Path, metavar="MODEL_FOLDER", help="repeatable")
-    model.add_argument(
-        "--bundle", dest="models", action="append", type=Path, metavar="DIR", help="a MONAI bundle; repeatable"
-    )
-    model.add_argument(
-        "--name", dest="names", action="append", metavar="NAME", help="in the report, one for each model"
-    )
-    model.add_argument("-d", dest="dataset", metavar="DATASET", help="id or name, instead of -m")
-    model.add_argument("-c", dest="configuration", metavar="CONFIGURATION")
+    of_models = {"dest": "models", "action": "append", "type": Path}
+    model.add_argument("-m", metavar="MODEL_FOLDER", help="repeatable", **of_models)
+    model.add_argument("--bundle", metavar="DIR", help="a MONAI bundle; repeatable", **of_models)
+    model.add_argument("--name", dest="names", action="append", metavar="NAME", help="in the report, one per model")
+    model.add_argument("-d", dest="dataset", help="id or name, instead of -m")
+    model.add_argument("-c", dest="configuration")
     model.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer"], metavar="TRAINER")
-    model.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS")
+    model.add_argument("-p", dest="plans", default="nnUNetPlans")
     model.add_argument("-f", dest="folds", nargs="+", metavar="FOLD", help="folds to average (default: all there are)")
-    model.add_argument(
-        "-chk", dest="checkpoint", metavar="FILE",
-        help="in each fold, or in a bundle's models (default: checkpoint_final.pth; model.pt)",
-    )  # fmt: skip
-    model.add_argument(
-        "--bundle-labels", nargs="+", default=[], metavar="CLASS=V[,V]",
-        help="of bundles: values of each class in the label files (default: by the channels of the metadata)",
-    )  # fmt: skip
-    model.add_argument(
-        "--bundle-output", choices=["softmax", "sigmoid"],
-        help="of bundles: how outputs are read (default: by the post-processing)",
-    )  # fmt: skip
-    model.add_argument(
-        "-prev_stage_predictions", dest="previous_stage", type=Path, metavar="FOLDER", help="of a cascade"
-    )
-    model.add_argument("-step_size", type=float, default=0.5, help="of the sliding window (default: 0.5)")
-    model.add_argument(
-        "--disable_tta", dest="mirroring", action="store_false", help="no mirroring, neither attacked nor predicted"
-    )
-    model.add_argument(
-        "--trust-checkpoint",
-        dest="trust",
-        action="store_true",
-        help="load checkpoints, plans and bundles that execute code",
-    )
-    attack = evaluate.add_argument_group("attacks")
-    attack.add_argument(
-        "--attack", dest="attacks", nargs="*", default=None, metavar="NAME",
-        help="default: ifgsm pgd apgd-dice apgd-ce segpgd gaussian; 'list' shows all",
-    )  # fmt: skip
+    where = "in each fold, or in a bundle's models (default: checkpoint_final.pth; model.pt)"
+    model.add_argument("-chk", dest="checkpoint", metavar="FILE", help=where)
+    values = "of bundles: values of each class in the label files (default: by the channels of the metadata)"
+    model.add_argument("--bundle-labels", nargs="+", default=[], metavar="CLASS=V[,V]", help=values)
+    reading = "of bundles: how outputs are read (default: by the post-processing)"
+    model.add_argument("--bundle-output", choices=["softmax", "sigmoid"], help=reading)
+    model.add_argument("-prev_stage_predictions", dest="previous_stage", metavar="FOLDER", help="of a cascade")
+    model.add_argument("-step_size", type=float, default=absent, help="of the sliding window (default: 0.5)")
+    tta = "no mirroring, neither attacked nor predicted"
+    model.add_argument("--disable_tta", dest="mirroring", action="store_false", help=tta)
+    trust = "load checkpoints, plans and bundles that execute code"
+    model.add_argument("--trust-checkpoint", dest="trust", action="store_true", help=trust)
+    attack = evaluate.add_argument_group("attacks", argument_default=absent)
+    names = "default: ifgsm pgd apgd-dice apgd-ce segpgd gaussian; 'list' shows all"
+    attack.add_argument("--attack", dest="attacks", nargs="*", default=DEFAULT_ATTACKS, metavar="NAME", help=names)
     attack.add_argument("--norm", choices=["l2", "linf"], default="l2")
-    attack.add_argument("--eps", type=float, nargs="+", metavar="EPS", help="budgets (default: 0.02 0.05 0.1 0.2 rms)")
+    attack.add_argument("--eps", type=float, nargs="+", help="budgets (default: 0.02 0.05 0.1 0.2 rms)")
     attack.add_argument(
         "--unit", choices=["rms", "l2", "linf", "hu", "percent"],
         help="of --eps: rms, linf: per voxel in network units; l2: of the whole volume or slice; hu, percent (of the "
         "0.5-99.5 percentile range): original intensities (default: rms with l2, linf with linf)",
     )  # fmt: skip
-    attack.add_argument("--budget", choices=["volume", "slice"], default="volume", help="slice: 2D models only")
-    attack.add_argument("--steps", type=int, default=20, help="gradient steps (default: 20)")
-    attack.add_argument("--restarts", type=int, default=1, help="random starts; the worst counts (default: 1)")
-    attack.add_argument("--seed", type=int, default=0)
-    attack.add_argument("--target", dest="targets", nargs="+", default=[], metavar="CLASS", help="of disappear, appear")
-    attack.add_argument(
-        "--corruption", dest="corruptions", nargs="*", default=None, metavar="NAME",
-        help="natural corruptions; without a name those that fit the modality, 'list' shows all",
-    )  # fmt: skip
-    attack.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the attacks")
-    report = evaluate.add_argument_group("metrics and files")
-    report.add_argument(
-        "--nsd-tolerance",
-        dest="nsd_tolerance_mm",
-        type=float,
-        default=2.0,
-        metavar="MM",
-        help="of the surface Dice (default: 2)",
-    )
-    report.add_argument(
-        "--broken-below", type=float, default=0.5, metavar="SHARE",
-        help="a case is broken below this share of its clean Dice (default: 0.5)",
-    )  # fmt: skip
+    attack.add_argument("--budget", choices=["volume", "slice"], help="slice: 2D models only (default: volume)")
+    attack.add_argument("--steps", type=int, help="gradient steps (default: 20)")
+    attack.add_argument("--restarts", type=int, help="random starts; the worst counts (default: 1)")
+    attack.add_argument("--seed", type=int)
+    attack.add_argument("--target", dest="targets", nargs="+", metavar="CLASS", help="of disappear, appear")
+    names = "natural corruptions; without a name those that fit the modality, 'list' shows all"
+    attack.add_argument("--corruption", dest="corruptions", nargs="*", metavar="NAME", help=names)
+    attack.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="of the attacks (default: auto)")
+    report = evaluate.add_argument_group("metrics and files", argument_default=absent)
+    tolerance = "of the surface Dice (default: 2)"
+    report.add_argument("--nsd-tolerance", dest="nsd_tolerance_mm", type=float, metavar="MM", help=tolerance)
+    broken = "a case is broken below this share of its clean Dice (default: 0.5)"
+    report.add_argument("--broken-below", type=float, metavar="SHARE", help=broken)
     report.add_argument("--save-adversarial", action="store_true", help="write adversarial and difference images")
-    running = evaluate.add_argument_group("running")
-    running.add_argument("-device", default="cuda", help="cuda, cpu or mps (default: cuda); torchrun: one rank per GPU")
+    running = evaluate.add_argument_group("running", argument_default=absent)
+    running.add_argument("-device", help="cuda, cpu or mps (default: cuda); torchrun: one rank per GPU")
     running.add_argument("--tile-batch", type=int, metavar="N", help="tiles at once (default: training's batch size)")
     running.add_argument("--resume", action="store_true", help="go on where an interrupted evaluation stopped")
-    running.add_argument("-num_parts", type=int, default=1, help="for job arrays: number of calls")
-    running.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
+    running.add_argument("-num_parts", type=int, help="for job arrays: number of calls (default: 1)")
+    running.add_argument("-part_id", type=int, help="which of them this is, from 0 (default: 0)")
     evaluate.set_defaults(run=_evaluate)
 
     rebuild = commands.add_parser("report", help="make report.html anew, from one or more output folders of evaluate")
@@ -127,8 +102,6 @@ def add_parsers(commands: Any) -> None:
     rebuild.set_defaults(run=_report)
 
 
-DEFAULT_ATTACKS = ["ifgsm", "pgd", "apgd-dice", "apgd-ce", "segpgd", "gaussian"]
-DEFAULT_EPS = [0.02, 0.05, 0.1, 0.2]
 #: Arguments of ``evaluate`` that are no settings: they do not change what is found.
 _RUNNING = (
     "folds", "checkpoint", "previous_stage", "device", "tile_batch", "resume", "num_parts", "part_id", "trust",
@@ -136,14 +109,17 @@ _RUNNING = (
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    if arguments.attacks == ["list"] or arguments.corruptions == ["list"]:
-        _list(arguments.attacks == ["list"])
+    given = vars(arguments)
+    if ["list"] in (given["attacks"], given.get("corruptions")):
+        _list(given["attacks"] == ["list"])
         return 0
     for option, value in (("-i", arguments.images), ("-gt", arguments.labels), ("-o", arguments.output)):
         if value is None:
             raise UserError(f"{option} is missing; see ima-seg evaluate --help")
-    if arguments.eps is None and arguments.unit not in (None, "rms", "linf"):
-        raise UserError(f"--unit {arguments.unit} needs --eps: there are no defaults in that unit")
+    unit = given.setdefault("unit", "rms" if arguments.norm == "l2" else "linf")
+    if "eps" not in given and unit not in ("rms", "linf"):
+        raise UserError(f"--unit {unit} needs --eps: there are no defaults in that unit")
+    given.setdefault("eps", DEFAULT_EPS)
     # nnU-Net warns about variables that only its training needs.
     for name in ("raw", "preprocessed", "results"):
         os.environ.setdefault(f"nnUNet_{name}", "")
@@ -154,24 +130,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from ima_seg.evaluate.run import EvaluationSettings
 
     models = _models(arguments)
-    corruptions = [] if arguments.corruptions is None else arguments.corruptions
-    if arguments.corruptions == []:
-        corruptions = default_corruptions(_is_ct(next(iter(models.values()))))
-    given = vars(arguments) | {
-        "attacks": DEFAULT_ATTACKS if arguments.attacks is None else arguments.attacks,
-        "eps": arguments.eps or DEFAULT_EPS,
-        "unit": arguments.unit or ("rms" if arguments.norm == "l2" else "linf"),
-        "corruptions": corruptions,
-        "bundle_labels": _label_values(arguments.bundle_labels),
-    }
+    if given.get("corruptions") == []:
+        given["corruptions"] = default_corruptions(_is_ct(next(iter(models.values()))))
+    given["bundle_labels"] = _label_values(arguments.bundle_labels)
     report, failed = evaluate(
         models,
         arguments.images,
         arguments.labels,
         arguments.output,
-        EvaluationSettings(**{name: given[name] for name in EvaluationSettings.model_fields}),
+        EvaluationSettings(**{name: given[name] for name in given if name in EvaluationSettings.model_fields}),
         command=shlex.join(["ima-seg", *sys.argv[1:]]),
-        **{name: given[name] for name in _RUNNING},
+        **{name: given[name] for name in given if name in _RUNNING},
     )
     if report is not None:
         print(f"wrote {report}")
@@ -218,11 +187,9 @@ def _label_values(assignments: Sequence[str]) -> dict[str, list[int]]:
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
     """Names of the trainers where they differ, else of the folders."""
-    trainers = [folder.resolve().name.split("__")[0] for folder in folders]
-    if len(set(trainers)) == len(folders):
-        return trainers
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(folders) else [str(folder) for folder in folders]
+    names, paths = [folder.resolve().name for folder in folders], [str(folder) for folder in folders]
+    trainers = [name.split("__")[0] for name in names]
+    return next((found for found in (trainers, names) if len(set(found)) == len(found)), paths)
 
 
 def _is_ct(folder: Path) -> bool:

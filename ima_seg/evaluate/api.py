@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,7 +22,7 @@ from ima_seg.evaluate.attack.execution import Attacker
 from ima_seg.evaluate.attack.problem import native_scale
 from ima_seg.evaluate.attack.share import Share, pick_device, share_out
 from ima_seg.evaluate.attack.sweep import Contestant, Sweep
-from ima_seg.evaluate.measure.collect import read_run
+from ima_seg.evaluate.measure.collect import complete, read_run
 from ima_seg.evaluate.records import Failure, Record, drop_half_line, read_lines
 from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, Run
@@ -82,26 +81,25 @@ def evaluate(
     """
     if tile_batch is not None and tile_batch < 1:
         raise UserError(f"tile_batch is {tile_batch}; the network sees at least 1 tile at once")
-    console = console or Console(stderr=True)
     out = Path(output)
     settings = settings.model_copy(update={"attacks": attack_names(settings.attacks), "eps": sorted(set(settings.eps))})
     with share_out(num_parts, part_id) as share:
         place = pick_device(device)
-        load = partial(
-            _load, settings=settings, folds=folds, checkpoint=checkpoint, previous_stage=previous_stage, device=place,
-            trust=trust,
-        )  # fmt: skip
-        loaded = {name: load(folder) for name, folder in models.items()}
+        loading: dict[str, Any] = {"device": place, "trust": trust}
+        loaded: dict[str, Model] = {}
+        for name, folder in models.items():
+            if _is_bundle(folder):
+                names, reading = settings.bundle_labels, settings.bundle_output
+                loaded[name] = load_bundle(folder, checkpoint=checkpoint, labels=names, output=reading, **loading)
+            else:
+                model = load_model(folder, folds=folds, checkpoint=checkpoint or "checkpoint_final.pth", **loading)
+                loaded[name] = replace(model, previous_stage=None if previous_stage is None else Path(previous_stage))
         first = _compatible(loaded, settings)
         if {"disappear", "appear"} & set(settings.attacks) and not settings.targets:
             settings = settings.model_copy(update={"targets": list(first.classes)})
         check_settings(settings, models=list(loaded), classes=list(first.classes))
         dtype = resolve_precision(settings.precision, place)
-        window: dict[str, Any] = {
-            "step_size": settings.step_size,
-            "mirroring": settings.mirroring,
-            "tile_batch": tile_batch,
-        }
+        window: dict[str, Any] = settings.model_dump(include={"step_size", "mirroring"}) | {"tile_batch": tile_batch}
         contestants = [Contestant(name, model, model.window(**window)) for name, model in loaded.items()]
         # Bundles read nnU-Net's naming too.
         finder = next((model for model in loaded.values() if not _is_bundle(model.folder)), first)
@@ -119,29 +117,22 @@ def evaluate(
             write_text(out / f"run{share.suffix}.json", run.model_dump_json(indent=1) + "\n")
         failures.unlink(missing_ok=True)
         share.wait()
-        done = {record.key for record in read_lines(_record_files(out), Record)}
+        there = list(read_lines(_record_files(out), Record))
+        done = {record.key for record in there}
         sweep = Sweep(settings, contestants, Attacker(settings, place), out, records, failures, done)
         if share.index == 0:
             for problem in problems:
                 sweep.fail(problem.case, problem.message)
-        mine = share.of(cases)
-        _work(sweep, mine, console)
+        mine, whole = cases[share.index :: share.count], complete(run, there)
+        todo = [case for case in mine if not whole.issuperset((case.case, name) for name in loaded)]
+        console = console or Console(stderr=True)
+        if len(todo) < len(mine):
+            console.print(f"{len(mine) - len(todo)} of {len(mine)} cases are done already")
+        _work(sweep, todo, console)
         share.wait()
-        report = write_report([out], out) if share.rank == 0 and _complete(out, run, share) else None
+        report = write_report([out], out) if share.rank == 0 and _is_whole(out, run, share) else None
         share.wait()  # a rank that ends with an error before ends the others, too
     return report, len(sweep.failed)
-
-
-def _load(
-    folder: str | Path, settings: EvaluationSettings, *, folds: Sequence[str] | None, checkpoint: str | None,
-    previous_stage: str | Path | None, device: torch.device, trust: bool,
-) -> Model:  # fmt: skip
-    """A MONAI bundle or an nnU-Net model folder."""
-    if _is_bundle(folder):
-        labels, output = settings.bundle_labels, settings.bundle_output
-        return load_bundle(folder, checkpoint=checkpoint, labels=labels, output=output, device=device, trust=trust)
-    model = load_model(folder, folds=folds, checkpoint=checkpoint or "checkpoint_final.pth", device=device, trust=trust)
-    return replace(model, previous_stage=None if previous_stage is None else Path(previous_stage))
 
 
 def _is_bundle(folder: str | Path) -> bool:
@@ -216,11 +207,8 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         return
     share.wait()
     there = read_run(out)
-    differing = [
-        f"{name} is {new!r}, there {old!r}"
-        for name, new in run.settings.model_dump().items()
-        if (old := there.settings.model_dump()[name]) != new
-    ]
+    mine, theirs = run.settings.model_dump(), there.settings.model_dump()
+    differing = [f"{name} is {mine[name]!r}, there {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
     # The packages on which numbers depend.
     decisive = ["ima-seg", "nnunetv2", *(["monai"] if any(model.bundle for model in run.models) else [])]
     differing += [
@@ -246,18 +234,13 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         raise UserError(f"{out} holds this evaluation already, in part or whole; go on with --resume, or name another")
 
 
-def _complete(out: Path, run: Run, share: Share) -> bool:
+def _is_whole(out: Path, run: Run, share: Share) -> bool:
     """Whether every case of all parts is evaluated or noted as failed, so that this process is the last."""
     if share.count == share.world:
         return True
     failed = {failure.case for failure in read_lines(sorted(out.glob("failures*.jsonl")), Failure)}
-    there = {(r.case, r.model, r.attack, r.eps, r.severity) for r in read_lines(_record_files(out), Record)}
-    return all(
-        case in failed or (case, model, *condition) in there
-        for case in run.cases
-        for model, wanted in run.conditions.items()
-        for condition in wanted
-    )
+    there = complete(run, read_lines(_record_files(out), Record))
+    return all(case in failed or (case, model.name) in there for case in run.cases for model in run.models)
 
 
 def _record_files(out: Path) -> list[Path]:
@@ -266,27 +249,17 @@ def _record_files(out: Path) -> list[Path]:
 
 def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
     """Evaluate ``cases``, with the remaining time."""
-    todo = [case for case in cases if not sweep.is_done(case.case)]
-    if len(todo) < len(cases):
-        console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are done already")
     conditions = sum(len(sweep.conditions(contestant)) for contestant in sweep.contestants)
-    began = time.monotonic()
     columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True)]
     text = TextColumn("{task.description}")
     # A progress bar on a terminal; nothing elsewhere, where a line per case is written instead.
     with Progress(*columns, text, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(todo) * conditions)
+        task = progress.add_task("", total=len(cases) * conditions)
         sweep.log = lambda text: console.print(escape(text), soft_wrap=True)
         sweep.step = lambda what: progress.update(task, advance=1, description=escape(what))
-        for number, case in enumerate(todo, 1):
-            started = time.monotonic()
+        began = time.monotonic()
+        for number, case in enumerate(cases, 1):
             sweep.evaluate(case)
-            now = time.monotonic()
-            left = (now - began) / number * (len(todo) - number)
-            sweep.log(f"[{number}/{len(todo)}] {case.case}: {now - started:.0f} s, about {_duration(left)} left")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+            mean = (time.monotonic() - began) / number
+            each, left = (timedelta(seconds=round(mean * count)) for count in (1, len(cases) - number))
+            sweep.log(f"[{number}/{len(cases)}] {case.case}: {each} per case, about {left} left")

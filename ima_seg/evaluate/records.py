@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from ima_seg.errors import UserError
 from ima_seg.evaluate.run import Budget, Norm, Strict, Unit
+
+_Item = TypeVar("_Item", bound=BaseModel)
 
 #: Kinds of records. ``white``: uses gradients of the model; ``black``: its outputs only; ``transfer``: perturbation
 #: made on another model; ``noise``: random; ``minimal``: the smallest perturbation that breaks the case, of no fixed
@@ -113,7 +114,7 @@ class Record(Strict):
     @property
     def key(self) -> tuple[Any, ...]:
         """What identifies the record within a run."""
-        return (self.case, self.model, self.attack, self.norm, self.unit, self.eps, self.budget, self.severity)
+        return (self.case, self.model, self.attack, self.eps, self.severity)
 
 
 class Failure(Strict):
@@ -137,18 +138,29 @@ def drop_half_line(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def read_lines(paths: Iterable[Path], kind: type[Any]) -> Iterator[Any]:
-    """The items of type ``kind`` (Record or Failure) in ``paths``; a half last line is passed over.
+def parse(text: bytes, kind: type[_Item], where: str) -> _Item:
+    """An item from its JSON.
 
     Raises:
-        UserError: a line that is no such record; names file and line.
+        UserError: it is none; says ``where``.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise UserError(
+            f"{where}: no valid {kind.__name__.lower()} ({reason}); the file was changed by hand or written by another "
+            "version, evaluate again"
+        ) from None
+
+
+def read_lines(paths: Iterable[Path], kind: type[_Item]) -> Iterator[_Item]:
+    """The records or failures in ``paths``; a half last line is passed over.
+
+    Raises:
+        UserError: a line that is none; names file and line.
     """
     for path in paths:
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                yield kind.model_validate(json.loads(line))
-            except (ValidationError, json.JSONDecodeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: no valid {kind.__name__.lower()} ({str(error).splitlines()[0]}); "
-                    "the file was changed by hand or written by another version, evaluate again"
-                ) from None
+            yield parse(line, kind, f"{path}, line {number}")

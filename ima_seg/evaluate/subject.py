@@ -12,48 +12,33 @@ from ima_seg.types import Labels, Target
 
 
 class Window(Protocol):
-    """(B, C, *S) network input -> logits (B, K, *S) of the whole, with exact gradients.
+    """(B, C, *S) network input -> logits (B, K, *S) of the whole, with exact gradients."""
 
-    Attributes:
-        tile_batch: how many tiles the network sees at once; halved when the memory does not suffice.
-    """
-
-    tile_batch: int
+    tile_batch: int  # how many tiles the network sees at once; halved when the memory does not suffice
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         """Logits in float32."""
 
 
 class Loaded(Protocol):
-    """A trained model with the inference that it was made for.
-
-    Attributes:
-        folder: where it lies.
-        files: those that define it.
-        labels: how outputs are read.
-        classes: foreground class (or region) -> label values, in the order of the outputs.
-        channels: names of the image channels.
-        dataset: name of the data set that it was trained for; may be empty.
-        is_2d: whether a volume is a stack of independent slices to it.
-        is_single_ct: whether there is one channel, in HU.
-    """
+    """A trained model with the inference that it was made for."""
 
     @property
     def folder(self) -> Path: ...
     @property
-    def files(self) -> list[Path]: ...
+    def files(self) -> list[Path]: ...  # those that define it
     @property
-    def labels(self) -> Labels: ...
+    def labels(self) -> Labels: ...  # how outputs are read
     @property
-    def classes(self) -> dict[str, tuple[int, ...]]: ...
+    def classes(self) -> dict[str, tuple[int, ...]]: ...  # foreground -> label values, in the order of the outputs
     @property
-    def channels(self) -> list[str]: ...
+    def channels(self) -> list[str]: ...  # names of the image channels
     @property
-    def dataset(self) -> str: ...
+    def dataset(self) -> str: ...  # name of the data set that it was trained for; may be empty
     @property
-    def is_2d(self) -> bool: ...
+    def is_2d(self) -> bool: ...  # whether a volume is a stack of independent slices to it
     @property
-    def is_single_ct(self) -> bool: ...
+    def is_single_ct(self) -> bool: ...  # whether there is one channel, in HU
 
     def window(self, *, step_size: float, mirroring: bool, tile_batch: int | None = None) -> Any:
         """Its :class:`Window`."""
@@ -74,45 +59,30 @@ class Loaded(Protocol):
 
 
 class Case(Protocol):
-    """A case as one model sees it.
-
-    Attributes:
-        raw: the case in its original geometry.
-        model: the model.
-        base: (1, C + extra, *S) what perturbations are added to, network units; extra channels are never perturbed.
-        image_channels: C.
-        support: (1, 1, *S) bool where a perturbation may be; ``None``: everywhere.
-        scale: (C,) original intensity units per network unit; ``None`` where no such line connects them.
-        native_range: (C,) range from the 0.5 to the 99.5 percentile; original intensities, or network units without a
-            scale.
-        resampled: whether the network's grid is not the image's.
-        image_voxels: voxels of the image, per channel, that the network's grid covers.
-        slice_axis: slice direction of the per-slice Dice, an axis of (Z, Y, X).
-        shows_hu: whether the first channel is in HU.
-    """
+    """A case as one model sees it."""
 
     @property
-    def raw(self) -> RawCase: ...
+    def raw(self) -> RawCase: ...  # in its original geometry
     @property
     def model(self) -> Loaded: ...
     @property
-    def base(self) -> torch.Tensor: ...
+    def base(self) -> torch.Tensor: ...  # (1, C + extra, *S) network units; extra channels are never perturbed
     @property
-    def image_channels(self) -> int: ...
+    def image_channels(self) -> int: ...  # C
     @property
-    def support(self) -> torch.Tensor | None: ...
+    def support(self) -> torch.Tensor | None: ...  # (1, 1, *S) bool where a perturbation may be; None: everywhere
     @property
-    def scale(self) -> FloatArray | None: ...
+    def scale(self) -> FloatArray | None: ...  # (C,) original units per network unit; None: no line connects them
     @property
-    def native_range(self) -> FloatArray: ...
+    def native_range(self) -> FloatArray: ...  # (C,) 0.5 to 99.5 percentile, original units; without a scale, network
     @property
-    def resampled(self) -> bool: ...
+    def resampled(self) -> bool: ...  # whether the network's grid is not the image's
     @property
-    def image_voxels(self) -> int: ...
+    def image_voxels(self) -> int: ...  # of the image, per channel, that the network's grid covers
     @property
-    def slice_axis(self) -> int: ...
+    def slice_axis(self) -> int: ...  # slice direction of the per-slice Dice, an axis of (Z, Y, X)
     @property
-    def shows_hu(self) -> bool: ...
+    def shows_hu(self) -> bool: ...  # whether the first channel is in HU
 
     def target(self, *, slices: bool = False) -> Target:
         """The reference on the network's grid; with ``slices`` those along the first axis as a batch."""

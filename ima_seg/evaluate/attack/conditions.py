@@ -9,7 +9,6 @@ from typing import Any
 from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
 from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.corruptions import CORRUPTIONS, SEVERITIES
-from ima_seg.evaluate.attack.problem import check_units
 from ima_seg.evaluate.records import Kind
 from ima_seg.evaluate.run import EvaluationSettings
 
@@ -23,10 +22,10 @@ class Condition:
     eps: float | None = None
     severity: int | None = None
 
-    def key(self, case: str, model: str, settings: EvaluationSettings) -> tuple[Any, ...]:
-        """The key of its record."""
-        fields = self.fields(settings)
-        return (case, model, self.attack, *(fields.get(name) for name in ("norm", "unit", "eps", "budget", "severity")))
+    @property
+    def key(self) -> tuple[str, float | None, int | None]:
+        """What identifies it within a run; the end of :attr:`Record.key`."""
+        return (self.attack, self.eps, self.severity)
 
     def fields(self, settings: EvaluationSettings) -> dict[str, Any]:
         """Fields of its record that follow from the settings."""
@@ -57,8 +56,10 @@ def check_settings(settings: EvaluationSettings, *, models: Sequence[str], class
     Raises:
         UserError: names the setting, its value and the remedy.
     """
-    check_units(settings.norm, settings.unit)
-    attack_names(settings.attacks)
+    norm, unit = settings.norm, settings.unit
+    if (norm, unit) in (("l2", "linf"), ("linf", "rms"), ("linf", "l2")):
+        fitting = "rms, l2, hu or percent" if norm == "l2" else "linf, hu or percent"
+        raise UserError(f"unit {unit!r} does not go with norm {norm!r}; use --unit {fitting}")
     if settings.attacks and not settings.eps:
         raise UserError("attacks need at least one budget; name them with --eps, for example --eps 0.02 0.05 0.1")
     if any(not 0 < eps < float("inf") for eps in settings.eps):

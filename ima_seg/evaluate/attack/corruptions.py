@@ -30,30 +30,19 @@ Function = Callable[[Volume, Spacing, float, np.random.Generator], Volume]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 MOTION_MM = MOTION_DEGREES = 2.0
-_NEEDS = "torchio>=0.21.4,<2"
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """One natural corruption.
+    """One natural corruption."""
 
-    Attributes:
-        name: as on the command line and in the records.
-        modality: "mr", "ct" or "any": where it happens.
-        levels: strength at the severities 1 to 5, ascending, in ``unit``.
-        unit: of the levels, in words.
-        description: one sentence.
-        function: what it does.
-        on_signal: whether ``function`` is given the signal, zero at no signal and one intensity range wide, rather than
-            the values as they are.
-    """
-
-    name: str
-    modality: Modality
-    levels: tuple[float, ...]
-    unit: str
-    description: str
+    name: str  # as on the command line and in the records
+    modality: Modality  # where it happens
+    levels: tuple[float, ...]  # strength at the severities 1 to 5, ascending
+    unit: str  # of the levels, in words
+    description: str  # one sentence
     function: Function
+    #: Whether ``function`` is given the signal, zero at no signal and one intensity range wide, rather than the values.
     on_signal: bool
 
 
@@ -124,7 +113,7 @@ def _apply(transform: str, volume: Volume, spacing: Spacing, **options: Any) -> 
     try:
         torchio: Any = importlib.import_module("torchio")
     except ImportError as error:
-        raise UserError(f'corruptions need TorchIO ({error}): pip install "{_NEEDS}"') from None
+        raise UserError(f'corruptions need TorchIO ({error}): pip install "torchio>=0.21.4,<2"') from None
     # TorchIO turns about the origin, so that is put into the centre.
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -spacing * (np.asarray(volume.shape[1:]) - 1) / 2

@@ -43,7 +43,7 @@ def describe_run(
         labels=str(Path(labels).resolve()),
         cases=[case.case for case in cases],
         conditions={
-            name: [(c.attack, c.eps, c.severity) for c in conditions(settings, model=name, models=list(loaded))]
+            name: [condition.key for condition in conditions(settings, model=name, models=list(loaded))]
             for name in loaded
         },
         channels=first.channels,

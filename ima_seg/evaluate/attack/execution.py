@@ -19,7 +19,7 @@ from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import Condition
 from ima_seg.evaluate.attack.patchwise import patch_pgd
 from ima_seg.evaluate.attack.problem import Stage, make_stage, native_scale, per_voxel
-from ima_seg.evaluate.run import EvaluationSettings
+from ima_seg.evaluate.run import Budget, EvaluationSettings
 from ima_seg.evaluate.subject import Case, Window
 from ima_seg.ops import hard_dice, perturbation_size, project
 from ima_seg.types import PassCount, ThreatModel
@@ -34,32 +34,18 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class Found:
-    """A perturbed case and what is known about its making.
+    """A perturbed case and what is known about its making; the rest as in :class:`ima_seg.evaluate.records.Record`."""
 
-    Attributes:
-        perturbed: (1, C + extra, *S), in the layout of :attr:`Case.base`.
-        eps_network: the budget per voxel in network units.
-        passes: over the whole volume.
-        breaking_rms: see :class:`ima_seg.evaluate.records.Record`.
-        trace: lowest Dice so far, by step.
-        zero_gradient: share of gradient passes that were zero; ``None`` without gradients.
-    """
-
-    perturbed: torch.Tensor
+    perturbed: torch.Tensor  # (1, C + extra, *S), in the layout of Case.base
     eps_network: float
-    passes: PassCount
+    passes: PassCount  # over the whole volume
     breaking_rms: float | None = None
     trace: list[float] = field(default_factory=list)
     zero_gradient: float | None = None
 
 
 class Attacker:
-    """Runs conditions on a prepared case through a sliding window.
-
-    Args:
-        settings: of the run.
-        device: of the networks.
-    """
+    """Runs conditions of a run with ``settings`` on prepared cases, through networks on ``device``."""
 
     def __init__(self, settings: EvaluationSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
@@ -72,8 +58,7 @@ class Attacker:
         assert condition.eps is not None
         settings = self.settings
         lengths: dict[str, Any] = {"steps": settings.steps, "restarts": settings.restarts}
-        options = {"precision": settings.precision, "generator": self.generator(condition, case)}
-        stage = make_stage(case, window, self.threat, settings.budget, **options)
+        stage = self._stage(condition, case, window, settings.budget)
         eps = per_voxel(condition.eps, settings.unit, stage)
         name, _, organ = condition.attack.partition(":")
         attack: Callable[[Problem, float], AttackResult] = partial(pgd, **lengths)
@@ -84,7 +69,7 @@ class Attacker:
                     f"attack 'patch-pgd' needs an inferer of tiles, {case.model.folder} has none: leave it out"
                 )
             if case.model.is_2d:
-                stage = make_stage(case, window, self.threat, "slice", **options)
+                stage = self._stage(condition, case, window, "slice")
             attack = partial(patch_pgd, window=window, normalise=case.network(window, whole=False)[0], **lengths)
         elif condition.kind == "targeted":
             goal = (disappear if name == "disappear" else appear)(list(case.model.classes).index(organ))
@@ -94,14 +79,14 @@ class Attacker:
         stage = replace(stage, problem=replace(stage.problem, goal=goal))
         result = stage.run(attack, eps)
         self._check_budget(condition, stage, result.distance, eps)
-        # A targeted loss has no gradient once all of its voxels have flipped, or where there are none.
-        gradients = condition.kind == "white"
+        count = len(stage.problem)
         return Found(
             perturbed=stage.volume(result.adversarial),
             eps_network=eps,
             trace=[] if condition.kind == "targeted" else _trace(result, stage),
-            zero_gradient=float(result.zero_gradient.mean()) if gradients else None,
-            passes=_per_volume(result.passes, stage),
+            # A targeted loss has no gradient once all of its voxels have flipped, or where there are none.
+            zero_gradient=float(result.zero_gradient.mean()) if condition.kind == "white" else None,
+            passes=PassCount(round(result.passes.forwards / count), round(result.passes.gradients / count)),
         )
 
     @torch.no_grad()
@@ -133,9 +118,7 @@ class Attacker:
         """The smallest breaking perturbation of the whole volume, up to the largest budget of the run."""
         settings = self.settings
         eps = per_voxel(max(settings.eps), settings.unit, make_stage(case, window, self.threat, settings.budget))
-        stage = make_stage(
-            case, window, self.threat, "volume", precision=settings.precision, generator=self.generator(condition, case)
-        )
+        stage = self._stage(condition, case, window, "volume")
         problem = stage.problem
         with torch.no_grad():
             clean = hard_dice(full_resolution(problem.network(problem.x)), problem.target)
@@ -154,11 +137,12 @@ class Attacker:
             passes=result.passes,
         )
 
-    def generator(self, condition: Condition, case: Case) -> torch.Generator:
-        """Randomness that depends on seed, case, attack and budget alone, not on what ran before."""
+    def _stage(self, condition: Condition, case: Case, window: Window, budget: Budget) -> Stage:
+        """Its randomness depends on seed, case, attack and budget alone, not on what ran before."""
         text = f"{self.settings.seed}|{case.raw.case}|{condition.attack}|{condition.eps}"
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
-        return torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return make_stage(case, window, self.threat, budget, precision=self.settings.precision, generator=generator)
 
     def _check_budget(self, condition: Condition, stage: Stage, size: torch.Tensor, eps: float) -> None:
         largest, x = float(size.max()), stage.problem.x
@@ -171,25 +155,11 @@ class Attacker:
 def _trace(result: AttackResult, stage: Stage) -> list[float]:
     """Mean lowest Dice so far over the samples with foreground, by step, thinned out to a hundred points."""
     has_foreground = stage.problem.target.foreground.flatten(1).any(1)
-    if not bool(has_foreground.any()):
-        return []
     dice = 1 - result.trace[:, has_foreground].mean(1)
+    # NaN throughout where no sample has any.
     dice = dice[torch.isfinite(dice)]
-    if len(dice) > TRACE_POINTS:
-        chosen = torch.linspace(0, len(dice) - 1, TRACE_POINTS, device=dice.device).round().long()
-        dice = dice[chosen]
-    return [round(value, 5) for value in dice.tolist()]
-
-
-def _per_volume(passes: PassCount, stage: Stage) -> PassCount:
-    """Passes over slices -> over whole volumes."""
-    return PassCount(*(round(count / len(stage.problem)) for count in (passes.forwards, passes.gradients)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA, its libraries, the CPU's allocator and numpy each have their own way of saying it."""
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+    chosen = torch.linspace(0, len(dice) - 1, min(len(dice), TRACE_POINTS), device=dice.device).round().long()
+    return [round(value, 5) for value in dice[chosen].tolist()]
 
 
 def within_memory(window: Window, work: Callable[[], _Out], log: Callable[[str], None]) -> _Out:
@@ -201,8 +171,11 @@ def within_memory(window: Window, work: Callable[[], _Out], log: Callable[[str],
     while True:
         try:
             return work()
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            # CUDA, its libraries, the CPU's allocator and numpy each have their own way of saying it.
+            words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not known and all(word not in str(error) for word in words):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
         # outside of the except block, so that the traceback no longer holds the tensors

@@ -19,24 +19,12 @@ from ima_seg.types import PassCount, ThreatModel
 
 @dataclass(frozen=True)
 class Stage:
-    """A case with the problem of attacking it: a batch of one volume, or of the slices of one volume.
-
-    Attributes:
-        case: the case.
-        problem: its network is the sliding window, its batch in the layout of :attr:`Case.base`.
-        budget: ``"volume"`` or ``"slice"``.
-        chunk: how many samples an attack is given at once.
-    """
+    """A case with the problem of attacking it: a batch of one volume, or of the slices of one volume."""
 
     case: Case
-    problem: Problem
+    problem: Problem  # its network is the sliding window, its batch in the layout of Case.base
     budget: Budget
-    chunk: int
-
-    @property
-    def voxels(self) -> int:
-        """Perturbable elements of one sample: image channels x space."""
-        return self.case.image_channels * math.prod(self.problem.x.shape[2:])
+    chunk: int  # how many samples an attack is given at once
 
     def volume(self, batch: torch.Tensor) -> torch.Tensor:
         """A batch as the attack returns it -> (1, C + extra, *S)."""
@@ -61,10 +49,6 @@ def make_stage(case: Case, window: Window, threat: ThreatModel, budget: Budget, 
     if budget == "volume":
         problem = Problem(network, case.base, case.target(), threat, support=case.support, **options)
         return Stage(case, problem, budget, chunk=1)
-    if not case.model.is_2d:
-        raise UserError(
-            f"budget 'slice' is for 2D models; {case.model.folder.name} sees volumes, evaluate it with --budget volume"
-        )
     x = case.base[0].movedim(1, 0).contiguous()
     support = None if case.support is None else case.support[0].movedim(1, 0)
     problem = Problem(network, x, case.target(slices=True), threat, support=support, **options)
@@ -78,21 +62,15 @@ def per_voxel(eps: float, unit: Unit, stage: Stage) -> float:
     L2 the budget is the RMS over all channels together, of which one channel may take more than its share.
 
     Raises:
-        UserError: HU for images that are not a single CT.
+        UserError: HU or percent of a case without :attr:`Case.scale`.
     """
     case = stage.case
     if unit in ("rms", "linf"):
         return eps
     if unit == "l2":
-        return stage.problem.threat.from_total(eps, stage.voxels)
-    if unit == "hu":
-        if not case.model.is_single_ct:
-            raise UserError(
-                f"unit 'hu' needs a model of a single CT channel; {case.model.folder.name} has "
-                f"{', '.join(case.model.channels)}: use --unit percent or rms"
-            )
-        return eps / float(native_scale(case)[0])
-    return float((eps / 100 * case.native_range / native_scale(case)).min())
+        return stage.problem.threat.from_total(eps, case.image_channels * math.prod(stage.problem.x.shape[2:]))
+    native = eps if unit == "hu" else eps / 100 * case.native_range
+    return float((native / native_scale(case)).min())
 
 
 def native_scale(case: Case) -> FloatArray:
@@ -108,10 +86,3 @@ def native_scale(case: Case) -> FloatArray:
             "or linf, without --save-adversarial"
         )
     return case.scale
-
-
-def check_units(norm: str, unit: Unit) -> None:
-    """Refuse a unit that does not go with the norm."""
-    if (norm, unit) in (("l2", "linf"), ("linf", "rms"), ("linf", "l2")):
-        fitting = "rms, l2, hu or percent" if norm == "l2" else "linf, hu or percent"
-        raise UserError(f"unit {unit!r} does not go with norm {norm!r}; use --unit {fitting}")

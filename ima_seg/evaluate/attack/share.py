@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ima_seg.errors import UserError
-
-_Case = TypeVar("_Case")
 
 #: Ranks wait for the slowest at the end of an evaluation, which may take days.
 _PATIENCE = datetime.timedelta(days=14)
@@ -22,21 +19,20 @@ _PATIENCE = datetime.timedelta(days=14)
 
 @dataclass(frozen=True)
 class Share:
-    """One process's share of the cases: ``index`` of ``count`` over all parts and ranks, ``rank`` of ``world`` here."""
+    """One process's share of the cases: every ``count``-th from ``index`` on, over all parts and ranks of all calls.
 
-    index: int = 0
-    count: int = 1
-    rank: int = 0
-    world: int = 1
+    ``rank`` of ``world`` are those of this ``torchrun``.
+    """
+
+    index: int
+    count: int
+    rank: int
+    world: int
 
     @property
     def suffix(self) -> str:
         """Of the names of this process's files."""
         return "" if self.count == 1 else f".part-{self.index + 1}-of-{self.count}"
-
-    def of(self, cases: Sequence[_Case]) -> list[_Case]:
-        """This process's cases."""
-        return list(cases[self.index :: self.count])
 
     def wait(self) -> None:
         """For all ranks of this ``torchrun``."""
@@ -54,7 +50,7 @@ def share_out(num_parts: int, part_id: int) -> Iterator[Share]:
     if num_parts < 1 or not 0 <= part_id < num_parts:
         raise UserError(f"part_id is {part_id} of num_parts {num_parts}; parts are numbered from 0 to num_parts - 1")
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    share = Share(index=part_id + num_parts * rank, count=num_parts * world, rank=rank, world=world)
+    share = Share(part_id + num_parts * rank, num_parts * world, rank, world)
     if world == 1:
         yield share
         return
@@ -72,14 +68,13 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: a device that is not there.
     """
-    if name not in ("cpu", "cuda", "mps"):
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name not in there:
         raise UserError(f"device {name!r} does not exist; use cpu, cuda or mps (which GPU: CUDA_VISIBLE_DEVICES)")
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("there is no CUDA device here; use -device cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        return device
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("there is no MPS device here; use -device cpu")
-    return torch.device(name)
+    if not there[name]:
+        raise UserError(f"there is no {name.upper()} device here; use -device cpu")
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Model, Window
 from ima_seg.ops import perturbation_size
 
-#: ``report(text)`` for messages, ``step()`` after each record.
-Log = Callable[[str], None]
 #: How much larger a breaking perturbation may be made until the exported segmentation is broken, too.
 _LARGER = (1.01, 1.03, 1.1)
 
@@ -45,7 +44,7 @@ class Contestant:
 
 @dataclass
 class _Subject:
-    """A case as one model sees it, and the prediction of its clean image."""
+    """A case as one model sees it, the prediction of its clean image, and the lowest Dice and its panel so far."""
 
     contestant: Contestant
     files: CaseFiles
@@ -58,43 +57,22 @@ class _Subject:
 
 @dataclass
 class Sweep:
-    """Evaluates cases; everything that it finds is in the files of ``folder`` when a method returns.
-
-    Attributes:
-        settings: of the run.
-        contestants: the models.
-        attacker: runs the attacks.
-        folder: output folder.
-        records: file to append records to.
-        failures: file to append failures to.
-        done: keys of records that are there already.
-        log: gets messages.
-        step: called after each condition, done or skipped.
-        failed: cases of which something could not be evaluated.
-    """
+    """Evaluates cases; everything that it finds is in the files of ``folder`` when a method returns."""
 
     settings: EvaluationSettings
     contestants: Sequence[Contestant]
     attacker: Attacker
     folder: Path
-    records: Path
-    failures: Path
-    done: set[tuple[Any, ...]]
-    log: Log = print
-    step: Callable[[str], None] = lambda what: None
-    failed: set[str] = field(default_factory=set)
+    records: Path  # file to append to
+    failures: Path  # the same
+    done: set[tuple[Any, ...]]  # keys of records that are there already
+    log: Callable[[str], None] = print
+    step: Callable[[str], None] = lambda what: None  # called after each condition, done or skipped
+    failed: set[str] = field(default_factory=set)  # cases of which something could not be evaluated
 
     def conditions(self, contestant: Contestant) -> list[Condition]:
         """All conditions of one model."""
         return conditions(self.settings, model=contestant.name, models=[other.name for other in self.contestants])
-
-    def is_done(self, case: str) -> bool:
-        """Whether every record of ``case`` is there."""
-        return all(
-            condition.key(case, contestant.name, self.settings) in self.done
-            for contestant in self.contestants
-            for condition in self.conditions(contestant)
-        )
 
     def fail(self, case: str, message: str, model: str | None = None) -> None:
         """Note that a case could not be evaluated."""
@@ -114,24 +92,19 @@ class Sweep:
             with self._noting(files.case, contestant.name, "clean"):
                 subjects.append(self._clean(contestant, files))
         for subject in subjects:
+            name = subject.contestant.name
             for condition in self.conditions(subject.contestant):
-                if condition.kind != "clean":
-                    self._unless_done(condition, subject, subjects)
-
-    def _unless_done(self, condition: Condition, subject: _Subject, subjects: Sequence[_Subject]) -> None:
-        case, name = subject.files.case, subject.contestant.name
-
-        def work() -> Record | None:
-            if condition.kind == "corruption":
-                return self._corruption(condition, subject)
-            return self._attack(condition, subject, subjects)
-
-        if condition.key(case, name, self.settings) not in self.done:
-            with self._noting(case, name, condition.attack):
-                record = within_memory(subject.contestant.window, work, self.log)
-                if record is not None:
-                    self._write(record)
-        self.step(f"{case}  {name}  {condition.attack}")
+                if condition.kind == "clean":
+                    continue
+                if (files.case, name, *condition.key) not in self.done:
+                    with self._noting(files.case, name, condition.attack):
+                        work: Callable[[], Record | None] = partial(self._attack, condition, subject, subjects)
+                        if condition.kind == "corruption":
+                            work = partial(self._corruption, condition, subject)
+                        record = within_memory(subject.contestant.window, work, self.log)
+                        if record is not None:
+                            self._write(record)
+                self.step(f"{files.case}  {name}  {condition.attack}")
 
     @contextlib.contextmanager
     def _noting(self, case: str, model: str, attack: str) -> Iterator[None]:
@@ -165,7 +138,7 @@ class Sweep:
         case, before = within_memory(contestant.window, predicted, self.log)
         condition, seconds = Condition("clean", "clean"), time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, before)
-        if condition.key(files.case, contestant.name, self.settings) not in self.done:
+        if (files.case, contestant.name, *condition.key) not in self.done:
             repeat = None
             if all(name != contestant.name for _, name, *_ in self.done):
                 # Without the memory for a gradient the clean image and the corruptions are evaluated all the same.
@@ -173,10 +146,8 @@ class Sweep:
                     repeat = within_memory(
                         contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
                     )
-            times = {"seconds": seconds, "metric_seconds": metric_seconds}
-            self._write(
-                self._record(condition, files.case, contestant, metrics, repeat_difference=repeat, forwards=1, **times)
-            )
+            values = {"repeat_difference": repeat, "forwards": 1, "seconds": seconds, "metric_seconds": metric_seconds}
+            self._write(self._record(condition, files.case, contestant, metrics, **values))
         self.step(f"{files.case}  {contestant.name}  clean")
         return _Subject(contestant, files, case, before, metrics.dice)
 
@@ -201,20 +172,22 @@ class Sweep:
         started = time.perf_counter()
         count = case.image_channels
         size = measure_size(
-            case.base[0, :count].cpu().numpy(),
-            found.perturbed[0, :count].cpu().numpy(),
+            *(image[0, :count].cpu().numpy() for image in (case.base, found.perturbed)),
             scale=None if case.scale is None else case.scale.tolist(),
             native_range=case.native_range.tolist(),
             budget="volume" if condition.kind == "minimal" else self.settings.budget,
         )
         metric_seconds += time.perf_counter() - started
-        pictured = case.scale is not None and self._is_worst(condition, subject, metrics)
-        saved = self.settings.save_adversarial
+        # Pictured is the worst white-box attack at the middle budget so far.
+        middle = condition.kind == "white" and condition.eps == self.settings.eps[len(self.settings.eps) // 2]
+        pictured = middle and case.scale is not None and metrics.dice is not None and metrics.dice < subject.worst
         panel = disk = None
-        if pictured or saved:
+        if pictured or self.settings.save_adversarial:
             native = case.native_delta(case.delta(found.perturbed))
-            panel = self._panel(condition, subject, native, after) if pictured else None
-            disk = self._disk(condition, subject, native) if saved else None
+            if pictured:
+                subject.worst, panel = metrics.dice or 0.0, self._panel(condition, subject, native, after)
+            if self.settings.save_adversarial:
+                disk = self._disk(condition, subject, native)
         return self._record(
             condition, case.raw.case, contestant, metrics, size=size, eps_network=found.eps_network,
             breaking_rms=found.breaking_rms, trace=found.trace, zero_gradient=found.zero_gradient,
@@ -233,25 +206,27 @@ class Sweep:
         delta = found.perturbed - case.base
         image = delta[:, : case.image_channels]
         length, rms = float(perturbation_size(image, self.settings.norm)), image.square().mean().sqrt()
-        for factor in (1.0, *_LARGER):
-            if factor > 1:
-                if factor * length > found.eps_network:
-                    break
-                larger = case.base + factor * delta
-                found = replace(found, perturbed=larger, breaking_rms=float(factor * rms))
-                after = case.predict(subject.contestant.window, larger)
-                metrics, _ = self._metrics(case, after)
-            if metrics.dice is not None and metrics.dice < threshold:
-                return found, after, metrics
-        return replace(found, breaking_rms=None), after, metrics
+
+        def broken() -> bool:
+            return metrics.dice is not None and metrics.dice < threshold
+
+        for factor in _LARGER:
+            if broken() or factor * length > found.eps_network:
+                break
+            larger = case.base + factor * delta
+            found = replace(found, perturbed=larger, breaking_rms=float(factor * rms))
+            after = case.predict(subject.contestant.window, larger)
+            metrics, _ = self._metrics(case, after)
+        return found if broken() else replace(found, breaking_rms=None), after, metrics
 
     def _corruption(self, condition: Condition, subject: _Subject) -> Record:
         raw, contestant = subject.case.raw, subject.contestant
         began = time.perf_counter()
-        name, severity = condition.attack.partition(":")[2], condition.severity
-        assert severity is not None
-        image = corrupt(raw.image, raw.spacing_mm, name, severity, self.settings.seed, raw.case)
-        case = subject.case.altered(image)
+        assert condition.severity is not None
+        name = condition.attack.removeprefix("corruption:")
+        case = subject.case.altered(
+            corrupt(raw.image, raw.spacing_mm, name, condition.severity, self.settings.seed, raw.case)
+        )
         after = case.predict(contestant.window, case.base)
         seconds = time.perf_counter() - began
         metrics, metric_seconds = self._metrics(case, after)
@@ -280,23 +255,10 @@ class Sweep:
             model=contestant.name,
             kind=condition.kind,
             attack=condition.attack,
-            classes=metrics.classes,
-            dice=metrics.dice,
-            nsd=metrics.nsd,
-            hd95_mm=metrics.hd95_mm,
-            slice_dice=metrics.slice_dice,
+            **vars(metrics),
             **condition.fields(self.settings),
             **values,
         )
-
-    def _is_worst(self, condition: Condition, subject: _Subject, metrics: CaseMetrics) -> bool:
-        """Whether this is the case's worst white-box attack at the middle budget so far; if so it is noted."""
-        middle = self.settings.eps[len(self.settings.eps) // 2] if self.settings.eps else None
-        dice = metrics.dice
-        if condition.kind != "white" or condition.eps != middle or dice is None or dice >= subject.worst:
-            return False
-        subject.worst = dice
-        return True
 
     def _panel(self, condition: Condition, subject: _Subject, native: FloatArray, after: LabelArray) -> str:
         """Store slices for the report; those of a better outcome of the same case are removed."""
@@ -306,6 +268,9 @@ class Sweep:
         if subject.panel is not None and subject.panel != path:
             subject.panel.unlink(missing_ok=True)
         subject.panel = path
+        return self._relative(path)
+
+    def _relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _disk(self, condition: Condition, subject: _Subject, native: FloatArray) -> Disk:
@@ -319,8 +284,8 @@ class Sweep:
         assert case.scale is not None
         change = (again.raw.image.astype(np.float64) - case.raw.image) / case.scale.reshape(-1, 1, 1, 1)
         return Disk(
-            image=[path.relative_to(self.folder).as_posix() for path in images],
-            difference=[path.relative_to(self.folder).as_posix() for path in differences],
+            image=[self._relative(path) for path in images],
+            difference=[self._relative(path) for path in differences],
             dice=metrics.dice,
             rms=float(np.sqrt(np.square(change).sum() / (len(change) * case.image_voxels))),
             linf=float(np.abs(change).max()),

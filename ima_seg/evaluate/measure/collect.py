@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ima_seg.errors import UserError
-from ima_seg.evaluate.records import Failure, Record, read_lines
+from ima_seg.evaluate.records import Failure, Record, parse, read_lines
 from ima_seg.evaluate.run import ModelInfo, Run
 
 #: Fields of a record in which two computations of the same thing may differ.
@@ -21,25 +18,15 @@ _VARYING = {"seconds", "metric_seconds", "panel"}
 
 @dataclass
 class Evaluation:
-    """One evaluation, merged from its parts.
+    """One evaluation, merged from its parts."""
 
-    Attributes:
-        run: settings and circumstances; the models and cases of all folders, in their order.
-        records: without duplicates.
-        failures: cases that could not be evaluated, less those that a later attempt completed.
-        panels: panel file of each record that has one, by its key.
-        duplicates: how many records were there twice; the first was kept.
-        differing: keys of the records whose duplicates differ in more than their run time.
-        others: run.json of the second and further folders, and of parts, for the circumstances.
-    """
-
-    run: Run
-    records: list[Record]
-    failures: list[Failure]
-    panels: dict[tuple[Any, ...], Path] = field(default_factory=dict)
-    duplicates: int = 0
-    differing: list[tuple[Any, ...]] = field(default_factory=list)
-    others: list[Run] = field(default_factory=list)
+    run: Run  # settings and circumstances; the models and cases of all folders, in their order
+    records: list[Record]  # without duplicates
+    failures: list[Failure]  # less those that a later attempt completed
+    panels: dict[tuple[Any, ...], Path] = field(default_factory=dict)  # by the key of the record
+    duplicates: int = 0  # how many records were there twice; the first was kept
+    differing: list[tuple[Any, ...]] = field(default_factory=list)  # keys of those that differ in more than their times
+    others: list[Run] = field(default_factory=list)  # of further folders and of parts, for the circumstances
 
 
 def read_run(folder: Path, name: str = "run.json") -> Run:
@@ -49,15 +36,9 @@ def read_run(folder: Path, name: str = "run.json") -> Run:
         UserError: there is none, or it is no valid one.
     """
     path = folder / name
-    try:
-        return Run.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {folder} is not the output folder of an evaluation") from None
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid ({str(error).splitlines()[0]}); the file was changed by hand or written by another "
-            "version, evaluate again"
-        ) from None
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {folder} is not the output folder of an evaluation")
+    return parse(path.read_bytes(), Run, str(path))
 
 
 def collect(folders: Sequence[Path]) -> Evaluation:
@@ -96,23 +77,23 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     if not seen:
         raise UserError(f"no records in {names}: there is no records*.jsonl, or nothing was evaluated yet")
     result.records = _in_order(run, position, seen.values())
-    complete = _complete(run, result.records)
+    whole = complete(run, result.records)
     for folder in folders:
         for failure in read_lines(sorted(folder.glob("failures*.jsonl")), Failure):
             models = expected["model"] if failure.model is None else {failure.model}
-            later = all((failure.case, model) in complete for model in models)
+            later = all((failure.case, model) in whole for model in models)
             if failure not in result.failures and not later:
                 result.failures.append(failure)
     result.failures.sort(key=lambda f: (position.get(f.case, len(position)), f.case, f.model or "", f.message))
     return result
 
 
-def _complete(run: Run, records: Sequence[Record]) -> set[tuple[str, str]]:
+def complete(run: Run, records: Iterable[Record]) -> set[tuple[str, str]]:
     """(case, model) with every record that the settings ask for."""
     found: dict[tuple[str, str], set[tuple[str, float | None, int | None]]] = defaultdict(set)
     for record in records:
-        found[record.case, record.model].add((record.attack, record.eps, record.severity))
-    return {key for key, there in found.items() if there >= set(run.conditions.get(key[1], ()))}
+        found[record.case, record.model].add(record.key[2:])
+    return {key for key, there in found.items() if there.issuperset(run.conditions.get(key[1], ()))}
 
 
 def _merge(folders: Sequence[Path], runs: Sequence[Run]) -> Run:

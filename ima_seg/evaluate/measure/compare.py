@@ -18,43 +18,31 @@ _DECIMALS = 12  # differences are rounded to this, so that equal ones tie whatev
 
 
 class Comparison(Strict):
-    """A model against the reference model on the ``n`` cases that both have.
-
-    Attributes:
-        reference_mean: mean Dice of the reference model over these cases; ``model_mean`` of the other.
-        difference: mean difference, model minus reference.
-        effect: matched-pairs rank-biserial correlation, -1 where the model is worse in every case, 1 where better.
-        p: two-sided Wilcoxon signed-rank test.
-        p_holm: the same, corrected for all comparisons of the report.
-    """
+    """A model against the reference model on the ``n`` cases that both have."""
 
     model: str = ""
     reference: str = ""
     attack: str = ""
     eps: float | None = None
     n: int
-    reference_mean: float
+    reference_mean: float  # Dice, over these cases
     model_mean: float
-    difference: Estimate
-    effect: float
+    difference: Estimate  # mean of model minus reference
+    effect: float  # -1 where the model is worse in every case, 1 where better
     p: float
-    p_holm: float
+    p_holm: float  # corrected for all comparisons of the report
 
 
 class CleanCost(Strict):
-    """Whether a model's clean Dice is at most ``margin`` below the reference model's.
-
-    ``difference`` is the mean of model minus reference, ``lower`` its one-sided 95 % bound, None for a single pair;
-    ``holds``: ``lower > -margin``.
-    """
+    """Whether a model's clean Dice is at most ``margin`` below the reference model's."""
 
     model: str = ""
     reference: str = ""
     n: int
-    difference: float
-    lower: float | None
+    difference: float  # mean of model minus reference
+    lower: float | None  # its one-sided 95 % bound, None for a single pair
     margin: float
-    holds: bool
+    holds: bool  # lower > -margin
 
 
 def _differences(a: Sequence[float], b: Sequence[float]) -> Floats:

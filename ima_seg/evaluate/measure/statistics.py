@@ -31,19 +31,13 @@ class Estimate(Strict):
 
 
 class Breaking(Strict):
-    """Smallest perturbations that break a case: their median over ``n`` cases of which ``broken`` were broken.
-
-    Attributes:
-        median_rms: ``None``: more than half were not broken, so that it lies above what was tried.
-        low: confidence bound of the median; ``None``: there is no bound from so few or so many unbroken cases.
-        high: the same; ``None``: the median may lie anywhere above ``low``.
-    """
+    """Smallest perturbations that break a case: their median over ``n`` cases of which ``broken`` were broken."""
 
     model: str
     attack: str
-    median_rms: float | None
-    low: float | None
-    high: float | None
+    median_rms: float | None  # None: more than half were not broken, so that it lies above what was tried
+    low: float | None  # None: there is no bound from so few or so many unbroken cases
+    high: float | None  # None: the median may lie anywhere above ``low``
     broken: int
     n: int
 

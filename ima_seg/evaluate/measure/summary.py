@@ -1,6 +1,6 @@
 """The numbers of an evaluation: means with intervals, comparisons, areas, breaking sizes; nothing is recomputed.
 
-Long for its types: they are the layout of ``summary.json``, and each stands beside what fills it.
+One file: its types are the layout of ``summary.json``, and each stands beside what fills it.
 """
 
 from __future__ import annotations
@@ -94,38 +94,30 @@ class Area(Strict):
 
 
 class Targeted(Strict):
-    """One organ made to disappear (share of its reference volume that is left) or to appear (share of the volume
-    predicted on the clean image).
-    """
+    """One organ made to disappear or to appear."""
 
     model: str
     attack: str
     target: str
     eps: float | None
-    share: Estimate | None
+    share: Estimate | None  # volume left, of that in the reference; or predicted, of that on the clean image
     dice: Estimate | None
     n: int
     left_out: int  # nothing to divide by
 
 
 class Saved(Strict):
-    """Adversarial files of one model, attack and budget, read again from disk.
-
-    Attributes:
-        resampled: of how many files the plans resample the image; there the two Dice may differ.
-        dice: mean in network space, as everywhere else in the report; ``disk_dice`` of the files, predicted anew.
-        rms: mean size in network space, SD per voxel; ``disk_rms`` measured on the files.
-    """
+    """Adversarial files of one model, attack and budget, read again from disk."""
 
     model: str
     attack: str
     eps: float | None
     n: int
-    resampled: int
-    dice: float | None
-    disk_dice: float | None
-    rms: float | None
-    disk_rms: float | None
+    resampled: int  # files of which the plans resample the image; there the two Dice may differ
+    dice: float | None  # mean in network space, as everywhere else in the report
+    disk_dice: float | None  # of the files, predicted anew
+    rms: float | None  # mean size in network space, network units per voxel
+    disk_rms: float | None  # the same, measured on the files
 
 
 class Incomplete(Strict):
@@ -176,7 +168,7 @@ def summarise(run: Run, records: Sequence[Record], failures: Sequence[Failure]) 
             for group, members in everything.items()
         ],
         areas=_areas(everything, clean),
-        breaking=_breaking(groups),
+        breaking=_breaking(groups, clean),
         targeted=_targeted(groups),
         comparisons=comparisons([model.name for model in run.models], _dice_of_groups(everything, partial)),
         clean_costs=clean_costs([model.name for model in run.models], clean),
@@ -271,13 +263,12 @@ def _areas(groups: Groups, clean: Mapping[str, Mapping[str, float]]) -> list[Are
     return areas
 
 
-def _breaking(groups: Groups) -> list[Breaking]:
+def _breaking(groups: Groups, clean: Mapping[str, Mapping[str, float]]) -> list[Breaking]:
     found = []
     for group, records in groups.items():
         if group.kind == "minimal":
-            before = clean_dice(groups, group.model)
             # What has no clean Dice to lose is not robust.
-            sizes = [r.breaking_rms for case, r in records.items() if before.get(case, 0) > 0]
+            sizes = [r.breaking_rms for case, r in records.items() if clean[group.model].get(case, 0) > 0]
             found.append(median_breaking(sizes, group.model, group.attack))
     return [result for result in found if result is not None]
 

@@ -36,8 +36,8 @@ def _columns(item: object | None, prefix: str, names: Iterable[str]) -> dict[str
 
 
 def _spread(name: str, item: Estimate | None) -> dict[str, Any]:
-    low, high = (None, None) if item is None else (item.low, item.high)
-    return {name: None if item is None else item.estimate, f"{name}_low": low, f"{name}_high": high}
+    estimate, low, high = (None, None, None) if item is None else (item.estimate, item.low, item.high)
+    return {name: estimate, f"{name}_low": low, f"{name}_high": high}
 
 
 def records_csv(run: Run, records: Sequence[Record]) -> str:
@@ -45,8 +45,7 @@ def records_csv(run: Run, records: Sequence[Record]) -> str:
     rows = []
     for r in records:
         row = _columns(r, "", _RECORD)
-        row["slice_dice"] = None if r.slice_dice is None else r.slice_dice.mean
-        row["slices"] = None if r.slice_dice is None else r.slice_dice.slices
+        row |= {"slice_dice": r.slice_dice and r.slice_dice.mean, "slices": r.slice_dice and r.slice_dice.slices}
         row |= _columns(r.size, "size_", ("rms", "l2", "linf", "l2_slice", "psnr_db", "ssim"))
         for name in ("native_rms", "native_linf", "percent_rms"):
             values = [] if r.size is None else getattr(r.size, name)

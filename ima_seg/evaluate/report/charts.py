@@ -144,8 +144,8 @@ def curves(ident: str, title: str, lines: Sequence[Line], *, x_label: str, ticks
     return _chart(ident, title, x_label, "mean Dice", paint)
 
 
-def histogram(ident: str, title: str, values: Sequence[float], colour: int, x_label: str, y_label: str) -> str:
-    """Counts of ``values`` from 0 on, with their median as a line."""
+def histogram(ident: str, title: str, values: Sequence[float], colour: int, x_label: str) -> str:
+    """How many training cases have each of ``values``, from 0 on, with their median as a line."""
 
     def paint(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -163,15 +163,13 @@ def histogram(ident: str, title: str, values: Sequence[float], colour: int, x_la
         place = {"xytext": (-5 if late else 5, 0), "textcoords": "offset points", "ha": "right" if late else "left"}
         axes.annotate(f"median {middle:.3g}", (middle, max(counts) * 1.06), color=_MUTED, **place)
 
-    return _chart(ident, title, x_label, y_label, paint)
+    return _chart(ident, title, x_label, "training cases", paint)
 
 
-def course(
-    ident: str, title: str, rows: Sequence[Sequence[float]], colour: int, x_label: str, y_label: str, cap: float
-) -> str:
+def course(ident: str, title: str, rows: Sequence[Sequence[float]], colour: int, y_label: str, cap: float) -> str:
     """The middle of five quantiles over two bands; ``cap`` is drawn where it is in sight, NaN for none.
 
-    Each row is x and its quantiles, ascending.
+    Each row is an epoch and its quantiles, ascending.
     """
 
     def paint(axes: Any) -> None:
@@ -186,4 +184,4 @@ def course(
             top = max(top, 1.08 * cap)
         axes.set(xlim=(x[0], x[-1]), ylim=(0, 1.02 * top))
 
-    return _chart(ident, title, x_label, y_label, paint)
+    return _chart(ident, title, "epoch", y_label, paint)

@@ -1,6 +1,6 @@
 """Sanity checks of an evaluation: whether its attacks did what attacks do. Each answers with its numbers.
 
-Long for its sentences, which belong beside the checks that fill them.
+One file: its sentences belong beside the checks that fill them.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 from ima_seg.evaluate.measure.collect import Evaluation
-from ima_seg.evaluate.measure.groups import WORST, WORST_OF
+from ima_seg.evaluate.measure.groups import WORST, WORST_OF, Group, group_records
 from ima_seg.evaluate.measure.statistics import mean
-from ima_seg.evaluate.measure.summary import Condition, Summary
+from ima_seg.evaluate.measure.summary import Summary
 from ima_seg.evaluate.records import Disk, Record, Size
 from ima_seg.evaluate.report.words import number
 
 Status = Literal["PASS", "WARN", "SKIP"]
+#: Dice by case, of each attack at each budget.
+Points = dict[Group, dict[str, float]]
 
 #: Differences of mean Dice below this are noise to every check.
 TOLERANCE = 0.01
-SINGLE_STEP = ("fgsm",)
-ITERATIVE = ("ifgsm", "pgd")
 FLOOR = 0.1
 #: Rounding in another order; what is larger comes from nondeterministic kernels.
 REPEATABLE = 1e-4
@@ -101,9 +102,9 @@ SENTENCES = {
     "No case failed": ("{share} cases failed and are missing from means", "None of {total} cases failed.", ""),
 }
 STRONGEST = "the strongest white-box attacks"
-GROUPS: dict[str, Callable[[Condition], bool]] = {
-    "iterative attacks": lambda c: c.attack in ITERATIVE,
-    "single-step attacks": lambda c: c.attack in SINGLE_STEP,
+GROUPS: dict[str, Callable[[Group], bool]] = {
+    "iterative attacks": lambda c: c.attack in ("ifgsm", "pgd"),
+    "single-step attacks": lambda c: c.attack == "fgsm",
     "white-box attacks": lambda c: c.kind == "white",
     STRONGEST: lambda c: c.kind == "white",
     "black-box attacks": lambda c: c.kind == "black",
@@ -149,56 +150,51 @@ def _flag(name: str, found: _Found) -> Flag:
     return Flag(name, status, sentence)
 
 
-class _Table:
-    """Conditions with a budget and a Dice, by model, eps and attack; means of two are compared over common cases."""
-
-    def __init__(self, summary: Summary, records: Sequence[Record]) -> None:
-        self.conditions = [c for c in summary.conditions if c.eps is not None and c.dice is not None]
-        self._values: dict[tuple[str, str, float | None], dict[str, float]] = defaultdict(dict)
-        for r in records:
-            if r.dice is not None:
-                self._values[r.model, r.attack, r.eps][r.case] = r.dice
-
-    def falls(self, pairs: Iterable[tuple[Condition, Condition]]) -> _Found:
-        """Whether the first of each pair leaves no more Dice than the second, over the cases that both have."""
-        differences, bad = [], []
-        for a, b in pairs:
-            first, second = (self._values[c.model, c.attack, c.eps] for c in (a, b))
-            common = [case for case in first if case in second]
-            if common:
-                x, y = (sum(values[case] for case in common) / len(common) for values in (first, second))
-                differences.append(x - y)
-                if x > y + TOLERANCE:
-                    bad.append(f"{a.model}: {a.attack} at {a.eps:g} {x:.3f}, {b.attack} at {b.eps:g} {y:.3f}")
-        return _Found(len(differences), bad, number(max(differences, default=None)))
-
-    def group(self, words: str) -> list[Condition]:
-        """The conditions of a group; of the strongest one for each model and eps."""
-        found = [c for c in self.conditions if GROUPS[words](c)]
-        if words == STRONGEST:  # a weak white-box attack beside a strong one does no harm
-            return list({(c.model, c.eps): c for c in sorted(found, key=_dice, reverse=True)}.values())
-        return found
-
-    def ordered(self, name: str) -> _Found:
-        strong, weak = (self.group(words) for words in SENTENCES[name])
-        return self.falls((a, b) for a in strong for b in weak if (a.model, a.eps) == (b.model, b.eps))
-
-    def monotone(self) -> _Found:
-        curves: dict[tuple[str, str], list[Condition]] = defaultdict(list)
-        for c in sorted(self.conditions, key=lambda c: c.eps or 0.0):
-            if c.kind in (*WORST_OF, "noise"):
-                curves[c.model, c.attack].append(c)
-        return self.falls((b, a) for curve in curves.values() for a, b in itertools.pairwise(curve))
+def _points(records: Sequence[Record]) -> Points:
+    groups = {g: members for g, members in group_records(records).items() if g.eps is not None}
+    points = {g: {r.case: r.dice for r in there.values() if r.dice is not None} for g, there in groups.items()}
+    return {group: dice for group, dice in points.items() if dice}
 
 
-def _dice(condition: Condition) -> float:
-    return condition.dice.estimate if condition.dice is not None else 1.0
+def _falls(points: Points, pairs: Iterable[tuple[Group, Group]]) -> _Found:
+    """Whether the first of each pair leaves no more Dice than the second, over the cases that both have."""
+    differences, bad = [], []
+    for a, b in pairs:
+        common = points[a].keys() & points[b].keys()
+        if common:
+            x, y = (fmean(points[group][case] for case in common) for group in (a, b))
+            differences.append(x - y)
+            if x > y + TOLERANCE:
+                bad.append(f"{a.model}: {a.attack} at {a.eps:g} {x:.3f}, {b.attack} at {b.eps:g} {y:.3f}")
+    return _Found(len(differences), bad, number(max(differences, default=None)))
+
+
+def _members(points: Points, words: str) -> list[Group]:
+    """A group of attacks; of the strongest one for each model and eps."""
+    found = [group for group in points if GROUPS[words](group)]
+    if words == STRONGEST:  # a weak white-box attack beside a strong one does no harm
+        found.sort(key=lambda group: fmean(points[group].values()), reverse=True)
+        return list({(group.model, group.eps): group for group in found}.values())
+    return found
+
+
+def _ordered(points: Points, name: str) -> _Found:
+    strong, weak = (_members(points, words) for words in SENTENCES[name])
+    return _falls(points, ((a, b) for a in strong for b in weak if (a.model, a.eps) == (b.model, b.eps)))
+
+
+def _monotone(points: Points) -> _Found:
+    curves: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in sorted(points, key=lambda group: group.eps or 0.0):
+        if group.kind in (*WORST_OF, "noise"):
+            curves[group.model, group.attack].append(group)
+    return _falls(points, ((b, a) for curve in curves.values() for a, b in itertools.pairwise(curve)))
 
 
 def _reaches_floor(summary: Summary) -> _Found:
-    worst = [c for c in summary.conditions if c.attack == WORST and c.dice is not None]
-    lowest = {c.model: c for c in sorted(worst, key=_dice, reverse=True)}
-    numbers = {f"{model} {_dice(c):.3f} at eps {c.eps:g}": _dice(c) for model, c in lowest.items()}
+    worst = [(c.dice.estimate, c) for c in summary.conditions if c.attack == WORST and c.dice is not None]
+    lowest = {c.model: (dice, c) for dice, c in sorted(worst, key=lambda item: item[0], reverse=True)}
+    numbers = {f"{model} {dice:.3f} at eps {c.eps:g}": dice for model, (dice, c) in lowest.items()}
     return _Found(len(numbers), [words for words, dice in numbers.items() if dice >= FLOOR], "; ".join(numbers))
 
 
@@ -208,7 +204,7 @@ def _converged(records: Sequence[Record]) -> _Found:
         if r.kind == "white" and len(r.trace) >= 10 and r.eps is not None:
             tail = max(1, round(0.1 * (len(r.trace) - 1)))
             gains[f"{r.model}, {r.attack} at {r.eps:g}"].append(r.trace[-1 - tail] - r.trace[-1])
-    means = {where: sum(values) / len(values) for where, values in gains.items()}
+    means = {where: fmean(values) for where, values in gains.items()}
     bad = [f"{where}: {gain:.3f}" for where, gain in means.items() if abs(gain) >= TOLERANCE]
     return _Found(len(means), bad, f"{max(map(abs, means.values()), default=0):.4f}")
 
@@ -295,9 +291,9 @@ def _complete(summary: Summary) -> _Found:
 
 def check(evaluation: Evaluation, summary: Summary) -> list[Flag]:
     """All checks, in the order in which the report lists them."""
-    records, table = evaluation.records, _Table(summary, evaluation.records)
+    records, points = evaluation.records, _points(evaluation.records)
     found = {
-        "A larger eps never helps the model": table.monotone(),
+        "A larger eps never helps the model": _monotone(points),
         "A large eps breaks every model": _reaches_floor(summary),
         "More steps would not help the attack": _converged(records),
         "Gradients are not zero": _gradients(records),
@@ -313,4 +309,4 @@ def check(evaluation: Evaluation, summary: Summary) -> list[Flag]:
         "All cases are complete": _complete(summary),
         "No case failed": _Found(summary.cases, list(dict.fromkeys(f.case for f in evaluation.failures))),
     }
-    return [_flag(name, found[name] if name in found else table.ordered(name)) for name in SENTENCES]
+    return [_flag(name, found[name] if name in found else _ordered(points, name)) for name in SENTENCES]

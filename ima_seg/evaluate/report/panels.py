@@ -34,21 +34,14 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """The pictures of one slice.
-
-    Attributes:
-        index: number of the slice along ``axis``.
-        factor: by which the perturbation was multiplied for its picture.
-        window: intensities shown as black and white.
-        length: characters of all pictures.
-    """
+    """The pictures of one slice."""
 
     pictures: list[Picture]
-    index: int
+    index: int  # of the slice along ``axis``
     axis: int
-    factor: float
-    window: tuple[float, float]
-    length: int
+    factor: float  # by which the perturbation was multiplied for its picture
+    window: tuple[float, float]  # intensities shown as black and white
+    length: int  # characters of all pictures
 
 
 def _round_factor(value: float) -> float:

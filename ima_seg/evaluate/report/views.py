@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,21 +62,20 @@ def _curves(
 
 def dice_charts(run: Run, summary: Summary) -> list[Chart]:
     """Dice against eps, one chart per attack; the worst comes first, the transfers of two models share a chart."""
-    facets: dict[str, list[tuple[float, Condition]]] = {WORST: []}
-    for c in summary.conditions:
+    facets: dict[str, list[tuple[float, Condition]]] = defaultdict(list)
+    for c in sorted(summary.conditions, key=lambda c: c.kind != WORST):
         if c.eps is not None and c.kind in (*WORST_OF, "noise", WORST):
             name = "transfer" if c.kind == "transfer" and len(run.models) == 2 else c.attack
-            facets.setdefault(name, []).append((c.eps, c))
-    some = {name: items for name, items in facets.items() if items}
-    return _curves(run, summary, "curve", some, f"eps ({unit_short(run)})")
+            facets[name].append((c.eps, c))
+    return _curves(run, summary, "curve", facets, f"eps ({unit_short(run)})")
 
 
 def corruption_charts(run: Run, summary: Summary) -> list[Chart]:
     """Dice against severity, one chart per corruption."""
-    facets: dict[str, list[tuple[float, Condition]]] = {}
+    facets: dict[str, list[tuple[float, Condition]]] = defaultdict(list)
     for c in summary.conditions:
         if c.kind == "corruption" and c.severity is not None:
-            facets.setdefault(c.attack, []).append((float(c.severity), c))
+            facets[c.attack].append((float(c.severity), c))
     return _curves(run, summary, "corruption", facets, "severity (0: unchanged)")
 
 
@@ -97,14 +97,14 @@ def margin_charts(run: Run) -> list[Chart]:
         title = f"Margins of {model.name}"
         margins = [v for name in ima.get("margins") or {} if not math.isnan(v := _finite(ima["margins"], name))]
         if margins and max(margins) > 0:
-            svg = charts.histogram(f"margins-{number}", title, margins, colour, label, "training cases")
+            svg = charts.histogram(f"margins-{number}", title, margins, colour, label)
             found.append((title, f"{len(margins)} training cases at the end of training", svg))
         title = f"Course of the margins of {model.name}"
         names = ("epoch", "margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
         points = [tuple(_finite(row, name) for name in names) for row in ima.get("history") or []]
         rows = [row for row in points if not any(map(math.isnan, row))]
         if len(rows) > 1 and any(max(row[1:]) > 0 for row in rows):
-            svg = charts.course(f"course-{number}", title, rows, colour, "epoch", label, _finite(ima, "eps_max"))
+            svg = charts.course(f"course-{number}", title, rows, colour, label, _finite(ima, "eps_max"))
             note = "Median over training cases, with the ranges from 25 to 75 % and from 5 to 95 %"
             found.append((title, note, svg))
     return found
@@ -124,17 +124,14 @@ def budget_sizes(run: Run, summary: Summary) -> list[tuple[float, dict[str, floa
 
 def attack_rows(summary: Summary) -> dict[str, list[Condition]]:
     """Conditions of the main table by attack, the worst first, then by eps and model."""
-    found: dict[str, list[Condition]] = {WORST: []}
-    for c in summary.conditions:
-        if c.kind in (WORST, *WORST_OF, "noise"):
-            found.setdefault(c.attack, []).append(c)
+    shown = [c for c in summary.conditions if c.kind in (WORST, *WORST_OF, "noise")]
     models = list(dict.fromkeys(c.model for c in summary.conditions))
-    for items in found.values():
-        items.sort(key=lambda c: (c.eps or 0.0, models.index(c.model)))
     # Transfers from different models side by side.
-    families = list(dict.fromkeys(name.split(":")[0] for name in found))
-    ordered = sorted(found.items(), key=lambda item: families.index(item[0].split(":")[0]))
-    return {name: items for name, items in ordered if items}
+    families = list(dict.fromkeys([WORST, *(c.attack.split(":")[0] for c in shown)]))
+    found: dict[str, list[Condition]] = defaultdict(list)
+    for c in sorted(shown, key=lambda c: (families.index(c.attack.split(":")[0]), c.eps or 0.0, models.index(c.model))):
+        found[c.attack].append(c)
+    return found
 
 
 def case_table(evaluation: Evaluation, summary: Summary) -> dict[str, list[Any]]:

@@ -69,10 +69,9 @@ def bounds(item: Estimate | None, digits: int = 3) -> str:
 
 def with_interval(item: Estimate | None, digits: int = 3) -> str:
     """For sentences: ``0.84 (95 % CI 0.80–0.88)``."""
-    if item is None:
-        return "not known"
     interval = bounds(item, digits)
-    return number(item.estimate, digits) + (f" (95\u00a0%\u00a0CI {interval})" if interval else "")
+    between = f" (95\u00a0%\u00a0CI {interval})" if interval else ""
+    return "not known" if item is None else number(item.estimate, digits) + between
 
 
 def p_value(p: float) -> str:
@@ -127,8 +126,8 @@ def _difference(test: Comparison, total: int) -> str:
     p = p_value(test.p_holm)
     p = p if p.startswith("<") else f"=\u00a0{p}"
     correction = f", Holm-corrected for {total} comparisons" if total > 1 else ""
-    test_words = f"Wilcoxon signed-rank test, {test.n} cases{correction}"
-    return f"difference {with_interval(test.difference)}, p\u00a0{p} ({test_words})"
+    found = f"difference {with_interval(test.difference)}, p\u00a0{p}"
+    return f"{found} (Wilcoxon signed-rank test, {test.n} cases{correction})"
 
 
 def headline(run: Run, summary: Summary) -> list[str]:
@@ -147,10 +146,8 @@ def headline(run: Run, summary: Summary) -> list[str]:
         if c.dice is None or worst is None or worst.dice is None:
             continue
         verb = "falls" if worst.dice.estimate < c.dice.estimate else "goes"
-        falls.append(
-            f"{'that of' if falls else 'of'} {name} {verb} from {number(c.dice.estimate)} to "
-            f"{with_interval(worst.dice)}"
-        )
+        whose = "that of" if falls else "of"
+        falls.append(f"{whose} {name} {verb} from {number(c.dice.estimate)} to {with_interval(worst.dice)}")
         for test in summary.comparisons:
             if (test.model, test.attack, test.eps) == (name, WORST, eps):
                 against = f"{name} minus {test.reference}: " if len(run.models) > 2 else ""
