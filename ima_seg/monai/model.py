@@ -29,6 +29,8 @@ class LoadedBundle(Parts):
         classes: foreground class -> label values, in the order of the outputs.
         channels: names of the image channels.
         is_single_ct: whether there is one channel, of CT.
+        is_2d: never: bundles are attacked as a whole, also where their inferer cuts slices.
+        dataset: bundles do not name their data set.
     """
 
     folder: Path
@@ -38,21 +40,13 @@ class LoadedBundle(Parts):
     classes: dict[str, tuple[int, ...]]
     channels: list[str]
     is_single_ct: bool
+    is_2d: bool = False
+    dataset: str = ""
 
     @property
     def files(self) -> list[Path]:
         """Those that define it."""
         return [self.config, self.folder / "configs" / "metadata.json", self.weights]
-
-    @property
-    def is_2d(self) -> bool:
-        """Bundles are attacked as a whole, also where their inferer cuts slices."""
-        return False
-
-    @property
-    def dataset(self) -> str:
-        """Bundles do not name their data set."""
-        return ""
 
     def card(self) -> dict[str, Any]:
         """What :class:`ima_seg.evaluate.run.ModelInfo` says of it, beside name and files."""
