@@ -112,9 +112,8 @@ class PreparedCase:
 
     def altered(self, image: npt.NDArray[np.float32]) -> PreparedCase:
         """The same case with another image (a corrupted one), of the same shape."""
-        return prepare_case(
-            self.raw, self.model, device=self.base.device, image=image, previous_stage=self.previous_stage
-        )
+        device, previous = self.base.device, self.previous_stage
+        return prepare_case(self.raw, self.model, device=device, image=image, previous_stage=previous)
 
     def target(self, *, slices: bool = False) -> Target:
         """The reference of the whole volume, or of its slices along the first axis as a batch."""
@@ -156,12 +155,12 @@ class PreparedCase:
     def native_delta(self, delta: torch.Tensor) -> FloatArray:
         """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities and geometry."""
         values = delta.detach().float().cpu().numpy()
-        shape = tuple(int(size) for size in self.properties["shape_after_cropping_and_before_resampling"])
         if self.resampled:
+            shape = tuple(int(size) for size in self.properties["shape_after_cropping_and_before_resampling"])
             values = _resample(self.model, self.properties, values, shape, back=True)
             if self.nonzero is not None:
                 values = values * self.nonzero  # the kernel of the resampling reaches beyond the mask
-        values = values.astype(np.float64) * self.scale.reshape(-1, *(1,) * len(shape))
+        values = values.astype(np.float64) * self.scale.reshape(-1, 1, 1, 1)
         full = np.zeros((len(values), *self.properties["shape_before_cropping"]))
         full[(slice(None), *_box(self.properties["bbox_used_for_cropping"]))] = values
         return _turned(full, self.model.plans.transpose_backward)
@@ -170,7 +169,7 @@ class PreparedCase:
         """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
         values = _turned(delta, self.model.plans.transpose_forward)
         values = values[(slice(None), *_box(self.properties["bbox_used_for_cropping"]))]
-        values = values / self.scale.reshape(-1, *(1,) * (values.ndim - 1))
+        values = values / self.scale.reshape(-1, 1, 1, 1)
         if self.resampled:
             values = _resample(self.model, self.properties, values, self.base.shape[2:])
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.base.device)
@@ -205,14 +204,7 @@ def prepare_case(
     image: npt.NDArray[np.float32] | None = None,
     previous_stage: LabelArray | None = None,
 ) -> PreparedCase:
-    """Preprocess a case as nnU-Net's inference does.
-
-    Args:
-        raw: the case.
-        model: the model.
-        device: where the tensors go.
-        image: replaces the case's image (a corrupted one), of the same shape.
-        previous_stage: (Z, Y, X) segmentation of the previous stage, for a cascade.
+    """Preprocess a case as nnU-Net's inference does, or with another ``image`` of its shape (a corrupted one).
 
     Raises:
         UserError: an image without contrast, a normalisation that is not known, a missing previous stage.

@@ -105,8 +105,7 @@ class Renormalise(nn.Module):
         offsets: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.scales, self.offsets = list(scales), list(offsets)
-        self.inside = inside
+        self.scales, self.offsets, self.inside = list(scales), list(offsets), inside
         #: Channel -> shift and width of the clean image, where they are taken anew from the perturbed one.
         self.clean_statistics = {
             i: self._statistics(clean[:, i], s) for i, s in enumerate(scales) if whole and s.scheme in _FROM_THE_IMAGE
