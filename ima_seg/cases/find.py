@@ -111,11 +111,10 @@ def _by_stem(folder: Path, names: Sequence[str], endings: Sequence[str]) -> dict
 
 def _list_files(folder: Path, content: str) -> list[str]:
     """Sorted names of the files in ``folder``, which should hold ``content``, without hidden ones."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; name the folder with the {content}")
     try:
         return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
-    except FileNotFoundError:
-        raise UserError(f"{folder} does not exist; name the folder with the {content}") from None
-    except NotADirectoryError:
-        raise UserError(f"{folder} is a file; name the folder with the {content}") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be listed ({error.strerror}); give yourself permission to read it") from None

@@ -20,32 +20,20 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Structure:
-    """One painted structure.
+    """One painted structure."""
 
-    Attributes:
-        tissue: key of the tissue tables in ``phantom_imaging``.
-        cover: share of each voxel that it covers, 0..1, float32, shape of the grid.
-        own_mean: True if its mean intensity is drawn for this structure alone (bowel loops differ from each other).
-    """
-
-    tissue: str
-    cover: Array
-    own_mean: bool = False
+    tissue: str  # key of the tissue tables in phantom_imaging
+    cover: Array  # share of each voxel that it covers, 0..1, shape of the grid
+    own_mean: bool = False  # its mean intensity is drawn for it alone: bowel loops differ from each other
 
 
 @dataclass
 class Space:
-    """The voxel grid as seen by the patient.
+    """The voxel grid as seen by the patient."""
 
-    Attributes:
-        points: patient coordinates of the voxel centres, float32, shape (3, X, Y, Z).
-        half: half the field of view along each patient axis, mm, shape (3,).
-        edge: width of the partial-volume ramp at a border, mm.
-    """
-
-    points: Array
-    half: Vector
-    edge: float
+    points: Array  # (3, X, Y, Z) patient coordinates of the voxel centres
+    half: Vector  # (3,) half the field of view along each patient axis, mm
+    edge: float  # width of the partial-volume ramp at a border, mm
 
 
 def rotation(angles: Sequence[float] | Vector) -> Vector:
@@ -155,13 +143,7 @@ class Abdomen:
 
 
 def draw_abdomen(rng: np.random.Generator, space: Space, *, lesion: bool) -> Abdomen:
-    """Draw one patient: body, spine, vessels, decoys that look like the targets, then the organ and its lesions.
-
-    Args:
-        rng: the case's generator.
-        space: the grid.
-        lesion: whether the organ bears lesions (one to three).
-    """
+    """Draw one patient: body, spine, vessels, decoys that look like the targets, the organ and one to three lesions."""
     case = Abdomen()
     body = blob(rng, space, (0, 0, 0), (rng.uniform(0.82, 0.94), rng.uniform(0.66, 0.8), 2.2), rough=0.02)
     wall = 1 - rng.uniform(0.07, 0.16)

@@ -28,12 +28,8 @@ class _Strict(BaseModel):
 class AdversarialSettings(_Strict):
     """The published 2D experiment on this data set: how large the noise was.
 
-    Attributes:
-        norm: always "l2": the Euclidean norm over one whole patch, all channels, in network units.
-        patch: voxels per axis of the patch that the norm runs over.
-        eps_max_l2: cap of a case's margin.
-        delta_l2: step by which margins grow.
-        test_l2: amounts of noise at test, 0 first.
+    Sizes are Euclidean norms over one whole patch of so many voxels per axis, all channels, in network units: the cap
+    of a case's margin, the step by which margins grow, and the amounts of noise at test, 0 first.
     """
 
     norm: Literal["l2"]
@@ -44,37 +40,19 @@ class AdversarialSettings(_Strict):
 
 
 class DecathlonSource(_Strict):
-    """A task of the Medical Segmentation Decathlon.
-
-    Attributes:
-        task: folder name, ``TaskNN_Name``.
-        archive: file name of the published archive.
-        md5: its MD5 sum, hexadecimal.
-        training_cases: number of labelled cases.
-        test_cases: number of unlabelled cases.
-        channel_names: in channel order.
-        labels: name to value.
-    """
+    """A task of the Medical Segmentation Decathlon: its folder, the published archive, and what it holds."""
 
     task: str = Field(pattern=r"^Task\d\d_[A-Za-z0-9]+$")
     archive: str
     md5: str = Field(pattern=r"^[0-9a-f]{32}$")
     training_cases: int = Field(gt=0)
-    test_cases: int = Field(ge=0)
+    test_cases: int = Field(ge=0)  # without labels
     channel_names: tuple[str, ...] = Field(min_length=1)
     labels: dict[str, int]
 
 
 class PhantomSettings(_Strict):
-    """Arguments of :func:`ima_seg.data.phantom.write_phantom_dataset` that make a flavour.
-
-    Attributes:
-        modality: "mr", "mr2" or "ct".
-        spacing: voxel size, mm.
-        shape: voxels per axis.
-        regions: whether labels are nested regions.
-        ignore_label: whether the annotation is sparse.
-    """
+    """Arguments of :func:`ima_seg.data.phantom.write_phantom_dataset` that make a flavour."""
 
     modality: Literal["mr", "mr2", "ct"]
     spacing: tuple[float, float, float]

@@ -38,23 +38,14 @@ _REFERENCE, _WEIGHTS = "ima_seg_reference", "ima_seg_weights"
 
 @dataclass(frozen=True)
 class Parts:
-    """What inference needs of a bundle, as its config says.
+    """What inference needs of a bundle, as its config says."""
 
-    Attributes:
-        network: without its weights at first.
-        preprocessing: MONAI's Compose.
-        postprocessing: the same, without what saves files.
-        inferer: MONAI's Inferer.
-        weights: the file that the config loads, or ``models/model.pt``.
-        config: the file that says all this.
-    """
-
-    network: nn.Module
-    preprocessing: Any
-    postprocessing: Any
-    inferer: Any
-    weights: Path
-    config: Path
+    network: nn.Module  # without its weights at first
+    preprocessing: Any  # MONAI's Compose
+    postprocessing: Any  # the same, without what saves files
+    inferer: Any  # MONAI's Inferer
+    weights: Path  # the file that the config loads, or models/model.pt
+    config: Path  # the file that says all this
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
@@ -85,10 +76,8 @@ def is_single_ct(metadata: Mapping[str, Any]) -> bool:
 def load_parts(root: Path, *, device: torch.device, trust: bool) -> Parts:
     """Build network, transforms and inferer of a bundle.
 
-    Args:
-        root: the bundle; it takes the place of ``bundle_root`` in the config.
-        device: takes the place of ``device``.
-        trust: let the config run what it likes, with modules of the bundle.
+    In its config, ``root`` takes the place of ``bundle_root`` and ``device`` that of ``device``. If it is trusted
+    (``trust``), it runs what it likes, with modules of the bundle.
 
     Raises:
         UserError: a file or part is missing or cannot be built, or it would run code while ``trust`` is not set.

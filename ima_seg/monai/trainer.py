@@ -37,12 +37,7 @@ _MONAI_NAMES = {
 def make_method(
     options: Method[Any, Any] | Mapping[str, Any], *, epochs: int, name: str | None = None
 ) -> Method[Any, Any]:
-    """The method that a trainer's argument describes.
-
-    Args:
-        options: see :class:`AdversarialSupervisedTrainer`.
-        epochs: length of the training.
-        name: of the method, where ``options`` do not say it.
+    """The method that a trainer's argument describes, by ``name`` where ``options`` do not say it.
 
     Raises:
         UserError: an unknown method, setting or value, or no ``labels``.
@@ -58,10 +53,8 @@ def make_method(
             "background, or a method of ima_seg.methods"
         )
     labels = values.pop("labels")
-    if isinstance(labels, Mapping):
-        labels = Labels(**labels)
-    elif isinstance(labels, int):
-        labels = Labels(labels)
+    if isinstance(labels, Mapping | int):
+        labels = Labels(**labels) if isinstance(labels, Mapping) else Labels(labels)
     image_channels, voxels = values.pop("image_channels", None), values.pop("patch_voxels", None)
     for setting in values.keys() & _MONAI_NAMES.keys():
         raise UserError(f"{name}: {setting} is a setting of nnU-Net's trainers; here it is {_MONAI_NAMES[setting]}")
