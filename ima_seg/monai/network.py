@@ -21,7 +21,7 @@ class AsUsed(nn.Module):
         network: maps (B, C, *S) and the further inputs to logits.
         inferer: a ``monai.inferers.Inferer``. With any but ``SimpleInferer`` the activations of a network pass are not
             kept for the gradient but computed again: a sliding window then needs the memory of one batch of windows.
-        inputs: the further inputs, see :func:`own_inputs`.
+        inputs: the further inputs, by position and by name, and the size of the batch, as for :func:`own_inputs`.
     """
 
     def __init__(self, network: Any, inferer: Any, *inputs: Any) -> None:

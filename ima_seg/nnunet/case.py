@@ -223,11 +223,10 @@ def prepare_case(
         image, first_stage, dict(raw.properties), plans, configuration, model.dataset_json
     )
     data, segmentation = np.asarray(data, dtype=np.float32), np.asarray(segmentation)
-    cropped, region, box = crop_to_nonzero(
-        _turned(image, forward).astype(np.float32),
-        None if first_stage is None else _turned(first_stage, forward).copy(),
-    )
-    scales = channel_scales(cropped, region[0] >= 0, plans=plans, configuration=configuration, case=raw.case)
+    earlier = None if first_stage is None else _turned(first_stage, forward).copy()
+    cropped, region, box = crop_to_nonzero(_turned(image, forward).astype(np.float32), earlier)
+    nonzero = region[0] >= 0
+    scales = channel_scales(cropped, nonzero, plans=plans, configuration=configuration, case=raw.case)
     resampled = data.shape[1:] != cropped.shape[1:]
     reference = _turned(raw.reference[None], forward)[(slice(None), *_box(box))]
     if resampled:
@@ -246,8 +245,8 @@ def prepare_case(
     if first_stage is not None:
         masks = list(convert_labelmap_to_one_hot(segmentation[0], model.label_manager.foreground_labels, data.dtype))
 
-    def tensor(channels: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(np.stack(channels), dtype=np.float32))[None].to(device)
+    def tensor(channels: Any, dtype: type = np.float32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(np.stack(channels), dtype=dtype))[None].to(device)
 
     # Of all channels: a voxel that is not zero in one channel belongs to the mask of every channel.
     masked = any(scale.masked for scale in scales)
@@ -257,9 +256,9 @@ def prepare_case(
         base=tensor([*base, *extra, *masks]),
         clean=tensor([*data, *masks]),
         image_channels=len(data),
-        support=torch.from_numpy(segmentation[:1] >= 0)[None].to(device) if masked else None,
-        nonzero=region[0] >= 0 if masked else None,
-        reference=torch.from_numpy(np.ascontiguousarray(reference.astype(np.int16)))[None].to(device),
+        support=tensor(segmentation[:1] >= 0, np.bool_) if masked else None,
+        nonzero=nonzero if masked else None,
+        reference=tensor(reference, np.int16),
         scales=scales,
         native_range=intensity_range(cropped),
         offsets=offsets,

@@ -27,12 +27,6 @@ _TASK = re.compile(r"Task(\d{2,3})_([A-Za-z0-9-]+)")
 _NIFTI = ".nii.gz"
 
 
-def default_processes() -> int:
-    """Return ``nnUNet_def_n_proc`` if it is a positive number, else the number of processors, at most 4."""
-    value = os.environ.get("nnUNet_def_n_proc", "")
-    return int(value) if value.isdecimal() and int(value) > 0 else min(os.cpu_count() or 1, 4)
-
-
 def convert_decathlon(
     path: Path, *, dataset_id: int | None = None, num_processes: int | None = None, verify: bool = True
 ) -> Path:
@@ -45,7 +39,7 @@ def convert_decathlon(
     Args:
         path: the folder ``TaskNN_Name``, or its archive (.tar, .tar.gz, .tgz).
         dataset_id: nnU-Net's id; default: the task's number.
-        num_processes: worker processes; default: :func:`default_processes`.
+        num_processes: worker processes; default: ``nnUNet_def_n_proc``, else the number of processors, at most 4.
         verify: compare the MD5 sum of a known task's .tar archive with the recipe's, and require every training case
             that ``dataset.json`` lists.
 
@@ -57,7 +51,10 @@ def convert_decathlon(
     """
     root = raw_root()
     path = Path(os.path.abspath(path))
-    if num_processes is not None and num_processes < 1:
+    if num_processes is None:
+        given = os.environ.get("nnUNet_def_n_proc", "")
+        num_processes = int(given) if given.isdecimal() and int(given) else min(os.cpu_count() or 1, 4)
+    if num_processes < 1:
         raise UserError(f"number of processes {num_processes}: give at least 1")
     if not path.exists():
         raise UserError(f"{path} does not exist: give the downloaded folder TaskNN_Name or its .tar archive")
@@ -74,7 +71,7 @@ def convert_decathlon(
         staged = _stage(source, scratch / "staged", verify)
         (scratch / "raw").mkdir()
         made = scratch / "raw" / target.name
-        _run_nnunet(staged, scratch / "raw", int(target.name[7:10]), num_processes or default_processes())
+        _run_nnunet(staged, scratch / "raw", int(target.name[7:10]), num_processes)
         if not made.is_dir():
             raise UserError(f"{path}: nnU-Net's conversion left no {target.name}: check that nnunetv2 is version 2.8")
         if target.exists():
@@ -108,8 +105,7 @@ def _target_name(source: Path, given: Path, dataset_id: int | None) -> str:
         raise UserError(f"{what} is not named like a Decathlon task: it must be TaskNN_Name, e.g. Task04_Hippocampus")
     number = int(match[1]) if dataset_id is None else dataset_id
     name = dataset_folder_name(number, match[2])
-    taken = taken_by_other(number)
-    if taken:
+    if taken := taken_by_other(number):
         raise UserError(f"dataset id {number} is taken by {taken[0]}: choose another id (-d), or remove that folder")
     return name
 
@@ -127,8 +123,7 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
     )
     if not images:
         raise UserError(f"{source / 'imagesTr'}: no {_NIFTI} files: download or unpack the task again")
-    unpaired = sorted(images ^ labels)
-    if unpaired:
+    if unpaired := sorted(images ^ labels):
         lacking = "label" if unpaired[0] in images else "image"
         raise UserError(f"{source}: {unpaired[0]} has no {lacking}: download or unpack the task again")
     if verify:
@@ -167,9 +162,7 @@ def _read_description(source: Path) -> dict[str, Any]:
 
 def _check_listed(source: Path, content: dict[str, Any], images: set[str]) -> None:
     listed = content.get("training")
-    if not isinstance(listed, list):
-        return
-    for entry in listed:
+    for entry in listed if isinstance(listed, list) else ():
         name = Path(str(entry.get("image", "") if isinstance(entry, dict) else entry)).name
         if name and name not in images:
             raise UserError(

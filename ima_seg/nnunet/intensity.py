@@ -23,7 +23,7 @@ def native_scale(
         case: case id.
         images: folder with ``CASE_0000.nii.gz`` and so on.
         plans: contents of the plans file.
-        configuration: configuration whose normalisation is meant.
+        configuration: whose normalisation is meant.
         dataset_json: contents of dataset.json.
 
     Raises:
