@@ -18,7 +18,9 @@ def find_cases(
     one_name: bool = False,
     limit: int | None = None,
 ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-    """Find images ``CASE_0000.nii.gz`` to the last channel and labels ``CASE.nii.gz``.
+    """The complete cases of two folders and the incomplete ones, both sorted by name.
+
+    Images are ``CASE_0000.nii.gz`` to the last of the ``channels``, labels ``CASE.nii.gz``.
 
     Args:
         images: folder such as ``imagesTs``.
@@ -27,10 +29,7 @@ def find_cases(
         endings: of the files, such as ``.nii.gz``.
         one_name: an image may also be named like its label, as in the Decathlon; it may hold its channels along a
             fourth axis.
-        limit: stop, in the order of the names, after so many complete cases.
-
-    Returns:
-        The complete cases and the incomplete ones, both sorted by name.
+        limit: stop after so many complete cases.
 
     Raises:
         UserError: a folder is missing or unreadable, or there is not a single complete case.

@@ -85,15 +85,10 @@ def blob(
     rough: float = 0.0,
     tilt: float = 0.0,
 ) -> Blob:
-    """Draw one body.
+    """Draw one body with its ``centre`` and semi-``axes``, in patient units.
 
-    Args:
-        rng: source of its direction and form.
-        space: the grid.
-        centre: patient units, 3 values.
-        axes: semi-axes in patient units, 3 values.
-        rough: standard deviation of the radius over directions, as a share of it.
-        tilt: standard deviation of its rotation about each axis, radians.
+    ``rough`` is the standard deviation of the radius over directions, as a share of it; ``tilt`` that of the rotation
+    about each axis, radians.
     """
     offset = space.points - np.asarray(centre, np.float32)[:, None, None, None]
     turn = rotation(rng.normal(0, 1, 3) * tilt) if tilt else np.eye(3)

@@ -189,13 +189,13 @@ def _reachable(config: Mapping[str, Any], wanted: list[str]) -> list[str]:
 
 def _refuse_code(part: Any, parser: Any, file: Path) -> None:
     for item in _items(part):
-        code = None
+        code, plain = item, True
         if isinstance(item, str) and item.startswith("$"):
-            code = None if _is_plain_expression(item) else item
+            plain = _is_plain_expression(item)
         elif isinstance(item, dict) and "_target_" in item:
-            plain = item.get("_mode_", "default") in ("default", "callable") and _names_no_code(item)
-            code = None if plain and _is_trusted_target(item["_target_"], parser) else item["_target_"]
-        if code is not None:
+            code, mode = item["_target_"], item.get("_mode_", "default")
+            plain = mode in ("default", "callable") and _names_no_code(item) and _is_trusted_target(code, parser)
+        if not plain:
             raise UserError(
                 f"{file} would run code beyond the networks, transforms and inferers of monai and torch: {code!r}; if "
                 "you trust its origin, pass --trust-checkpoint"

@@ -122,8 +122,7 @@ class AdversarialSupervisedTrainer(SupervisedTrainer):
             )
         self.case_key = case_key
         handlers = ensure_tuple(given.get("train_handlers") or ())
-        mine = [handler for handler in handlers if isinstance(handler, TrainingHandler)][:1]
-        self.training = mine[0] if mine else TrainingHandler()
+        self.training = next((h for h in handlers if isinstance(h, TrainingHandler)), None) or TrainingHandler()
         # Margins have moved before any other handler looks at them, or saves them, at the end of an epoch.
         given["train_handlers"] = [self.training, *(handler for handler in handlers if handler is not self.training)]
         self.loss_is_reduced = False

@@ -41,10 +41,7 @@ class Logits(nn.Module):
 class InfererWindow(Tiling):
     """MONAI's SlidingWindowInferer: its tiles, padding and weights; also a whole image as one tile (SimpleInferer).
 
-    Args:
-        network: returns logits of a tile.
-        inferer: of the bundle.
-        tile_batch: tiles that the network sees at once; default: the inferer's ``sw_batch_size``.
+    ``network`` returns the logits of a tile; ``tile_batch`` tiles at once, by default the inferer's ``sw_batch_size``.
     """
 
     def __init__(self, network: nn.Module, inferer: Any, *, tile_batch: int | None = None) -> None:

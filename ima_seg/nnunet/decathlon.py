@@ -17,7 +17,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from ima_seg.data.archives import ARCHIVE_ENDINGS, check_md5, is_archive, unpack_single_folder
 from ima_seg.data.naming import dataset_folder_name, raw_root, taken_by_other
-from ima_seg.data.recipes import Recipe, recipe_of_task
+from ima_seg.data.recipes import recipe_of_task
 from ima_seg.errors import UserError
 from ima_seg.files import read_json
 
@@ -80,20 +80,20 @@ def convert_decathlon(
 
 def _unpack(archive: Path, into: Path, verify: bool) -> Path:
     stem = archive.name[: archive.name.lower().rindex(".t")]
-    recipe = recipe_of_task(stem)
-    if verify:
-        _check_sum(archive, recipe)
+    known = _check_sum(archive, stem) if verify else True
     into.mkdir()
     folder = unpack_single_folder(archive, into)
-    if verify and recipe is None:  # a renamed download: the folder inside tells the task
-        _check_sum(archive, recipe_of_task(folder.name))
+    if not known:  # a renamed download: the folder inside tells the task
+        _check_sum(archive, folder.name)
     return folder
 
 
-def _check_sum(archive: Path, recipe: Recipe | None) -> None:
-    """Check a plain .tar against the recipe; a recompressed archive has no published sum."""
+def _check_sum(archive: Path, task: str) -> bool:
+    """Check a plain .tar against the recipe, if there is one; a recompressed archive has no published sum."""
+    recipe = recipe_of_task(task)
     if recipe is not None and recipe.decathlon is not None and archive.suffix.lower() == ".tar":
         check_md5(archive, recipe.decathlon.md5)
+    return recipe is not None
 
 
 def _target_name(source: Path, given: Path, dataset_id: int | None) -> str:

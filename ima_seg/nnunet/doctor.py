@@ -28,19 +28,13 @@ _REINSTALL = "pip install --force-reinstall --no-deps ima-seg"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's table.
-
-    Attributes:
-        name: what was looked at.
-        value: what was found.
-        state: ``"ok"``; ``"note"``: works, but worth knowing; ``"wrong"``: training or evaluation will fail.
-        remedy: what to do; given whenever something is wrong.
-    """
+    """One line of the doctor's table: what was looked at and what was found."""
 
     name: str
     value: str
+    #: A note works, but is worth knowing; with what is wrong, training or evaluation will fail.
     state: Literal["ok", "note", "wrong"] = "ok"
-    remedy: str = ""
+    remedy: str = ""  # given whenever something is wrong
 
 
 def ext_trainer_folder() -> Path:
@@ -246,8 +240,7 @@ def _folders() -> Iterator[Finding]:
         elif name == "nnUNet_raw":
             yield Finding(name, f"{value} (read-only: enough for training, not for adding datasets)", "note")
         else:
-            remedy = f"chmod u+rwx {value}, or let {name} name another"
-            yield Finding(name, f"{value} is not writable", "wrong", remedy)
+            yield Finding(name, f"{value} is not writable", "wrong", f"chmod u+rwx {value}, or let {name} name another")
 
 
 def _settings() -> Iterator[Finding]:
