@@ -81,11 +81,10 @@ def building_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         UserError: ``target`` appeared meanwhile and ``replace`` is false.
     """
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    new, old = work / "new", work / "old"
     try:
-        new = work / "new"
         new.mkdir()
         yield new
-        old = work / "old"
         if target.exists():
             if not replace:
                 raise UserError(f"{target} exists already: remove it or choose another name")

@@ -269,7 +269,7 @@ def _patient_space(
     shape: Sequence[int],
     thin: Sequence[int],
 ) -> Space:
-    """Return the grid in patient units: the affine's orientation, a random pose and size, and a smooth warp."""
+    """The grid in patient units: the affine's orientation, a random pose and size, and a smooth warp."""
     fine = [size * count for size, count in zip(shape, thin, strict=True)]
     axes = [(np.arange(n) + 0.5) / count - 0.5 - (n // count - 1) / 2 for n, count in zip(fine, thin, strict=True)]
     half: Vector = np.asarray(shape) * np.asarray(spacing) / 2

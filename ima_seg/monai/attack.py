@@ -153,11 +153,9 @@ class AttackBatchd(MapTransform, Randomizable):
         return result
 
     def _attacked(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        batched = self.batched
+        batched = image.is_batch if self.batched is None and isinstance(image, MetaTensor) else self.batched
         if batched is None:
-            if not isinstance(image, MetaTensor):
-                raise UserError("the image is a plain tensor; say whether it has a batch axis, batched=True or False")
-            batched = image.is_batch
+            raise UserError("the image is a plain tensor; say whether it has a batch axis, batched=True or False")
         like = next(self.network.parameters(), image)
         x, y = (plain(t).to(like.device) if batched else plain(t)[None].to(like.device) for t in (image, label))
         generator = torch.Generator(x.device).manual_seed(int(self.R.randint(2**31)))

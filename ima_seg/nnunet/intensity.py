@@ -55,10 +55,8 @@ def shared_native_scale(
     properties = plans["foreground_intensity_properties_per_channel"]
     scale = {}
     for index, (column, scheme) in enumerate(zip(columns, _schemes(plans, configuration), strict=True)):
-        if scheme == "CTNormalization":
-            scale[column] = float(properties[str(index)]["std"])
-        elif scheme == "NoNormalization":
-            scale[column] = 1.0
+        if scheme in ("CTNormalization", "NoNormalization"):
+            scale[column] = float(properties[str(index)]["std"]) if scheme == "CTNormalization" else 1.0
     return scale
 
 
