@@ -1,7 +1,5 @@
 """Files and folders that are either whole or absent."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
@@ -45,9 +43,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+def file_hash(path: Path, kind: str = "sha256") -> str:
+    """SHA-256, or another sum that :mod:`hashlib` has, of a file, in hexadecimal."""
+    digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -83,11 +81,10 @@ def building_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         UserError: ``target`` appeared meanwhile and ``replace`` is false.
     """
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    new, old = work / "new", work / "old"
     try:
-        new = work / "new"
         new.mkdir()
         yield new
-        old = work / "old"
         if target.exists():
             if not replace:
                 raise UserError(f"{target} exists already: remove it or choose another name")

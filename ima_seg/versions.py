@@ -1,7 +1,5 @@
 """Versions of other packages that this one was written for."""
 
-from __future__ import annotations
-
 import importlib.metadata
 
 from packaging.specifiers import SpecifierSet
@@ -11,13 +9,9 @@ from ima_seg.errors import UserError
 
 
 def check_version(package: str, supported: str, *, title: str, needed: str = "") -> str:
-    """The installed version of a package, which is a supported one.
+    """The installed version of a ``package`` of pip, which is ``supported``: specifiers such as ``>=1.4,<1.7``.
 
-    Args:
-        package: as pip knows it.
-        supported: specifiers such as ``>=1.4,<1.7``.
-        title: what messages call it.
-        needed: by what, for messages.
+    Messages call it by its ``title``, and say by what it is ``needed``.
 
     Raises:
         UserError: it is not installed, or in another version; names that and how to install a supported one.

@@ -1,7 +1,5 @@
 """Files of torch, read without running code that they carry."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +13,8 @@ from ima_seg.errors import UserError
 def load_tensors(path: Path, *, trust: bool = False, allowed: Sequence[Any] = ()) -> Any:
     """What :func:`torch.save` wrote, on the CPU.
 
-    Args:
-        path: of the file.
-        trust: unpickle it fully, which runs whatever code it carries.
-        allowed: classes and functions that it may hold beside tensors and plain values, for torch's ``safe_globals``.
+    ``trust`` unpickles it fully, which runs whatever code it carries. ``allowed`` are classes and functions that it may
+    hold beside tensors and plain values, for torch's ``safe_globals``.
 
     Raises:
         UserError: it cannot be read, or would run code while ``trust`` is not set.

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from ima_seg.attacks.network import allow_recompiles
+from ima_seg.attacks.network import allow_recompiles, full_resolution
 from ima_seg.errors import UserError, show_plainly
 from ima_seg.files import replacing
+from ima_seg.methods.base import map_heads
 from ima_seg.methods.settings import TrainingSettings, load_settings
 from ima_seg.nnunet import compat
 
@@ -77,7 +78,7 @@ class AdversarialTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         data = batch["data"].to(self.device, non_blocking=True)
-        target = compat.map_heads(batch["target"], lambda head: head.to(self.device, non_blocking=True))
+        target = map_heads(batch["target"], lambda head: head.to(self.device, non_blocking=True))
         keys = [str(key) for key in batch["keys"]]
         usable = torch.isfinite(data.flatten(1).sum(1))
         if not bool(usable.all()):
@@ -89,7 +90,7 @@ class AdversarialTrainer(nnUNetTrainer):
                 # nnU-Net's batch Dice gathers tensors of equal shape from all ranks: usable patches are repeated.
                 rows = rows[torch.arange(len(keys), device=rows.device) % len(rows)]
             data, keys = data[rows], [keys[row] for row in rows.tolist()]
-            target = compat.map_heads(target, lambda head: head[rows])
+            target = map_heads(target, lambda head: head[rows])
 
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self.grad_scaler
@@ -110,7 +111,7 @@ class AdversarialTrainer(nnUNetTrainer):
         report = self.training.method.step(
             self.network,
             data,
-            compat.full_resolution_target(target),
+            full_resolution(target),
             keys,
             loss=loss,
             forward=forward,

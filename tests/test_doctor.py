@@ -35,7 +35,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> type:
     package.__all__ = ["nnUNetTrainerIMA"]  # type: ignore[attr-defined]
     package.nnUNetTrainerIMA = trainer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nnunet_trainers", package)
-    monkeypatch.setattr(doctor, "_lookup", lambda: lambda name: getattr(package, name))
+    monkeypatch.setattr(doctor, "find_trainer", lambda name: getattr(package, name))
     return trainer
 
 
@@ -205,7 +205,7 @@ def test_ext_trainer_folder_of_a_bare_checkout(monkeypatch: pytest.MonkeyPatch) 
 
 def test_copied_trainer_is_wrong(trainers: type, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = type("nnUNetTrainerIMA", (), {"__module__": __name__})
-    monkeypatch.setattr(doctor, "_lookup", lambda: lambda name: copy)
+    monkeypatch.setattr(doctor, "find_trainer", lambda name: copy)
     finding = only(doctor._trainers())
     assert finding.state == "wrong"
     assert __file__ in finding.value
@@ -215,7 +215,7 @@ def test_broken_external_folder_is_reported(trainers: type, monkeypatch: pytest.
     def broken(name: str) -> type:
         raise SyntaxError("their_trainer.py, line 3\nand more")
 
-    monkeypatch.setattr(doctor, "_lookup", lambda: broken)
+    monkeypatch.setattr(doctor, "find_trainer", broken)
     finding = only(doctor._trainers())
     assert finding.state == "wrong"
     assert "their_trainer.py, line 3" in finding.value and "and more" not in finding.value
@@ -226,7 +226,7 @@ def test_lookup_is_quiet(trainers: type, monkeypatch: pytest.MonkeyPatch, capsys
         print("Inspecting module")
         return trainers
 
-    monkeypatch.setattr(doctor, "_lookup", lambda: noisy)
+    monkeypatch.setattr(doctor, "find_trainer", noisy)
     assert only(doctor._trainers()).state == "ok"
     assert capsys.readouterr().out == ""
 

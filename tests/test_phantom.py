@@ -26,7 +26,7 @@ def run_cli(*words: str) -> int:
     parser = argparse.ArgumentParser()
     add_parsers(parser.add_subparsers())
     args = parser.parse_args(["dataset", *words])
-    return int(args.run(args))
+    return int(args.run(args) or 0)
 
 
 def describe(folder: Path) -> dict[str, Any]:

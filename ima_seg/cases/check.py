@@ -1,7 +1,5 @@
 """Whether a case can be evaluated: headers, grids and values of its files."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +57,20 @@ class _Header:
     handle: Any
 
     def read(self) -> Array:
-        """All voxels, with the header's scaling."""
+        """All voxels, which are finite, with the header's scaling."""
         try:
             if is_nifti(self.path):
-                return np.asanyarray(self.handle.dataobj)
-            import SimpleITK
+                values: Array = np.asanyarray(self.handle.dataobj)
+            else:
+                import SimpleITK
 
-            return np.asarray(SimpleITK.GetArrayFromImage(self.handle.Execute()))
+                values = np.asarray(SimpleITK.GetArrayFromImage(self.handle.Execute()))
         except Exception as error:  # zlib, gzip, numpy and ITK have their own
             raise _unreadable(self.path, error) from None
+        if values.dtype.kind == "f" and (bad := values.size - np.count_nonzero(np.isfinite(values))):
+            message = f"{self.path}: {bad} of {values.size} voxels are NaN or infinite"
+            raise UserError(f"{message}; replace them by the value of the background")
+        return values
 
 
 def is_nifti(path: Path) -> bool:
@@ -93,8 +96,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 def _open(path: Path, *, stacked: bool = False) -> _Header:
     """Read the header of an image and check that it is one scalar volume with a usable geometry."""
     try:
-        with path.open("rb"):
-            pass
+        path.open("rb").close()
         header, kind = _open_nifti(path) if is_nifti(path) else _open_itk(path)
     except Exception as error:  # as above
         raise _unreadable(path, error) from None
@@ -163,23 +165,13 @@ def _require_same_grid(image: _Header, label: _Header) -> None:
 
 def _check_image(image: _Header) -> None:
     values = image.read()
-    _refuse_not_finite(image.path, values)
-    low, high = values.min(), values.max()
-    if low == high:
+    low = values.min()
+    if low == values.max():
         raise UserError(f"{image.path}: all voxels have the value {low:g}; replace the image or remove the case")
-
-
-def _refuse_not_finite(path: Path, values: Array) -> None:
-    bad = int(values.size - np.count_nonzero(np.isfinite(values))) if values.dtype.kind == "f" else 0
-    if bad:
-        raise UserError(
-            f"{path}: {bad} of {values.size} voxels are NaN or infinite; replace them by the value of the background"
-        )
 
 
 def _check_label(label: _Header, allowed: Collection[int], ignore: int | None, source: str) -> None:
     values = label.read()
-    _refuse_not_finite(label.path, values)
     if values.dtype.kind == "f":
         broken = values != np.rint(values)
         if broken.any():

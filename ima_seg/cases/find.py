@@ -1,7 +1,5 @@
 """The cases of two folders: images and labels by their names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -20,7 +18,9 @@ def find_cases(
     one_name: bool = False,
     limit: int | None = None,
 ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-    """Find images ``CASE_0000.nii.gz`` to the last channel and labels ``CASE.nii.gz``.
+    """The complete cases of two folders and the incomplete ones, both sorted by name.
+
+    Images are ``CASE_0000.nii.gz`` to the last of the ``channels``, labels ``CASE.nii.gz``.
 
     Args:
         images: folder such as ``imagesTs``.
@@ -29,10 +29,7 @@ def find_cases(
         endings: of the files, such as ``.nii.gz``.
         one_name: an image may also be named like its label, as in the Decathlon; it may hold its channels along a
             fourth axis.
-        limit: stop, in the order of the names, after so many complete cases.
-
-    Returns:
-        The complete cases and the incomplete ones, both sorted by name.
+        limit: stop after so many complete cases.
 
     Raises:
         UserError: a folder is missing or unreadable, or there is not a single complete case.
@@ -111,11 +108,10 @@ def _by_stem(folder: Path, names: Sequence[str], endings: Sequence[str]) -> dict
 
 def _list_files(folder: Path, content: str) -> list[str]:
     """Sorted names of the files in ``folder``, which should hold ``content``, without hidden ones."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; name the folder with the {content}")
     try:
         return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
-    except FileNotFoundError:
-        raise UserError(f"{folder} does not exist; name the folder with the {content}") from None
-    except NotADirectoryError:
-        raise UserError(f"{folder} is a file; name the folder with the {content}") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be listed ({error.strerror}); give yourself permission to read it") from None

@@ -1,7 +1,5 @@
 """Files in the place of others: adversarial images and differences in the original geometry."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence
@@ -40,14 +38,12 @@ def save_adversarial(sources: Sequence[Path], delta: FloatArray, folder: Path) -
     Returns:
         The images and the differences, per source.
     """
-    images: list[Path] = []
-    differences: list[Path] = []
-    for source, change in zip(sources, delta if len(sources) > 1 else [delta], strict=True):
-        for kind, collected in (("images", images), ("difference", differences)):
-            path = folder / kind / source.name
+    images, differences = ([folder / kind / source.name for source in sources] for kind in ("images", "difference"))
+    changes = delta if len(sources) > 1 else [delta]
+    for source, change, *paths in zip(sources, changes, images, differences, strict=True):
+        for path, add in zip(paths, (True, False), strict=True):
             with replacing(path) as temporary:
-                _write(source, change, temporary, add=kind == "images")
-            collected.append(path)
+                _write(source, change, temporary, add=add)
     return images, differences
 
 

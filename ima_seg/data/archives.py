@@ -1,13 +1,11 @@
 """Downloaded tar archives: checked against their sum, unpacked without trusting what they hold."""
 
-from __future__ import annotations
-
-import hashlib
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 from ima_seg.errors import UserError
+from ima_seg.files import file_hash
 
 ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
@@ -23,26 +21,19 @@ def check_md5(path: Path, expected: str) -> None:
     Raises:
         UserError: they differ.
     """
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    found = file_hash(path, "md5")
+    if found != expected:
         raise UserError(
-            f"{path}: MD5 sum {digest.hexdigest()}, expected {expected}: the download is damaged or is another "
+            f"{path}: MD5 sum {found}, expected {expected}: the download is damaged or is another "
             "version; download it again, or skip the check (--no-verify) if you trust the file"
         )
 
 
 def unpack_single_folder(archive: Path, into: Path) -> Path:
-    """Unpack an archive that holds one top-level folder and return that folder.
+    """Unpack an archive that holds one top-level folder into an empty folder; return the folder that was unpacked.
 
     Only plain files and folders are unpacked, with plain permissions. File-manager litter (``._name``, ``.DS_Store``)
     is left out.
-
-    Args:
-        archive: a tar file, compressed or not.
-        into: an existing, empty folder.
 
     Raises:
         UserError: the archive cannot be read, is cut short, does not hold exactly one top-level folder, or holds an
@@ -57,10 +48,9 @@ def unpack_single_folder(archive: Path, into: Path) -> Path:
             if len(tops) != 1:
                 held = ", ".join(sorted(tops)[:4]) or "nothing"
                 raise UserError(f"{archive}: it holds {held}, not one folder: give the archive as it was downloaded")
-            if hasattr(tarfile, "data_filter"):
-                tar.extractall(into, members=members, filter="data")
-            else:  # Python 3.10 before 3.10.12: _refuse_unsafe has left nothing that needs the filter
-                tar.extractall(into, members=members)
+            # Python 3.10 before 3.10.12 has no filter; _refuse_unsafe has left nothing that needs it.
+            tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+            tar.extractall(into, members=members)
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{archive}: damaged or no tar archive ({error}): download it again") from error
     folder = into / tops.pop()
@@ -70,8 +60,8 @@ def unpack_single_folder(archive: Path, into: Path) -> Path:
 
 
 def _is_litter(name: str) -> bool:
-    last = PurePosixPath(name).name
-    return last.startswith("._") or last in (".DS_Store", "__MACOSX") or "__MACOSX" in PurePosixPath(name).parts
+    path = PurePosixPath(name)
+    return path.name.startswith("._") or path.name == ".DS_Store" or "__MACOSX" in path.parts
 
 
 def _refuse_unsafe(archive: Path, member: tarfile.TarInfo) -> None:

@@ -1,7 +1,5 @@
 """Names and places of nnU-Net raw data sets: which ids are free, where they go, how a folder is made."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path
@@ -17,18 +15,16 @@ def raw_root() -> Path:
     Raises:
         UserError: the variable is not set, or names a file.
     """
-    value = os.environ.get(FOLDER_VARIABLES[0])
+    value = os.environ.get("nnUNet_raw")
     if not value:
         raise UserError(
             "the environment variable nnUNet_raw is not set: set it to the folder that holds nnU-Net's raw data sets, "
             "e.g. export nnUNet_raw=$HOME/nnUNet_raw"
         )
-    root = Path(value)
-    make_folder(root, "nnUNet_raw")
-    return root
+    return make_folder(Path(value), "nnUNet_raw")
 
 
-def make_folder(path: Path, meaning: str) -> None:
+def make_folder(path: Path, meaning: str) -> Path:
     """Make ``path`` and its parents; ``meaning`` names it in the error.
 
     Raises:
@@ -37,9 +33,9 @@ def make_folder(path: Path, meaning: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{meaning}: cannot make the folder {path} ({error.strerror}): name a writable folder"
-        ) from error
+        reason = f"cannot make the folder {path} ({error.strerror})"
+        raise UserError(f"{meaning}: {reason}: name a writable folder") from error
+    return path
 
 
 def dataset_folder_name(dataset_id: int, name: str) -> str:
@@ -60,8 +56,6 @@ def dataset_folder_name(dataset_id: int, name: str) -> str:
 
 def folders_with_id(dataset_id: int, folder: Path) -> list[Path]:
     """Return the data set folders in ``folder`` that carry ``dataset_id``, sorted by name."""
-    if not folder.is_dir():
-        return []
     return sorted(path for path in folder.glob(f"Dataset{dataset_id:03d}_*") if path.is_dir())
 
 
@@ -70,9 +64,5 @@ def taken_by_other(dataset_id: int, folder_name: str | None = None) -> list[Path
 
     nnU-Net refuses an id that leads to two names, wherever the two lie.
     """
-    found: list[Path] = []
-    for variable in FOLDER_VARIABLES:
-        value = os.environ.get(variable)
-        if value:
-            found += [path for path in folders_with_id(dataset_id, Path(value)) if path.name != folder_name]
-    return found
+    roots = [Path(root) for variable in FOLDER_VARIABLES if (root := os.environ.get(variable))]
+    return [path for root in roots for path in folders_with_id(dataset_id, root) if path.name != folder_name]

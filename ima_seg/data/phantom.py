@@ -6,8 +6,6 @@ and Rician noise, CT images are in HU with correlated noise and streaks; borders
 form and number of structures vary and one case in five has no lesion. The volumes are oblique, with true affines.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,14 +77,14 @@ def draw_case(
     space = _patient_space(rng, affine, spacing, shape, thin)
     case = draw_abdomen(rng, space, lesion=not _is_spared(index, seed, test))
     fine_shape = space.points.shape[1:]
-    images, organ, lesion = paint(rng, case, CHANNELS[modality], fine_shape)
+    images, *targets = paint(rng, case, CHANNELS[modality], fine_shape)
     images = [_merge_slices(image, thin) for image in images]
-    organ, lesion = _merge_slices(organ, thin), _merge_slices(lesion, thin)
+    organ, lesion = (_merge_slices(target, thin) for target in targets)
     label = np.where(organ + lesion > 0.5, np.where(lesion >= organ, 2, 1), 0).astype(np.uint8)
     if modality == "ct":
         spine = (space.points[i] - np.float32(case.spine[i]) for i in (0, 1))
         x, y = (_merge_slices(np.ascontiguousarray(axis), thin) for axis in spine)
-        scanned = scan_ct(rng, images, (x, y), spacing)
+        scanned = [scan_ct(rng, images[0], (x, y), spacing)]
     else:
         scanned = scan_mr(rng, images, spacing)
     return PhantomCase(scanned, label, _draw_annotated(rng, label), affine)
@@ -210,10 +208,9 @@ def _resolve_grid(
 def _check_numbers(*, cases: int, test_cases: int, seed: int, modality: str) -> None:
     if cases < 1:
         raise UserError(f"number of training cases {cases}: give at least 1 (5 for nnU-Net's five folds)")
-    if test_cases < 0:
-        raise UserError(f"number of test cases {test_cases}: give 0 or more")
-    if seed < 0:
-        raise UserError(f"seed {seed}: give 0 or more")
+    for what, number in (("number of test cases", test_cases), ("seed", seed)):
+        if number < 0:
+            raise UserError(f"{what} {number}: give 0 or more")
     if modality not in CHANNELS:
         raise UserError(f"modality {modality!r} is unknown: use one of {', '.join(CHANNELS)}")
 
@@ -252,10 +249,9 @@ def _draw_affine(rng: np.random.Generator, spacing: Sequence[float], shape: Sequ
     return affine.astype(np.float32).astype(np.float64)  # what the NIfTI header will hold
 
 
-def _sub_slices(spacing: Sequence[float]) -> tuple[int, int, int]:
-    """Return how many sub-slices per voxel model the partial volume of thick slices, per axis."""
-    x, y, z = (int(np.clip(np.floor(size / min(spacing) + 0.5), 1, 4)) for size in spacing)
-    return x, y, z
+def _sub_slices(spacing: Sequence[float]) -> list[int]:
+    """How many sub-slices per voxel model the partial volume of thick slices, per axis."""
+    return [int(np.clip(np.floor(size / min(spacing) + 0.5), 1, 4)) for size in spacing]
 
 
 def _merge_slices(array: Array, thin: Sequence[int]) -> Array:
@@ -273,11 +269,9 @@ def _patient_space(
     shape: Sequence[int],
     thin: Sequence[int],
 ) -> Space:
-    """Return the grid in patient units: the affine's orientation, a random pose and size, and a smooth warp."""
-    fine = tuple(size * count for size, count in zip(shape, thin, strict=True))
-    axes = [
-        (np.arange(size * count) + 0.5) / count - 0.5 - (size - 1) / 2 for size, count in zip(shape, thin, strict=True)
-    ]
+    """The grid in patient units: the affine's orientation, a random pose and size, and a smooth warp."""
+    fine = [size * count for size, count in zip(shape, thin, strict=True)]
+    axes = [(np.arange(n) + 0.5) / count - 0.5 - (n // count - 1) / 2 for n, count in zip(fine, thin, strict=True)]
     half: Vector = np.asarray(shape) * np.asarray(spacing) / 2
     to_patient = rotation(np.deg2rad(rng.normal(0, 3, 3))) @ affine[:3, :3] / half[:, None]
     points = np.zeros((3, *fine), np.float32)

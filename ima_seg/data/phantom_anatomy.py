@@ -6,8 +6,6 @@ of the whole space bends them further. Positions are in *patient units*: RAS axe
 the head), -1..1 spanning the field of view, so that the anatomy fits every matrix; edges are computed in mm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,32 +18,20 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Structure:
-    """One painted structure.
+    """One painted structure."""
 
-    Attributes:
-        tissue: key of the tissue tables in ``phantom_imaging``.
-        cover: share of each voxel that it covers, 0..1, float32, shape of the grid.
-        own_mean: True if its mean intensity is drawn for this structure alone (bowel loops differ from each other).
-    """
-
-    tissue: str
-    cover: Array
-    own_mean: bool = False
+    tissue: str  # key of the tissue tables in phantom_imaging
+    cover: Array  # share of each voxel that it covers, 0..1, shape of the grid
+    own_mean: bool = False  # its mean intensity is drawn for it alone: bowel loops differ from each other
 
 
 @dataclass
 class Space:
-    """The voxel grid as seen by the patient.
+    """The voxel grid as seen by the patient."""
 
-    Attributes:
-        points: patient coordinates of the voxel centres, float32, shape (3, X, Y, Z).
-        half: half the field of view along each patient axis, mm, shape (3,).
-        edge: width of the partial-volume ramp at a border, mm.
-    """
-
-    points: Array
-    half: Vector
-    edge: float
+    points: Array  # (3, X, Y, Z) patient coordinates of the voxel centres
+    half: Vector  # (3,) half the field of view along each patient axis, mm
+    edge: float  # width of the partial-volume ramp at a border, mm
 
 
 def rotation(angles: Sequence[float] | Vector) -> Vector:
@@ -99,15 +85,10 @@ def blob(
     rough: float = 0.0,
     tilt: float = 0.0,
 ) -> Blob:
-    """Draw one body.
+    """Draw one body with its ``centre`` and semi-``axes``, in patient units.
 
-    Args:
-        rng: source of its direction and form.
-        space: the grid.
-        centre: patient units, 3 values.
-        axes: semi-axes in patient units, 3 values.
-        rough: standard deviation of the radius over directions, as a share of it.
-        tilt: standard deviation of its rotation about each axis, radians.
+    ``rough`` is the standard deviation of the radius over directions, as a share of it; ``tilt`` that of the rotation
+    about each axis, radians.
     """
     offset = space.points - np.asarray(centre, np.float32)[:, None, None, None]
     turn = rotation(rng.normal(0, 1, 3) * tilt) if tilt else np.eye(3)
@@ -155,13 +136,7 @@ class Abdomen:
 
 
 def draw_abdomen(rng: np.random.Generator, space: Space, *, lesion: bool) -> Abdomen:
-    """Draw one patient: body, spine, vessels, decoys that look like the targets, then the organ and its lesions.
-
-    Args:
-        rng: the case's generator.
-        space: the grid.
-        lesion: whether the organ bears lesions (one to three).
-    """
+    """Draw one patient: body, spine, vessels, decoys that look like the targets, the organ and one to three lesions."""
     case = Abdomen()
     body = blob(rng, space, (0, 0, 0), (rng.uniform(0.82, 0.94), rng.uniform(0.66, 0.8), 2.2), rough=0.02)
     wall = 1 - rng.uniform(0.07, 0.16)

@@ -1,7 +1,5 @@
 """From the phantom's anatomy to what a scanner would show: tissue contrast, bias field, streaks, noise."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,11 +60,9 @@ _STEADY = frozenset({"air", "gas"})
 def paint(
     rng: np.random.Generator, case: Abdomen, channels: Sequence[str], shape: Sequence[int]
 ) -> tuple[list[Array], Array, Array]:
-    """Paint the structures in order into noise-free channels.
+    """Paint the structures in order: noise-free ``channels`` of ``shape``, in the units of their tables.
 
-    Returns:
-        ``images``: one float32 array of ``shape`` per channel, in the unit of the channel's table.
-        ``organ``, ``lesion``: share of each voxel covered by the two targets, float32 in 0..1, same shape.
+    Beside them the shares of each voxel that organ and lesion cover, 0..1; all float32.
     """
     grain = 0.7 * smooth_field(rng, shape, 14) + 0.7 * ndimage.gaussian_filter(
         rng.standard_normal(tuple(shape), dtype=np.float32), 0.8, truncate=2.5
@@ -77,8 +73,7 @@ def paint(
         for table in tables
     ]
     images = [np.full(tuple(shape), table.means["air"], np.float32) for table in tables]
-    organ = np.zeros(tuple(shape), np.float32)
-    lesion = np.zeros(tuple(shape), np.float32)
+    organ, lesion = (np.zeros(tuple(shape), np.float32) for _ in range(2))
     for structure in case.structures:
         role, _, key = structure.tissue.rpartition(":")
         cover = structure.cover
@@ -88,30 +83,26 @@ def paint(
             value = np.float32(means[key] + shift * table.own) + np.float32(amount) * grain
             image += cover * (value - image)
         if role != "label-free":
-            rest = 1 - cover
-            organ *= rest
-            lesion *= rest
-            if role == "target":
-                target = organ if key == "organ" else lesion
-                target += cover
+            for name, share in (("organ", organ), ("lesion", lesion)):
+                share *= 1 - cover
+                if structure.tissue == f"target:{name}":
+                    share += cover
     return images, organ, lesion
+
+
+def _spread(width: float, voxel_mm: Sequence[float]) -> list[float]:
+    """Of the point, voxels; a thick slice has none of its own, for its sub-slices were averaged already."""
+    return [width if size < 2 * min(voxel_mm) else 0.0 for size in voxel_mm]
 
 
 def scan_mr(
     rng: np.random.Generator, images: Sequence[Array], voxel_mm: Sequence[float]
 ) -> list[npt.NDArray[np.int16]]:
-    """Return MR magnitude images: point spread, coil bias field, Rician noise, an arbitrary scanner gain.
+    """MR magnitude images, 0..4095: point spread, coil bias field, Rician noise, an arbitrary scanner gain.
 
-    Args:
-        rng: the case's generator.
-        images: noise-free channels (shares of the fat signal), float32, shape (X, Y, Z).
-        voxel_mm: spacing; a thick slice gets no point spread of its own, its sub-slices were averaged already.
-
-    Returns:
-        int16 arrays of the same shape, 0..4095.
+    ``images`` are noise-free channels (shares of the fat signal), float32, shape (X, Y, Z).
     """
-    finest = min(voxel_mm)
-    spread = [0.5 if size < 2 * finest else 0.0 for size in voxel_mm]
+    spread = _spread(0.5, voxel_mm)
     shape = images[0].shape
     bias = np.exp(np.float32(rng.uniform(0.12, 0.25)) * smooth_field(rng, shape, 3))
     scanned = []
@@ -126,36 +117,26 @@ def scan_mr(
 
 
 def scan_ct(
-    rng: np.random.Generator, images: Sequence[Array], plane: tuple[Array, Array], voxel_mm: Sequence[float]
-) -> list[npt.NDArray[np.int16]]:
-    """Return CT images: point spread, correlated noise, faint streaks that fan out from the spine.
+    rng: np.random.Generator, image: Array, plane: tuple[Array, Array], voxel_mm: Sequence[float]
+) -> npt.NDArray[np.int16]:
+    """A CT image, -1024..3071 HU: point spread, correlated noise, faint streaks that fan out from the spine.
 
-    Args:
-        rng: the case's generator.
-        images: one noise-free channel in HU, float32, shape (X, Y, Z).
-        plane: position of each voxel relative to the spine along x and y, any one unit, float32, same shape.
-        voxel_mm: spacing, mm.
-
-    Returns:
-        int16 arrays of the same shape, -1024..3071 HU.
+    ``image`` is noise-free, in HU, float32, shape (X, Y, Z); ``plane`` is the position of each voxel relative to the
+    spine along x and y, in any one unit, of the same shape.
     """
-    finest = min(voxel_mm)
-    spread = [0.6 if size < 2 * finest else 0.0 for size in voxel_mm]
-    shape = images[0].shape
-    scanned = []
-    for image in images:
-        soft = ndimage.gaussian_filter(image, spread, truncate=3)
-        white = rng.standard_normal(shape, dtype=np.float32)
-        noise = ndimage.gaussian_filter(white, [0.8 * s / 0.6 for s in spread], truncate=3)
-        noise *= np.float32(rng.uniform(11, 22)) / noise.std()
-        rays = 90
-        fan = ndimage.gaussian_filter(rng.standard_normal((rays, shape[2])), (1.0, 1.5), mode=("wrap", "nearest"))
-        fan *= rng.uniform(6, 16) / fan.std()
-        turn = (np.arctan2(plane[1], plane[0]) / (2 * np.pi) % 1 * rays).astype(np.float32)
-        slices = np.broadcast_to(np.arange(shape[2], dtype=np.float32), shape)
-        streak = ndimage.map_coordinates(fan.astype(np.float32), [turn, slices], order=1, mode="grid-wrap")
-        dense = np.clip((soft + 600) / 700, 0, 1)  # streaks fade out in air
-        far = np.hypot(plane[0], plane[1])
-        streak *= dense * np.exp(-far / np.float32(0.6)) * np.clip(far / np.float32(0.15), 0, 1)
-        scanned.append(np.clip(np.rint(soft + noise + streak), -1024, 3071).astype(np.int16))
+    spread, shape = _spread(0.6, voxel_mm), image.shape
+    soft = ndimage.gaussian_filter(image, spread, truncate=3)
+    white = rng.standard_normal(shape, dtype=np.float32)
+    noise = ndimage.gaussian_filter(white, [0.8 * s / 0.6 for s in spread], truncate=3)
+    noise *= np.float32(rng.uniform(11, 22)) / noise.std()
+    rays = 90
+    fan = ndimage.gaussian_filter(rng.standard_normal((rays, shape[2])), (1.0, 1.5), mode=("wrap", "nearest"))
+    fan *= rng.uniform(6, 16) / fan.std()
+    turn = (np.arctan2(plane[1], plane[0]) / (2 * np.pi) % 1 * rays).astype(np.float32)
+    slices = np.broadcast_to(np.arange(shape[2], dtype=np.float32), shape)
+    streak = ndimage.map_coordinates(fan.astype(np.float32), [turn, slices], order=1, mode="grid-wrap")
+    dense = np.clip((soft + 600) / 700, 0, 1)  # streaks fade out in air
+    far = np.hypot(plane[0], plane[1])
+    streak *= dense * np.exp(-far / np.float32(0.6)) * np.clip(far / np.float32(0.15), 0, 1)
+    scanned: npt.NDArray[np.int16] = np.clip(np.rint(soft + noise + streak), -1024, 3071).astype(np.int16)
     return scanned

@@ -9,9 +9,9 @@ import math
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ima_seg.errors import UserError
 
@@ -28,12 +28,8 @@ class _Strict(BaseModel):
 class AdversarialSettings(_Strict):
     """The published 2D experiment on this data set: how large the noise was.
 
-    Attributes:
-        norm: always "l2": the Euclidean norm over one whole patch, all channels, in network units.
-        patch: voxels per axis of the patch that the norm runs over.
-        eps_max_l2: cap of a case's margin.
-        delta_l2: step by which margins grow.
-        test_l2: amounts of noise at test, 0 first.
+    Sizes are Euclidean norms over one whole patch of so many voxels per axis, all channels, in network units: the cap
+    of a case's margin, the step by which margins grow, and the amounts of noise at test, 0 first.
     """
 
     norm: Literal["l2"]
@@ -44,37 +40,19 @@ class AdversarialSettings(_Strict):
 
 
 class DecathlonSource(_Strict):
-    """A task of the Medical Segmentation Decathlon.
-
-    Attributes:
-        task: folder name, ``TaskNN_Name``.
-        archive: file name of the published archive.
-        md5: its MD5 sum, hexadecimal.
-        training_cases: number of labelled cases.
-        test_cases: number of unlabelled cases.
-        channel_names: in channel order.
-        labels: name to value.
-    """
+    """A task of the Medical Segmentation Decathlon: its folder, the published archive, and what it holds."""
 
     task: str = Field(pattern=r"^Task\d\d_[A-Za-z0-9]+$")
     archive: str
     md5: str = Field(pattern=r"^[0-9a-f]{32}$")
     training_cases: int = Field(gt=0)
-    test_cases: int = Field(ge=0)
+    test_cases: int = Field(ge=0)  # without labels
     channel_names: tuple[str, ...] = Field(min_length=1)
     labels: dict[str, int]
 
 
 class PhantomSettings(_Strict):
-    """Arguments of :func:`ima_seg.data.phantom.write_phantom_dataset` that make a flavour.
-
-    Attributes:
-        modality: "mr", "mr2" or "ct".
-        spacing: voxel size, mm.
-        shape: voxels per axis.
-        regions: whether labels are nested regions.
-        ignore_label: whether the annotation is sparse.
-    """
+    """Arguments of :func:`ima_seg.data.phantom.write_phantom_dataset` that make a flavour."""
 
     modality: Literal["mr", "mr2", "ct"]
     spacing: tuple[float, float, float]
@@ -118,13 +96,9 @@ class Recipe(_Strict):
         return self
 
     def rms(self, l2: float) -> float:
-        """Convert an L2 norm over the published patch, all channels, into RMS per voxel.
+        """An L2 norm over the published patch, all channels, as RMS per voxel: ``l2 / sqrt(channels * voxels)``.
 
-        Args:
-            l2: Euclidean norm, network units.
-
-        Returns:
-            ``l2 / sqrt(channels * voxels)``, network units (standard deviations under z-scoring).
+        Both are in network units (standard deviations under z-scoring).
 
         Raises:
             UserError: the recipe has no published patch.
@@ -133,22 +107,19 @@ class Recipe(_Strict):
             raise UserError(f"recipe {self.name} has no [adversarial] section, so it gives no patch to convert L2 with")
         return l2 / math.sqrt(len(self.decathlon.channel_names) * math.prod(self.adversarial.patch))
 
-    @computed_field  # type: ignore[prop-decorator]
     @property
     def eps_max_rms(self) -> float | None:
-        """``adversarial.eps_max_l2`` as RMS per voxel, network units; None without published settings."""
+        """``adversarial.eps_max_l2`` as RMS per voxel; None without published settings."""
         return None if self.adversarial is None else self.rms(self.adversarial.eps_max_l2)
 
-    @computed_field  # type: ignore[prop-decorator]
     @property
     def delta_rms(self) -> float | None:
-        """``adversarial.delta_l2`` as RMS per voxel, network units; None without published settings."""
+        """``adversarial.delta_l2`` likewise."""
         return None if self.adversarial is None else self.rms(self.adversarial.delta_l2)
 
-    @computed_field  # type: ignore[prop-decorator]
     @property
     def test_rms(self) -> tuple[float, ...]:
-        """``adversarial.test_l2`` as RMS per voxel, network units; empty without published settings."""
+        """``adversarial.test_l2`` likewise; empty without published settings."""
         return () if self.adversarial is None else tuple(self.rms(value) for value in self.adversarial.test_l2)
 
 
@@ -172,10 +143,7 @@ def list_recipes() -> list[str]:
 
 @cache
 def load_recipe(name: str) -> Recipe:
-    """Read and check one recipe.
-
-    Args:
-        name: one of :func:`list_recipes`.
+    """Read and check one recipe, by a name of :func:`list_recipes`.
 
     Raises:
         UserError: there is no such recipe, or its file is malformed.
@@ -193,8 +161,7 @@ def read_recipe(path: Path) -> Recipe:
         UserError: the file is not valid TOML, a key is missing, unknown or ill-typed, or its name is not the file's.
     """
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        recipe = Recipe.model_validate(content)
+        recipe = Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a recipe ({error}): repair the file") from error
     except ValidationError as error:
@@ -208,19 +175,11 @@ def read_recipe(path: Path) -> Recipe:
 
 def flavours() -> dict[str, PhantomSettings]:
     """Return the phantom's named flavours: "mr" stands for the recipe ``phantom_mr``, and so on."""
-    prefix = "phantom_"
-    found: dict[str, PhantomSettings] = {}
-    for name in list_recipes():
-        settings = load_recipe(name).phantom if name.startswith(prefix) else None
-        if settings is not None:
-            found[name.removeprefix(prefix)] = settings
-    return found
+    phantoms = {name.removeprefix("phantom_"): load_recipe(name).phantom for name in list_recipes()}
+    return {name: settings for name, settings in phantoms.items() if settings is not None}
 
 
 def recipe_of_task(task: str) -> Recipe | None:
     """Return the recipe of a Decathlon task by its folder name, e.g. ``Task04_Hippocampus``, or None."""
-    for name in list_recipes():
-        recipe = load_recipe(name)
-        if recipe.decathlon is not None and recipe.decathlon.task == task:
-            return recipe
-    return None
+    recipes = map(load_recipe, list_recipes())
+    return next((recipe for recipe in recipes if recipe.decathlon and recipe.decathlon.task == task), None)

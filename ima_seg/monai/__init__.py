@@ -4,11 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ima_seg.monai.attack import Attack, AttackBatchd, per_sample
-    from ima_seg.monai.batch import case_name
-    from ima_seg.monai.handler import MarginLedgerHandler, TrainingHandler
-    from ima_seg.monai.robustness import RobustnessHandler
-    from ima_seg.monai.trainer import AdversarialSupervisedTrainer, IMASupervisedTrainer
+    from ima_seg.monai.attack import Attack as Attack
+    from ima_seg.monai.attack import AttackBatchd as AttackBatchd
+    from ima_seg.monai.attack import per_sample as per_sample
+    from ima_seg.monai.batch import case_name as case_name
+    from ima_seg.monai.handler import MarginLedgerHandler as MarginLedgerHandler
+    from ima_seg.monai.handler import TrainingHandler as TrainingHandler
+    from ima_seg.monai.robustness import RobustnessHandler as RobustnessHandler
+    from ima_seg.monai.trainer import AdversarialSupervisedTrainer as AdversarialSupervisedTrainer
+    from ima_seg.monai.trainer import IMASupervisedTrainer as IMASupervisedTrainer
 
 # Imported at first use, for MONAI and Ignite take seconds to load.
 _HOMES = {
@@ -23,17 +27,7 @@ _HOMES = {
     "per_sample": "attack",
 }
 
-__all__ = [
-    "AdversarialSupervisedTrainer",
-    "Attack",
-    "AttackBatchd",
-    "IMASupervisedTrainer",
-    "MarginLedgerHandler",
-    "RobustnessHandler",
-    "TrainingHandler",
-    "case_name",
-    "per_sample",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

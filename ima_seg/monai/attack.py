@@ -1,7 +1,5 @@
 """The attacks of :mod:`ima_seg.attacks` on MONAI's batches: as settings, and as a dictionary transform."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,22 +22,16 @@ SampleLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def per_sample(value: Any, samples: int) -> torch.Tensor:
-    """The loss (B,) of each sample: means of what a loss with ``reduction="none"`` returns.
-
-    Args:
-        value: what the loss returned.
-        samples: B.
+    """The loss (B,) of each sample: means of what a loss with ``reduction="none"`` returned for B ``samples``.
 
     Raises:
         UserError: it is not a tensor with one row for each sample.
     """
-    if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == samples:
-        return value.flatten(1).mean(1) if value.ndim > 1 else value
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and samples == 1:
-        return value.reshape(1)
-    shape = (
-        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-    )
+    shape = f"a {type(value).__name__}"
+    if isinstance(value, torch.Tensor):
+        if value.numel() == samples == 1 or (value.ndim and len(value) == samples):
+            return value.reshape(samples, -1).mean(1)
+        shape = f"a tensor of shape {tuple(value.shape)}"
     raise UserError(
         f"the attack's loss returned {shape} for {samples} samples. An attack needs the loss of each sample, for with "
         "the mean over a batch one patient would be perturbed to harm another: give a loss made with reduction='none', "
@@ -90,22 +82,19 @@ class Attack:
 
         Args:
             network: (B, C, *S) -> logits (B, K, *S), or a list with the full resolution first.
-            x: images (B, C, *S) without metadata, on the device of the network.
-            y: reference, on that device.
+            x: images (B, C, *S) without metadata, on the device of the network, as are ``y`` and ``generator``.
+            y: reference.
             eps: budget of each sample, per voxel in network units.
-            generator: source of random starts, on that device.
+            generator: source of random starts.
         """
         target = Target.from_raw(reference(y, x, self.labels), self.labels)
         spec, goal = ATTACKS[self.name], GOALS[ATTACKS[self.name].goal]
         if self.loss is not None:
-            goal = Goal("loss", self._climbed(self.loss, plain(y)), UNTARGETED.damage)
+            loss, y = self.loss, plain(y)
+            goal = Goal("loss", lambda z, *_: per_sample(loss(z.float(), y), len(z)), UNTARGETED.damage)
         threat = ThreatModel(self.norm, self.image_channels)
         problem = Problem(network, x, target, threat, goal, precision=self.precision, generator=generator)
         return spec(problem, eps, steps=self.steps, restarts=self.restarts)
-
-    @staticmethod
-    def _climbed(loss: SampleLoss, y: torch.Tensor) -> Callable[[torch.Tensor, Target, float], torch.Tensor]:
-        return lambda logits, target, progress: per_sample(loss(logits.float(), y), len(logits))
 
 
 class AttackBatchd(MapTransform, Randomizable):
@@ -164,11 +153,9 @@ class AttackBatchd(MapTransform, Randomizable):
         return result
 
     def _attacked(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        batched = self.batched
+        batched = image.is_batch if self.batched is None and isinstance(image, MetaTensor) else self.batched
         if batched is None:
-            if not isinstance(image, MetaTensor):
-                raise UserError("the image is a plain tensor; say whether it has a batch axis, batched=True or False")
-            batched = image.is_batch
+            raise UserError("the image is a plain tensor; say whether it has a batch axis, batched=True or False")
         like = next(self.network.parameters(), image)
         x, y = (plain(t).to(like.device) if batched else plain(t)[None].to(like.device) for t in (image, label))
         generator = torch.Generator(x.device).manual_seed(int(self.R.randint(2**31)))

@@ -1,7 +1,5 @@
 """What a MONAI batch says: whose samples these are; and its tensors without metadata, and with it again."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -23,34 +21,25 @@ def case_name(path: str | os.PathLike[str]) -> str:
     The folder is part of it because many data sets keep a folder per patient with the same file names in each; what is
     above is not, so that a training can go on where the data have moved.
     """
-    parts = PurePath(path).parts[-2:]
-    name = parts[-1]
-    stem = name[: -len(".nii.gz")] if name.endswith(".nii.gz") else PurePath(name).stem
-    return "/".join((*(part.strip(os.sep) for part in parts[:-1] if part.strip(os.sep)), stem))
+    file = PurePath(path)
+    stem = file.name.removesuffix(".nii.gz") if file.name.endswith(".nii.gz") else file.stem
+    return "/".join(part for part in (file.parent.name, stem) if part)
 
 
 def case_ids(batchdata: Any, images: torch.Tensor, key: str | None) -> list[str]:
-    """The case of each sample.
+    """The case of each sample (B) of a batch with ``images`` (B, C, *S).
 
-    Args:
-        batchdata: the batch as it comes from the loader.
-        images: its images (B, C, *S).
-        key: what holds the ids: a key of the batch, or of the images' metadata; None: the file that the images'
-            metadata name, see :func:`case_name`.
-
-    Returns:
-        B ids.
+    ``key`` of the batch, or of the images' metadata, holds the ids; None: the file that the metadata name, see
+    :func:`case_name`.
 
     Raises:
         UserError: there are none, or not one for each sample; with the line of code that adds them.
     """
-    found: Any = None
-    meta: Mapping[str, Any] = images.meta if isinstance(images, MetaTensor) else {}
-    if key is not None and isinstance(batchdata, Mapping):
-        found = batchdata.get(key)
-    if found is None:
-        found = meta.get(key or FILE_KEY)
-    ids = _listed(found)
+    found: Any = batchdata.get(key) if key is not None and isinstance(batchdata, Mapping) else None
+    if found is None and isinstance(images, MetaTensor):
+        found = images.meta.get(key or FILE_KEY)
+    ids = found.flatten().tolist() if isinstance(found, torch.Tensor) else found
+    ids = list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids]
     if len(ids) != len(images) or not all(isinstance(i, (str, int, os.PathLike)) for i in ids):
         where = (
             f"key {key!r} of the batch or of its images' metadata" if key else f"metadata ({FILE_KEY!r}) of the images"
@@ -63,12 +52,6 @@ def case_ids(batchdata: Any, images: torch.Tensor, key: str | None) -> list[str]
             "and give the trainer case_key='case_id'"
         )
     return [case_name(i) if key is None else str(i) for i in ids]
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, torch.Tensor):
-        return list(value.flatten().tolist())
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def plain(tensor: Any) -> torch.Tensor:
@@ -89,10 +72,7 @@ def with_meta(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def reference(targets: Any, images: torch.Tensor, labels: Any) -> torch.Tensor:
     """The reference as ``labels`` read it: one-hot channels of classes, which many MONAI pipelines make, become a map.
 
-    Args:
-        targets: reference of the batch, of the shape that the training loss takes.
-        images: (B, C, *S).
-        labels: how the network's outputs are read.
+    It has the shape that the training loss takes, the images are (B, C, *S).
 
     Raises:
         UserError: there is no reference, or it has neither one channel nor one for each class.

@@ -69,8 +69,7 @@ def load_bundle(
     sigmoid = (output or _output(parts)) == "sigmoid"
     outputs, classes = _classes(metadata, {name: tuple(v) for name, v in (labels or {}).items()}, root, sigmoid=sigmoid)
     image = data_format(metadata, "inputs", "image")
-    count = _count(image, root) or 1
-    names = image.get("channel_def")
+    count, names = _count(image, root) or 1, image.get("channel_def")
     names = names if isinstance(names, dict) else {}
     return BundleModel(
         **vars(parts),
@@ -103,9 +102,8 @@ def _image_key(parts: Parts) -> str:
             f"{parts.config}: the first transform of 'preprocessing' must be LoadImaged with the key of one image; it "
             f"is {type(steps[0]).__name__ if steps else 'missing'} with the keys {keys}"
         )
-    if random := [
-        type(step).__name__ for step in parts.preprocessing.flatten().transforms if isinstance(step, RandomizableTrait)
-    ]:
+    steps = parts.preprocessing.flatten().transforms
+    if random := [type(step).__name__ for step in steps if isinstance(step, RandomizableTrait)]:
         raise UserError(f"{parts.config}: {', '.join(random)} in 'preprocessing' is random; inference must not be")
     return str(keys[0])
 
@@ -132,11 +130,7 @@ def _output(parts: Parts) -> Output:
 def _classes(
     metadata: Mapping[str, Any], given: dict[str, tuple[int, ...]], root: Path, *, sigmoid: bool
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """Number of outputs, and foreground class -> label values in their order.
-
-    Raises:
-        UserError: metadata and given labels do not say what the outputs are.
-    """
+    """Number of outputs, and foreground class -> label values in their order."""
     format_ = data_format(metadata, "outputs", "pred")
     path = root / "configs" / "metadata.json"
     definition = format_.get("channel_def")
@@ -165,9 +159,7 @@ def _classes(
             f"--bundle-labels names {', '.join(given)}, but the classes in {path} are {', '.join(foreground)}"
         )
     if any(not values or 0 in values for values in given.values()):
-        raise UserError(
-            "--bundle-labels gives a class no value, or 0, which is the background; give it values from 1 on"
-        )
+        raise UserError("--bundle-labels gives a class no value, or 0, which is the background; give it values above 0")
     if given:
         return len(names), {name: given[name] for name in foreground}
     if sigmoid and len(foreground) > 1:
@@ -180,9 +172,8 @@ def _classes(
 
 def _load_weights(network: nn.Module, file: Path, *, trust: bool) -> None:
     if not file.is_file():
-        raise UserError(
-            f"{file} does not exist; download the bundle with its weights, or name a file in models with -chk"
-        )
+        remedy = "download the bundle with its weights, or name a file in models with -chk"
+        raise UserError(f"{file} does not exist; {remedy}")
     state = load_tensors(file, trust=trust)
     if isinstance(state, dict) and not any(isinstance(value, torch.Tensor) for value in state.values()):
         state = next((state[key] for key in _KEYS if isinstance(state.get(key), dict)), state)
@@ -191,8 +182,6 @@ def _load_weights(network: nn.Module, file: Path, *, trust: bool) -> None:
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = lines[min(1, len(lines) - 1)][:300]
-        raise UserError(
-            f"{file} does not fit the network of the bundle's config ({reason}); is it of this bundle?"
-        ) from None
+        reason = (str(error).splitlines()[:2] or [""])[-1].strip()[:300]
+        message = f"{file} does not fit the network of the bundle's config ({reason}); is it of this bundle?"
+        raise UserError(message) from None

@@ -107,13 +107,12 @@ class BundleCase:
             result = model.postprocessing({**self.data, _PREDICTION: prediction})[_PREDICTION]
         values = np.asarray(torch.as_tensor(result).detach().cpu())
         values = values.transpose(0, *range(values.ndim - 1, 0, -1))
-        grid = result.affine if isinstance(result, MetaTensor) else torch.from_numpy(self.affine)
-        if values.shape[1:] != self.raw.reference.shape or not same_grid(
-            grid, self.affine, self.raw.reference.shape[::-1]
-        ):
+        grid = result.affine if isinstance(result, MetaTensor) else self.affine
+        shape = self.raw.reference.shape
+        if values.shape[1:] != shape or not same_grid(grid, self.affine, shape[::-1]):
             raise UserError(
                 f"{self.raw.case}: the post-processing of {model.folder} leaves {values.shape[1:]} voxels (Z, Y, X) "
-                f"on another grid than the label, {self.raw.reference.shape}; let Invertd undo the pre-processing"
+                f"on another grid than the label, {shape}; let Invertd undo the pre-processing"
             )
         return self._labels(values)
 
@@ -121,16 +120,17 @@ class BundleCase:
         """Channels (K or 1, Z, Y, X) that the post-processing left -> label map, or masks of overlapping classes."""
         labels, classes = self.model.labels, self.model.classes
         discrete = bool((values == np.rint(values)).all())
+        codes = np.array([0, *(value[0] for value in classes.values())], np.int16)
+        found: LabelArray
         if labels.regions and len(values) == len(classes) and discrete:
-            masks: LabelArray = values > 0
-            return masks if len(masks) > 1 else (masks[0] * np.int16(next(iter(classes.values()))[0]))
+            found = values > 0
+            return found if len(found) > 1 else found[0] * codes[1]
         if not labels.regions and len(values) == labels.outputs:
-            codes = np.array([0, *(value[0] for value in classes.values())], np.int16)
-            chosen: LabelArray = codes[values.argmax(0)]
-            return chosen
+            found = codes[values.argmax(0)]
+            return found
         if len(values) == 1 and discrete:
-            written: LabelArray = values[0].astype(np.int16)
-            return written
+            found = values[0].astype(np.int16)
+            return found
         raise UserError(
             f"{self.raw.case}: the post-processing of {self.model.folder} leaves {len(values)} channels with "
             f"{'whole numbers' if discrete else 'fractions'}, which are no segmentation; it should end in AsDiscreted"
@@ -281,9 +281,9 @@ def _channels_first(image: npt.NDArray[Any], space: tuple[int, ...], files: Case
     """What LoadImaged returned -> (C, X, Y, Z)."""
     if image.shape == space:
         return image[None]
-    if image.ndim == 4 and image.shape[1:] == space:
+    if image.shape[1:] == space:
         return image
-    if image.ndim == 4 and image.shape[:-1] == space:
+    if image.shape[:-1] == space:
         return np.moveaxis(image, -1, 0)
     raise UserError(
         f"{files.images[0]} was read with the shape {image.shape}, its label has {space}; they must be equal"

@@ -5,8 +5,6 @@ at (so that no import statement runs): targets must be networks, transforms or i
 ``torch.nn``, and expressions of the few plain kinds that bundles are full of, such as ``$@network_def.to(@device)``.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import pydoc
@@ -38,23 +36,14 @@ _REFERENCE, _WEIGHTS = "ima_seg_reference", "ima_seg_weights"
 
 @dataclass(frozen=True)
 class Parts:
-    """What inference needs of a bundle, as its config says.
+    """What inference needs of a bundle, as its config says."""
 
-    Attributes:
-        network: without its weights at first.
-        preprocessing: MONAI's Compose.
-        postprocessing: the same, without what saves files.
-        inferer: MONAI's Inferer.
-        weights: the file that the config loads, or ``models/model.pt``.
-        config: the file that says all this.
-    """
-
-    network: nn.Module
-    preprocessing: Any
-    postprocessing: Any
-    inferer: Any
-    weights: Path
-    config: Path
+    network: nn.Module  # without its weights at first
+    preprocessing: Any  # MONAI's Compose
+    postprocessing: Any  # the same, without what saves files
+    inferer: Any  # MONAI's Inferer
+    weights: Path  # the file that the config loads, or models/model.pt
+    config: Path  # the file that says all this
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
@@ -85,10 +74,8 @@ def is_single_ct(metadata: Mapping[str, Any]) -> bool:
 def load_parts(root: Path, *, device: torch.device, trust: bool) -> Parts:
     """Build network, transforms and inferer of a bundle.
 
-    Args:
-        root: the bundle; it takes the place of ``bundle_root`` in the config.
-        device: takes the place of ``device``.
-        trust: let the config run what it likes, with modules of the bundle.
+    In its config, ``root`` takes the place of ``bundle_root`` and ``device`` that of ``device``. If it is trusted
+    (``trust``), it runs what it likes, with modules of the bundle.
 
     Raises:
         UserError: a file or part is missing or cannot be built, or it would run code while ``trust`` is not set.
@@ -202,13 +189,13 @@ def _reachable(config: Mapping[str, Any], wanted: list[str]) -> list[str]:
 
 def _refuse_code(part: Any, parser: Any, file: Path) -> None:
     for item in _items(part):
-        code = None
+        code, plain = item, True
         if isinstance(item, str) and item.startswith("$"):
-            code = None if _is_plain_expression(item) else item
+            plain = _is_plain_expression(item)
         elif isinstance(item, dict) and "_target_" in item:
-            plain = item.get("_mode_", "default") in ("default", "callable") and _names_no_code(item)
-            code = None if plain and _is_trusted_target(item["_target_"], parser) else item["_target_"]
-        if code is not None:
+            code, mode = item["_target_"], item.get("_mode_", "default")
+            plain = mode in ("default", "callable") and _names_no_code(item) and _is_trusted_target(code, parser)
+        if not plain:
             raise UserError(
                 f"{file} would run code beyond the networks, transforms and inferers of monai and torch: {code!r}; if "
                 "you trust its origin, pass --trust-checkpoint"

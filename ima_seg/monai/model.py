@@ -1,7 +1,5 @@
 """A loaded bundle: network, inferer, pre- and post-processing, and what its outputs mean."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,17 @@ from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.monai.config import Parts
 from ima_seg.types import Labels
 
-_ENDINGS = (".nii.gz", ".nii")
-
 
 @dataclass(frozen=True)
 class LoadedBundle(Parts):
-    """One bundle with its weights; its network is on the device, frozen.
+    """One bundle with its weights; what :class:`ima_seg.evaluate.subject.Loaded` has, and:
+
+    Bundles are attacked as a whole, also where their inferer cuts slices (``is_2d``), and do not name their data set.
 
     Attributes:
-        folder: of the bundle.
+        network: on the device, frozen.
         title: name and version.
         image_key: of the image in the dictionaries of the transforms.
-        labels: how outputs are read.
-        classes: foreground class -> label values, in the order of the outputs.
-        channels: names of the image channels.
-        is_single_ct: whether there is one channel, of CT.
     """
 
     folder: Path
@@ -38,21 +32,13 @@ class LoadedBundle(Parts):
     classes: dict[str, tuple[int, ...]]
     channels: list[str]
     is_single_ct: bool
+    is_2d: bool = False
+    dataset: str = ""
 
     @property
     def files(self) -> list[Path]:
         """Those that define it."""
         return [self.config, self.folder / "configs" / "metadata.json", self.weights]
-
-    @property
-    def is_2d(self) -> bool:
-        """Bundles are attacked as a whole, also where their inferer cuts slices."""
-        return False
-
-    @property
-    def dataset(self) -> str:
-        """Bundles do not name their data set."""
-        return ""
 
     def card(self) -> dict[str, Any]:
         """What :class:`ima_seg.evaluate.run.ModelInfo` says of it, beside name and files."""
@@ -79,8 +65,9 @@ class LoadedBundle(Parts):
         self, images: Path, labels: Path, *, limit: int | None = None
     ) -> tuple[list[CaseFiles], list[CaseProblem]]:
         """The complete and the incomplete cases of two folders."""
-        channels = len(self.channels)
-        return find_cases(images, labels, channels=channels, endings=_ENDINGS, one_name=True, limit=limit)
+        return find_cases(
+            images, labels, channels=len(self.channels), endings=(".nii.gz", ".nii"), one_name=True, limit=limit
+        )
 
     def check_case(self, files: CaseFiles) -> None:
         """Refuse files that cannot be evaluated."""

@@ -1,7 +1,5 @@
 """A MONAI network as attacks call it: with an inferer, and with further inputs of just the samples attacked."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,26 +19,16 @@ class AsUsed(nn.Module):
         network: maps (B, C, *S) and the further inputs to logits.
         inferer: a ``monai.inferers.Inferer``. With any but ``SimpleInferer`` the activations of a network pass are not
             kept for the gradient but computed again: a sliding window then needs the memory of one batch of windows.
-        args: further inputs of the network; of tensors whose first axis is the batch, each sample gets its own part.
-        kwargs: the same by name.
-        size: samples of the whole batch.
+        inputs: the further inputs, by position and by name, and the size of the batch, as for :func:`own_inputs`.
     """
 
-    def __init__(
-        self,
-        network: Any,
-        inferer: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        size: int = 0,
-    ) -> None:
+    def __init__(self, network: Any, inferer: Any, *inputs: Any) -> None:
         super().__init__()
-        self.network, self.inferer = network, inferer
-        self.args, self.kwargs, self.size = tuple(args), dict(kwargs or {}), size
+        self.network, self.inferer, self.inputs = network, inferer, inputs or ((), {}, 0)
 
     def forward(self, x: torch.Tensor) -> Any:
         """What the network returns for the batch, or for the part of it that ``x`` (B, C[+1], *S) is."""
-        images, args, kwargs = own_inputs(x, self.args, self.kwargs, self.size)
+        images, args, kwargs = own_inputs(x, *self.inputs)
         return self.inferer(images, self._network, *args, **kwargs)
 
     def _network(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +51,8 @@ def own_inputs(
 
     Args:
         x: (B, C + 1, *S), or without further inputs (B, C, *S).
-        args: further inputs, as are ``kwargs``.
-        kwargs: by name.
+        args: further inputs; of tensors whose first axis is the batch, each sample gets its own part.
+        kwargs: the same by name.
         size: samples of the whole batch.
     """
     if not (args or kwargs):

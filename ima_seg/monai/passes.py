@@ -1,7 +1,5 @@
 """The network passes of a training step in MONAI's engine, with its events, autocast and gradient scaler."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,23 +19,14 @@ from ima_seg.monai.network import own_inputs
 
 @dataclass
 class Passes:
-    """The training passes of an iteration, the first of them with MONAI's events.
-
-    Attributes:
-        engine: the trainer.
-        targets: what the loss compares with.
-        args: further inputs of the network, as are ``kwargs``.
-        kwargs: by name.
-        size: samples of the batch; a pass of more has them in its first rows.
-        share: the gradient is divided by this.
-    """
+    """The training passes of an iteration, the first of them with MONAI's events."""
 
     engine: Any
-    targets: torch.Tensor
-    args: tuple[Any, ...]
+    targets: torch.Tensor  # what the loss compares with
+    args: tuple[Any, ...]  # further inputs of the network
     kwargs: Mapping[str, Any]
-    size: int
-    share: int
+    size: int  # samples of the batch; a pass of more has them in its first rows
+    share: int  # the gradient is divided by this
     _first: bool = True
     _stacked: bool = False
 
@@ -47,9 +36,8 @@ class Passes:
         return self.engine.scaler if self.engine.amp else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.scaler is None:
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", **self.engine.amp_kwargs)
+        amp = self.scaler is not None
+        return torch.autocast("cuda", **self.engine.amp_kwargs) if amp else contextlib.nullcontext()
 
     def forward(self, network: nn.Module, batch: torch.Tensor) -> Any:
         """The output of ``network``, as a rule the one that is trained, for (N, C[+1], *S), stacked heads as a list."""

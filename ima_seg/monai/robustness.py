@@ -1,7 +1,5 @@
 """Robustness during training: metrics of the validation set under attack, every few epochs."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -71,18 +69,17 @@ class RobustnessHandler:
         labels = self.attack.labels
         if discretise is None and not isinstance(labels, Labels):
             raise UserError(f"give discretise, which makes of logits what the metrics compare, for labels {labels!r}")
-        self.loader, self.eps, self.interval, self.network = loader, [float(e) for e in eps], interval, network
+        #: Budgets by their names; of clean images none.
+        self.levels = {"clean": 0.0, **{f"{level:g}": float(level) for level in eps}}
+        self.loader, self.interval, self.network = loader, interval, network
         self.inferer, self.prepare_batch, self.seed = inferer or SimpleInferer(), prepare_batch, seed
         self.discretise, self.summary_writer = discretise or self._one_hot, summary_writer
         if metrics is None:
             background = not isinstance(labels, Labels) or labels.regions
             metrics = {"dice": DiceMetric(include_background=background)}
         self.metrics = {
-            (name, level): copy.deepcopy(metric) for name, metric in metrics.items() for level in self._levels()
+            (name, level): copy.deepcopy(metric) for name, metric in metrics.items() for level in self.levels
         }
-
-    def _levels(self) -> list[str]:
-        return ["clean", *(f"{eps:g}" for eps in self.eps)]
 
     def attach(self, engine: Any) -> None:
         """Attach to a trainer, behind what ends its epochs."""
@@ -107,16 +104,13 @@ class RobustnessHandler:
         generator = torch.Generator(device).manual_seed(self.seed)
         for batch in self.loader:
             x, y = (plain(tensor) for tensor in self.prepare_batch(batch, device)[:2])
-            self._update("clean", network, x, y)
-            for level, eps in zip(self._levels()[1:], self.eps, strict=True):
-                self._update(level, network, self.attack(network, x, y, eps, generator).adversarial, y)
-
-    @torch.no_grad()
-    def _update(self, level: str, network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-        predicted, expected = self.discretise(full_resolution(network(x)), y)
-        for (_, measured), metric in self.metrics.items():
-            if measured == level:
-                metric(y_pred=predicted, y=expected)
+            for level, eps in self.levels.items():
+                shown = self.attack(network, x, y, eps, generator).adversarial if eps else x
+                with torch.no_grad():
+                    predicted, expected = self.discretise(full_resolution(network(shown)), y)
+                for (_, measured), metric in self.metrics.items():
+                    if measured == level:
+                        metric(y_pred=predicted, y=expected)
 
     def _one_hot(self, logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         target = Target.from_raw(reference(y, logits, self.attack.labels), self.attack.labels)

@@ -1,7 +1,5 @@
 """Adversarial training in MONAI's engine: a ``SupervisedTrainer`` whose step is that of a method."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,12 +35,7 @@ _MONAI_NAMES = {
 def make_method(
     options: Method[Any, Any] | Mapping[str, Any], *, epochs: int, name: str | None = None
 ) -> Method[Any, Any]:
-    """The method that a trainer's argument describes.
-
-    Args:
-        options: see :class:`AdversarialSupervisedTrainer`.
-        epochs: length of the training.
-        name: of the method, where ``options`` do not say it.
+    """The method that a trainer's argument describes, by ``name`` where ``options`` do not say it.
 
     Raises:
         UserError: an unknown method, setting or value, or no ``labels``.
@@ -58,10 +51,8 @@ def make_method(
             "background, or a method of ima_seg.methods"
         )
     labels = values.pop("labels")
-    if isinstance(labels, Mapping):
-        labels = Labels(**labels)
-    elif isinstance(labels, int):
-        labels = Labels(labels)
+    if isinstance(labels, Mapping | int):
+        labels = Labels(**labels) if isinstance(labels, Mapping) else Labels(labels)
     image_channels, voxels = values.pop("image_channels", None), values.pop("patch_voxels", None)
     for setting in values.keys() & _MONAI_NAMES.keys():
         raise UserError(f"{name}: {setting} is a setting of nnU-Net's trainers; here it is {_MONAI_NAMES[setting]}")
@@ -131,8 +122,7 @@ class AdversarialSupervisedTrainer(SupervisedTrainer):
             )
         self.case_key = case_key
         handlers = ensure_tuple(given.get("train_handlers") or ())
-        mine = [handler for handler in handlers if isinstance(handler, TrainingHandler)][:1]
-        self.training = mine[0] if mine else TrainingHandler()
+        self.training = next((h for h in handlers if isinstance(h, TrainingHandler)), None) or TrainingHandler()
         # Margins have moved before any other handler looks at them, or saves them, at the end of an epoch.
         given["train_handlers"] = [self.training, *(handler for handler in handlers if handler is not self.training)]
         self.loss_is_reduced = False

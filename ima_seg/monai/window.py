@@ -1,9 +1,6 @@
 """A bundle's inferer as a differentiable network, with exact gradients in the memory of one batch of tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +9,15 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import SimpleInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from monai.utils import ensure_tuple_rep, fall_back_tuple
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ima_seg.attacks.network import full_resolution
 from ima_seg.attacks.tiling import Tiling
 from ima_seg.errors import UserError
+from ima_seg.monai.network import AsUsed
 
 
 class Logits(nn.Module):
-    """A bundle's network, whose output is checked: (B, C, *S) -> logits (B, K, *S), of any device and type.
-
-    Args:
-        network: of the bundle.
-        outputs: K.
-    """
+    """A bundle's network, whose output is checked: (B, C, *S) -> logits (B, K, *S) in float32."""
 
     def __init__(self, network: nn.Module, outputs: int) -> None:
         super().__init__()
@@ -37,7 +29,7 @@ class Logits(nn.Module):
         Raises:
             UserError: something else comes out.
         """
-        logits = full_resolution(self.network(x, *arguments))
+        logits = full_resolution(self.network(x, *arguments)).float()
         if logits.shape != (len(x), self.outputs, *x.shape[2:]):
             raise UserError(
                 f"the bundle's network returned {tuple(logits.shape)} for an input of {tuple(x.shape)}; by "
@@ -49,10 +41,7 @@ class Logits(nn.Module):
 class InfererWindow(Tiling):
     """MONAI's SlidingWindowInferer: its tiles, padding and weights; also a whole image as one tile (SimpleInferer).
 
-    Args:
-        network: returns logits of a tile.
-        inferer: of the bundle.
-        tile_batch: tiles that the network sees at once; default: the inferer's ``sw_batch_size``.
+    ``network`` returns the logits of a tile; ``tile_batch`` tiles at once, by default the inferer's ``sw_batch_size``.
     """
 
     def __init__(self, network: nn.Module, inferer: Any, *, tile_batch: int | None = None) -> None:
@@ -83,24 +72,17 @@ class InfererWindow(Tiling):
         return torch.as_tensor(weights, dtype=torch.float32, device=device)
 
 
-class RecomputedInferer(nn.Module):
-    """Any other inferer, called as it is; the network's activations are recomputed in the backward pass.
-
-    Args:
-        network: returns logits of what the inferer gives it.
-        inferer: of the bundle.
-        tile_batch: tiles that the network sees at once, where the inferer has ``sw_batch_size``; default: that.
-    """
+class RecomputedInferer(AsUsed):
+    """Any other inferer, called as it is; arguments of :class:`InfererWindow`."""
 
     def __init__(self, network: nn.Module, inferer: Any, *, tile_batch: int | None = None) -> None:
-        super().__init__()
-        self.network, self.inferer = network, inferer
+        super().__init__(network, inferer)
         if tile_batch is not None:
             self.tile_batch = tile_batch
 
     @property
     def tile_batch(self) -> int:
-        """The inferer's ``sw_batch_size``."""
+        """The inferer's ``sw_batch_size``, where it has one."""
         return int(getattr(self.inferer, "sw_batch_size", 1))
 
     @tile_batch.setter
@@ -110,19 +92,12 @@ class RecomputedInferer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, K, *S) in float32."""
-        logits = full_resolution(self.inferer(x, self._recomputed))
+        logits = full_resolution(super().forward(x))
         if logits.shape[2:] != x.shape[2:]:
             raise UserError(
                 f"the bundle's {type(self.inferer).__name__} returned {tuple(logits.shape)} for an input of "
                 f"{tuple(x.shape)}; expected logits (B, K, *S) of the same S"
             )
-        return logits.float()
-
-    def _recomputed(self, tiles: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        network: Any = self.network
-        if torch.is_grad_enabled():
-            network = partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False)
-        logits: torch.Tensor = network(tiles, *arguments)
         return logits.float()
 
 

@@ -112,9 +112,8 @@ class PreparedCase:
 
     def altered(self, image: npt.NDArray[np.float32]) -> PreparedCase:
         """The same case with another image (a corrupted one), of the same shape."""
-        return prepare_case(
-            self.raw, self.model, device=self.base.device, image=image, previous_stage=self.previous_stage
-        )
+        device, previous = self.base.device, self.previous_stage
+        return prepare_case(self.raw, self.model, device=device, image=image, previous_stage=previous)
 
     def target(self, *, slices: bool = False) -> Target:
         """The reference of the whole volume, or of its slices along the first axis as a batch."""
@@ -156,12 +155,12 @@ class PreparedCase:
     def native_delta(self, delta: torch.Tensor) -> FloatArray:
         """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities and geometry."""
         values = delta.detach().float().cpu().numpy()
-        shape = tuple(int(size) for size in self.properties["shape_after_cropping_and_before_resampling"])
         if self.resampled:
+            shape = tuple(int(size) for size in self.properties["shape_after_cropping_and_before_resampling"])
             values = _resample(self.model, self.properties, values, shape, back=True)
             if self.nonzero is not None:
                 values = values * self.nonzero  # the kernel of the resampling reaches beyond the mask
-        values = values.astype(np.float64) * self.scale.reshape(-1, *(1,) * len(shape))
+        values = values.astype(np.float64) * self.scale.reshape(-1, 1, 1, 1)
         full = np.zeros((len(values), *self.properties["shape_before_cropping"]))
         full[(slice(None), *_box(self.properties["bbox_used_for_cropping"]))] = values
         return _turned(full, self.model.plans.transpose_backward)
@@ -170,7 +169,7 @@ class PreparedCase:
         """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
         values = _turned(delta, self.model.plans.transpose_forward)
         values = values[(slice(None), *_box(self.properties["bbox_used_for_cropping"]))]
-        values = values / self.scale.reshape(-1, *(1,) * (values.ndim - 1))
+        values = values / self.scale.reshape(-1, 1, 1, 1)
         if self.resampled:
             values = _resample(self.model, self.properties, values, self.base.shape[2:])
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.base.device)
@@ -205,14 +204,7 @@ def prepare_case(
     image: npt.NDArray[np.float32] | None = None,
     previous_stage: LabelArray | None = None,
 ) -> PreparedCase:
-    """Preprocess a case as nnU-Net's inference does.
-
-    Args:
-        raw: the case.
-        model: the model.
-        device: where the tensors go.
-        image: replaces the case's image (a corrupted one), of the same shape.
-        previous_stage: (Z, Y, X) segmentation of the previous stage, for a cascade.
+    """Preprocess a case as nnU-Net's inference does, or with another ``image`` of its shape (a corrupted one).
 
     Raises:
         UserError: an image without contrast, a normalisation that is not known, a missing previous stage.
@@ -231,11 +223,10 @@ def prepare_case(
         image, first_stage, dict(raw.properties), plans, configuration, model.dataset_json
     )
     data, segmentation = np.asarray(data, dtype=np.float32), np.asarray(segmentation)
-    cropped, region, box = crop_to_nonzero(
-        _turned(image, forward).astype(np.float32),
-        None if first_stage is None else _turned(first_stage, forward).copy(),
-    )
-    scales = channel_scales(cropped, region[0] >= 0, plans=plans, configuration=configuration, case=raw.case)
+    earlier = None if first_stage is None else _turned(first_stage, forward).copy()
+    cropped, region, box = crop_to_nonzero(_turned(image, forward).astype(np.float32), earlier)
+    nonzero = region[0] >= 0
+    scales = channel_scales(cropped, nonzero, plans=plans, configuration=configuration, case=raw.case)
     resampled = data.shape[1:] != cropped.shape[1:]
     reference = _turned(raw.reference[None], forward)[(slice(None), *_box(box))]
     if resampled:
@@ -254,8 +245,8 @@ def prepare_case(
     if first_stage is not None:
         masks = list(convert_labelmap_to_one_hot(segmentation[0], model.label_manager.foreground_labels, data.dtype))
 
-    def tensor(channels: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(np.stack(channels), dtype=np.float32))[None].to(device)
+    def tensor(channels: Any, dtype: type = np.float32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(np.stack(channels), dtype=dtype))[None].to(device)
 
     # Of all channels: a voxel that is not zero in one channel belongs to the mask of every channel.
     masked = any(scale.masked for scale in scales)
@@ -265,9 +256,9 @@ def prepare_case(
         base=tensor([*base, *extra, *masks]),
         clean=tensor([*data, *masks]),
         image_channels=len(data),
-        support=torch.from_numpy(segmentation[:1] >= 0)[None].to(device) if masked else None,
-        nonzero=region[0] >= 0 if masked else None,
-        reference=torch.from_numpy(np.ascontiguousarray(reference.astype(np.int16)))[None].to(device),
+        support=tensor(segmentation[:1] >= 0, np.bool_) if masked else None,
+        nonzero=nonzero if masked else None,
+        reference=tensor(reference, np.int16),
         scales=scales,
         native_range=intensity_range(cropped),
         offsets=offsets,

@@ -1,7 +1,5 @@
 """Reading and amending nnU-Net checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,21 +33,16 @@ def _allowed_globals() -> list[Any]:
 
 
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU without executing pickled code.
-
-    Args:
-        path: a ``checkpoint_*.pth`` of nnU-Net.
-        trust: load it with full unpickling, which runs whatever code it carries.
+    """Load a ``checkpoint_*.pth`` of nnU-Net; see :func:`ima_seg.weights.load_tensors`.
 
     Raises:
-        UserError: no such file, not a checkpoint of nnU-Net, or one that needs code to be read while ``trust`` is not
-            set.
+        UserError: no such file, not a checkpoint of nnU-Net, or one that would run code while ``trust`` is not set.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"checkpoint {file} does not exist; train the fold first or name another one")
     checkpoint: dict[str, Any] = load_tensors(file, trust=trust, allowed=_allowed_globals())
-    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint or "trainer_name" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name"} <= checkpoint.keys():
         raise UserError(f"{file} is not a checkpoint of nnU-Net v2 (no network_weights, trainer_name)")
     return checkpoint
 

@@ -5,16 +5,12 @@ and labels, readers, preprocessors, keys of checkpoints) is used there where it 
 ``tests/test_nnunet_versions.py`` lists all of it, and checks it with the oldest version supported, too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ima_seg.errors import UserError
 from ima_seg.methods.registry import make_method
@@ -76,21 +72,9 @@ def require_foreground(trainer: Any, cases: Iterable[str]) -> None:
     # Also holds the location of all annotated voxels together, under a key with -1, when there is an ignore label.
     for case in cases:
         locations = load_pickle(str(folder / f"{case}.pkl")).get("class_locations", {})
-        for label, voxels in locations.items():
-            if len(voxels) and not (isinstance(label, tuple) and -1 in label):
-                return
+        if any(len(v) and not (isinstance(label, tuple) and -1 in label) for label, v in locations.items()):
+            return
     raise UserError(
         f"none of the training cases in {folder} has a foreground voxel, so there is nothing to segment; check that "
         "the label files carry the values that dataset.json names, then preprocess again"
     )
-
-
-def map_heads(target: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply ``function`` to a target: a tensor, or with deep supervision a list of them."""
-    return [function(head) for head in target] if isinstance(target, list) else function(target)
-
-
-def full_resolution_target(target: Any) -> torch.Tensor:
-    """The target of the full-resolution head."""
-    full: torch.Tensor = target[0] if isinstance(target, list) else target
-    return full

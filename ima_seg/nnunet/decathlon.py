@@ -4,8 +4,6 @@ The conversion itself is nnU-Net's. This module checks what comes in, so that a 
 written, supplies what real downloads lack, and puts the result in place in one rename.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -19,18 +17,12 @@ from nibabel.filebasedimages import ImageFileError
 
 from ima_seg.data.archives import ARCHIVE_ENDINGS, check_md5, is_archive, unpack_single_folder
 from ima_seg.data.naming import dataset_folder_name, raw_root, taken_by_other
-from ima_seg.data.recipes import Recipe, recipe_of_task
+from ima_seg.data.recipes import recipe_of_task
 from ima_seg.errors import UserError
 from ima_seg.files import read_json
 
 _TASK = re.compile(r"Task(\d{2,3})_([A-Za-z0-9-]+)")
 _NIFTI = ".nii.gz"
-
-
-def default_processes() -> int:
-    """Return ``nnUNet_def_n_proc`` if it is a positive number, else the number of processors, at most 4."""
-    value = os.environ.get("nnUNet_def_n_proc", "")
-    return int(value) if value.isdecimal() and int(value) > 0 else min(os.cpu_count() or 1, 4)
 
 
 def convert_decathlon(
@@ -45,7 +37,7 @@ def convert_decathlon(
     Args:
         path: the folder ``TaskNN_Name``, or its archive (.tar, .tar.gz, .tgz).
         dataset_id: nnU-Net's id; default: the task's number.
-        num_processes: worker processes; default: :func:`default_processes`.
+        num_processes: worker processes; default: ``nnUNet_def_n_proc``, else the number of processors, at most 4.
         verify: compare the MD5 sum of a known task's .tar archive with the recipe's, and require every training case
             that ``dataset.json`` lists.
 
@@ -57,7 +49,10 @@ def convert_decathlon(
     """
     root = raw_root()
     path = Path(os.path.abspath(path))
-    if num_processes is not None and num_processes < 1:
+    if num_processes is None:
+        given = os.environ.get("nnUNet_def_n_proc", "")
+        num_processes = int(given) if given.isdecimal() and int(given) else min(os.cpu_count() or 1, 4)
+    if num_processes < 1:
         raise UserError(f"number of processes {num_processes}: give at least 1")
     if not path.exists():
         raise UserError(f"{path} does not exist: give the downloaded folder TaskNN_Name or its .tar archive")
@@ -74,7 +69,7 @@ def convert_decathlon(
         staged = _stage(source, scratch / "staged", verify)
         (scratch / "raw").mkdir()
         made = scratch / "raw" / target.name
-        _run_nnunet(staged, scratch / "raw", int(target.name[7:10]), num_processes or default_processes())
+        _run_nnunet(staged, scratch / "raw", int(target.name[7:10]), num_processes)
         if not made.is_dir():
             raise UserError(f"{path}: nnU-Net's conversion left no {target.name}: check that nnunetv2 is version 2.8")
         if target.exists():
@@ -85,20 +80,20 @@ def convert_decathlon(
 
 def _unpack(archive: Path, into: Path, verify: bool) -> Path:
     stem = archive.name[: archive.name.lower().rindex(".t")]
-    recipe = recipe_of_task(stem)
-    if verify:
-        _check_sum(archive, recipe)
+    known = _check_sum(archive, stem) if verify else True
     into.mkdir()
     folder = unpack_single_folder(archive, into)
-    if verify and recipe is None:  # a renamed download: the folder inside tells the task
-        _check_sum(archive, recipe_of_task(folder.name))
+    if not known:  # a renamed download: the folder inside tells the task
+        _check_sum(archive, folder.name)
     return folder
 
 
-def _check_sum(archive: Path, recipe: Recipe | None) -> None:
-    """Check a plain .tar against the recipe; a recompressed archive has no published sum."""
+def _check_sum(archive: Path, task: str) -> bool:
+    """Check a plain .tar against the recipe, if there is one; a recompressed archive has no published sum."""
+    recipe = recipe_of_task(task)
     if recipe is not None and recipe.decathlon is not None and archive.suffix.lower() == ".tar":
         check_md5(archive, recipe.decathlon.md5)
+    return recipe is not None
 
 
 def _target_name(source: Path, given: Path, dataset_id: int | None) -> str:
@@ -108,8 +103,7 @@ def _target_name(source: Path, given: Path, dataset_id: int | None) -> str:
         raise UserError(f"{what} is not named like a Decathlon task: it must be TaskNN_Name, e.g. Task04_Hippocampus")
     number = int(match[1]) if dataset_id is None else dataset_id
     name = dataset_folder_name(number, match[2])
-    taken = taken_by_other(number)
-    if taken:
+    if taken := taken_by_other(number):
         raise UserError(f"dataset id {number} is taken by {taken[0]}: choose another id (-d), or remove that folder")
     return name
 
@@ -127,8 +121,7 @@ def _stage(source: Path, into: Path, verify: bool) -> Path:
     )
     if not images:
         raise UserError(f"{source / 'imagesTr'}: no {_NIFTI} files: download or unpack the task again")
-    unpaired = sorted(images ^ labels)
-    if unpaired:
+    if unpaired := sorted(images ^ labels):
         lacking = "label" if unpaired[0] in images else "image"
         raise UserError(f"{source}: {unpaired[0]} has no {lacking}: download or unpack the task again")
     if verify:
@@ -167,9 +160,7 @@ def _read_description(source: Path) -> dict[str, Any]:
 
 def _check_listed(source: Path, content: dict[str, Any], images: set[str]) -> None:
     listed = content.get("training")
-    if not isinstance(listed, list):
-        return
-    for entry in listed:
+    for entry in listed if isinstance(listed, list) else ():
         name = Path(str(entry.get("image", "") if isinstance(entry, dict) else entry)).name
         if name and name not in images:
             raise UserError(

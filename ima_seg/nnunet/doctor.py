@@ -1,7 +1,5 @@
 """``ima-seg doctor``: is this environment fit for training and evaluation, and if not, what to do about it."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.metadata
@@ -12,15 +10,16 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
+from ima_seg.data.naming import FOLDER_VARIABLES
 from ima_seg.errors import UserError
 from ima_seg.nnunet.compat import SUPPORTED_NNUNET, check_nnunet_version, find_trainer
 
@@ -29,19 +28,13 @@ _REINSTALL = "pip install --force-reinstall --no-deps ima-seg"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's table.
-
-    Attributes:
-        name: what was looked at.
-        value: what was found.
-        state: ``"ok"``; ``"note"``: works, but worth knowing; ``"wrong"``: training or evaluation will fail.
-        remedy: what to do; given whenever something is wrong.
-    """
+    """One line of the doctor's table: what was looked at and what was found."""
 
     name: str
     value: str
+    #: A note works, but is worth knowing; with what is wrong, training or evaluation will fail.
     state: Literal["ok", "note", "wrong"] = "ok"
-    remedy: str = ""
+    remedy: str = ""  # given whenever something is wrong
 
 
 def ext_trainer_folder() -> Path:
@@ -72,10 +65,8 @@ def run_doctor(console: Console | None = None) -> int:
     """
     console = console or Console()
     findings = examine()
-    table = Table(title="ima-seg doctor", title_justify="left")
-    table.add_column("", no_wrap=True)
-    table.add_column("what", overflow="fold")
-    table.add_column("found", overflow="fold")
+    folded = [Column(heading, overflow="fold") for heading in ("what", "found")]
+    table = Table(Column("", no_wrap=True), *folded, title="ima-seg doctor", title_justify="left")
     style = {"ok": "green", "note": "yellow", "wrong": "bold red"}
     for finding in findings:
         table.add_row(f"[{style[finding.state]}]{finding.state}[/]", escape(finding.name), escape(finding.value))
@@ -176,11 +167,11 @@ def _compile() -> Iterator[Finding]:
         yield Finding("torch.compile", f"on ({shown}), but Triton is missing", "wrong", remedy)
     else:
         yield Finding("torch.compile", f"{'on' if compiles else 'off'} in training ({shown})")
-    if not triton:
-        yield Finding("Triton", "not installed; the plain PyTorch operations are used", "note")
-    else:
+    if triton:
         found = next(iter(importlib.metadata.distributions(name="triton")), None)
         yield Finding("Triton", found.version if found else "installed")
+    else:
+        yield Finding("Triton", "not installed; the plain PyTorch operations are used", "note")
 
 
 def _search_path() -> Iterator[Finding]:
@@ -205,34 +196,26 @@ def _trainers() -> Iterator[Finding]:
     try:
         with _quiet():
             package: Any = importlib.import_module("nnunet_trainers")
-            find = _lookup()
         named = {name: getattr(package, name) for name in package.__all__}
     except (ImportError, AttributeError) as error:
         yield Finding("trainers", f"cannot be imported: {error}", "wrong", _REINSTALL)
         return
-    yield from (_find_trainer(name, own, find) for name, own in named.items() if isinstance(own, type))
+    yield from (_find_trainer(name, own) for name, own in named.items() if isinstance(own, type))
 
 
-def _lookup() -> Callable[[str], type]:
-    """nnU-Net's own lookup of a trainer by name."""
-    return find_trainer
-
-
-def _find_trainer(name: str, own: type, find: Callable[[str], type]) -> Finding:
+def _find_trainer(name: str, own: type) -> Finding:
     try:
         with _quiet():
-            found = find(name)
+            found = find_trainer(name)
     except Exception as error:  # the lookup runs every module of every folder in nnUNet_extTrainer, whoever wrote it
         reason = (str(error) or type(error).__name__).splitlines()[0]
         remedy = "see nnUNet_extTrainer above; take out folders whose modules cannot be imported"
         return Finding(name, f"nnU-Net does not find it: {reason}", "wrong", remedy)
     where = getattr(sys.modules.get(found.__module__), "__file__", None) or f"module {found.__module__}"
-    if found is not own:
-        remedy = (
-            "remove or rename that copy: nnU-Net looks in its own package first, then in nnUNet_extTrainer in order"
-        )
-        return Finding(name, f"nnU-Net finds another class of this name, in {where}", "wrong", remedy)
-    return Finding(name, f"found by nnU-Net, defined in {where}")
+    if found is own:
+        return Finding(name, f"found by nnU-Net, defined in {where}")
+    remedy = "remove or rename that copy: nnU-Net looks in its own package first, then in nnUNet_extTrainer in order"
+    return Finding(name, f"nnU-Net finds another class of this name, in {where}", "wrong", remedy)
 
 
 @contextlib.contextmanager
@@ -244,7 +227,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _folders() -> Iterator[Finding]:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for name in FOLDER_VARIABLES:
         value = os.environ.get(name)
         if not value:
             yield Finding(name, "not set", "wrong", f"mkdir -p ~/{name} && export {name}=~/{name}")
@@ -257,8 +240,7 @@ def _folders() -> Iterator[Finding]:
         elif name == "nnUNet_raw":
             yield Finding(name, f"{value} (read-only: enough for training, not for adding datasets)", "note")
         else:
-            remedy = f"chmod u+rwx {value}, or let {name} name another"
-            yield Finding(name, f"{value} is not writable", "wrong", remedy)
+            yield Finding(name, f"{value} is not writable", "wrong", f"chmod u+rwx {value}, or let {name} name another")
 
 
 def _settings() -> Iterator[Finding]:
@@ -274,8 +256,8 @@ def _settings() -> Iterator[Finding]:
         try:
             load_settings(base)
         except UserError as error:
-            errors.append(error)
+            errors.append(str(error))
         else:
             yield Finding(ENVIRONMENT_VARIABLE, f"{value} (valid for {base.section})")
             return
-    yield Finding(ENVIRONMENT_VARIABLE, str(errors[0]), "wrong", f"correct the file, or unset {ENVIRONMENT_VARIABLE}")
+    yield Finding(ENVIRONMENT_VARIABLE, errors[0], "wrong", f"correct the file, or unset {ENVIRONMENT_VARIABLE}")

@@ -1,7 +1,5 @@
 """A copy of a trained model that a stock nnU-Net, without this package, predicts with."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -48,10 +46,8 @@ def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = 
         for file in files:
             checkpoint = read_checkpoint(file, trust=trust)
             _check_architecture(str(checkpoint["trainer_name"]), file)
-            checkpoint["trainer_name"] = STOCK_TRAINER
-            for key in (KEY, METHOD_KEY):
-                checkpoint.pop(key, None)
-            write_checkpoint(folder / file.relative_to(source), checkpoint)
+            kept = {key: value for key, value in checkpoint.items() if key not in (KEY, METHOD_KEY)}
+            write_checkpoint(folder / file.relative_to(source), {**kept, "trainer_name": STOCK_TRAINER})
     return target
 
 

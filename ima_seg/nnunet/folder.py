@@ -1,7 +1,5 @@
 """A trained nnU-Net v2 model folder, ready to be attacked: networks, plans, labels, without executing pickled code."""
 
-from __future__ import annotations
-
 import pydoc
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +70,13 @@ def load_model(
     labels = manager.get_label_manager(dataset_json)
     heads = labels.num_segmentation_heads
     inputs = determine_num_input_channels(manager, configuration, dataset_json)
-    builder = _trainer_class(trainer, checkpoints[0])
+    try:
+        builder = find_trainer(trainer)
+    except RuntimeError:
+        raise UserError(
+            f"{checkpoints[0]} was trained by {trainer}, which this installation does not have; install the package it "
+            "comes from or name its folder in nnUNet_extTrainer"
+        ) from None
     networks = []
     for file, state in zip(checkpoints, read, strict=True):
         network = builder.build_network_architecture(manager, configuration, inputs, heads, False)
@@ -154,13 +158,3 @@ def _is_trusted(name: str) -> bool:
     if found is None:  # moved; nnU-Net looks for the class's name in dynamic_network_architectures
         return True
     return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(_TRUSTED_MODULES)
-
-
-def _trainer_class(name: str, file: Path) -> Any:
-    try:
-        return find_trainer(name)
-    except RuntimeError:
-        raise UserError(
-            f"{file} was trained by {name}, which this installation does not have; install the package it comes from "
-            "or name its folder in nnUNet_extTrainer"
-        ) from None

@@ -1,7 +1,5 @@
 """Original intensities: how many native units one network unit is, per case and channel."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,7 @@ def native_scale(
         case: case id.
         images: folder with ``CASE_0000.nii.gz`` and so on.
         plans: contents of the plans file.
-        configuration: configuration whose normalisation is meant.
+        configuration: whose normalisation is meant.
         dataset_json: contents of dataset.json.
 
     Raises:
@@ -57,10 +55,8 @@ def shared_native_scale(
     properties = plans["foreground_intensity_properties_per_channel"]
     scale = {}
     for index, (column, scheme) in enumerate(zip(columns, _schemes(plans, configuration), strict=True)):
-        if scheme == "CTNormalization":
-            scale[column] = float(properties[str(index)]["std"])
-        elif scheme == "NoNormalization":
-            scale[column] = 1.0
+        if scheme in ("CTNormalization", "NoNormalization"):
+            scale[column] = float(properties[str(index)]["std"]) if scheme == "CTNormalization" else 1.0
     return scale
 
 

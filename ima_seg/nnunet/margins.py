@@ -1,7 +1,5 @@
 """``ima-seg margins``: the margins of a trained model, printed and plotted."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +60,9 @@ def read_margins(
         state = checkpoint.get(KEY)
         if state is None:
             raise UserError(f"{folder / name} holds no margin ledger; it was trained by {checkpoint['trainer_name']}")
-        settings = state["settings"]
-        ledger = restore_ledger(state)
-        configuration = checkpoint["init_args"]["configuration"]
-        found.append(
-            FoldMargins(folder, name, ledger, settings, state["history"], int(state["voxels"]), str(configuration))
-        )
+        ledger, configuration = restore_ledger(state), str(checkpoint["init_args"]["configuration"])
+        settings, history, voxels = state["settings"], state["history"], int(state["voxels"])
+        found.append(FoldMargins(folder, name, ledger, settings, history, voxels, configuration))
     return found
 
 
@@ -76,11 +71,8 @@ def show_margins(
 ) -> None:
     """Print one fold's margins, widest last (of many cases both ends only), and write its plot.
 
-    Args:
-        fold: what to show.
-        images: folder of the training images; adds the margins in native intensity units.
-        output: folder for ``ima_progress.png`` and, with ``images``, ``ima_margins_native.csv``; default the fold's.
-        console: where to print.
+    A folder of the training ``images`` adds the margins in native intensity units. ``output`` is a folder for
+    ``ima_progress.png`` and, with ``images``, ``ima_margins_native.csv``; default: the fold's.
     """
     console = console or Console()
     plans, dataset_json = (read_description(fold.folder.parent / name) for name in ("plans.json", "dataset.json"))
@@ -102,8 +94,7 @@ def show_margins(
     hidden = len(rows) - 2 * ENDS
     for index, row in enumerate(rows):
         if hidden <= 1 or index < ENDS or index >= len(rows) - ENDS:
-            cells = (row[name] for name in names)
-            table.add_row(*(_short(value) for value in cells))
+            table.add_row(*(_short(row[name]) for name in names))
         elif index == ENDS:
             table.add_row(f"... {hidden} more", end_section=True)
     console.print(table)

@@ -1,7 +1,5 @@
 """A loaded model folder: its networks and everything that nnU-Net's inference needs beside them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +21,15 @@ _READERS = ("SimpleITKIO", "NibabelIO")
 
 @dataclass(frozen=True)
 class LoadedFolder:
-    """One model: a network per fold and everything that its inference needs.
+    """One model; what :class:`ima_seg.evaluate.subject.Loaded` has, and:
 
     Attributes:
-        folder: ``TRAINER__PLANS__CONFIGURATION`` in nnUNet_results, or a copy of one.
         networks: one per fold, on the device, frozen.
         plans: nnU-Net's PlansManager.
         configuration: nnU-Net's ConfigurationManager.
-        configuration_name: name of the configuration.
         dataset_json: contents of dataset.json.
-        labels: how outputs are read.
-        classes: foreground class (or region) names -> label values, in the order of the outputs.
-        channels: names of the image channels.
         mirror_axes: axes of test-time mirroring.
         trainer: name of the trainer class.
-        files: the files that define the model.
         folds: names of the folds.
         ima: our state in the first fold's checkpoint; ``None`` for other trainers.
         previous_stage: folder with the previous stage's segmentations, of a cascade.
@@ -71,7 +63,7 @@ class LoadedFolder:
 
     @property
     def is_single_ct(self) -> bool:
-        """Whether there is one channel, normalised as CT, so that HU are a unit of the perturbation."""
+        """Whether there is one channel, normalised as CT."""
         return list(self.configuration.normalization_schemes) == ["CTNormalization"]
 
     @property
@@ -84,13 +76,11 @@ class LoadedFolder:
         ima = None
         if self.ima is not None:
             ledger = restore_ledger(self.ima)
+            margins = {case: record.margin for case, record in ledger.cases.items()}
             ima = {
-                "norm": self.ima["settings"]["norm"],
-                "delta": ledger.delta,
-                "eps_max": ledger.eps_max,
-                "margins": {case: record.margin for case, record in ledger.cases.items()},
-                "history": [dict(row) for row in self.ima["history"]],
-            }
+                "norm": self.ima["settings"]["norm"], "delta": ledger.delta, "eps_max": ledger.eps_max,
+                "margins": margins, "history": [dict(row) for row in self.ima["history"]],
+            }  # fmt: skip
         return {
             "trainer": self.trainer,
             "plans": str(self.plans.plans_name),

@@ -6,8 +6,6 @@ soon as the file is written and predicted by a stock nnU-Net. Perturbations are 
 of the clean image (one network unit = ``scale`` original units), and the attack's gradient passes through it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,8 @@ from ima_seg.errors import UserError
 
 #: As in nnU-Net's normalisation schemes.
 _LEAST_STD = 1e-8
+#: Schemes that divide by the same number in every case.
+_FIXED = {"NoNormalization": 1.0, "RGBTo01Normalization": 255.0}
 #: Schemes whose shift and scale come from the image itself.
 _FROM_THE_IMAGE = ("ZScoreNormalization", "RescaleTo01Normalization")
 
@@ -66,12 +66,10 @@ def channel_scales(
             shift, scale = float(ct["mean"]), max(float(ct["std"]), _LEAST_STD)
             low, high = ((float(ct[name]) - shift) / scale for name in ("percentile_00_5", "percentile_99_5"))
             found = ChannelScale(scheme, shift, scale, bounds=(low, high))
-        elif scheme == "NoNormalization":
-            found = ChannelScale(scheme, 0.0, 1.0)
         elif scheme == "RescaleTo01Normalization":
             found = ChannelScale(scheme, float(values.min()), float(values.max() - values.min()))
-        elif scheme == "RGBTo01Normalization":
-            found = ChannelScale(scheme, 0.0, 255.0)
+        elif scheme in _FIXED:
+            found = ChannelScale(scheme, 0.0, _FIXED[scheme])
         else:
             raise UserError(f"normalisation scheme {scheme!r} is not known to ima-seg, so {case} has no network units")
         if found.scale <= _LEAST_STD:
@@ -105,8 +103,7 @@ class Renormalise(nn.Module):
         offsets: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.scales, self.offsets = list(scales), list(offsets)
-        self.inside = inside
+        self.scales, self.offsets, self.inside = list(scales), list(offsets), inside
         #: Channel -> shift and width of the clean image, where they are taken anew from the perturbed one.
         self.clean_statistics = {
             i: self._statistics(clean[:, i], s) for i, s in enumerate(scales) if whole and s.scheme in _FROM_THE_IMAGE
@@ -117,15 +114,13 @@ class Renormalise(nn.Module):
         if scale.scheme == "RescaleTo01Normalization":
             least = channel.min()
             return least, channel.max() - least
-        if scale.masked and self.inside is not None:
-            weight = self.inside[:, 0].to(channel.dtype)
-            count = weight.sum()
-            mean = (channel * weight).sum() / count
-            variance = ((channel - mean).square() * weight).sum() / count
-        else:
-            mean = channel.mean()
-            variance = (channel - mean).square().mean()
-        return mean, variance.sqrt()
+        weight = self.inside[:, 0].to(channel.dtype) if scale.masked and self.inside is not None else None
+
+        def average(values: torch.Tensor) -> torch.Tensor:
+            return values.mean() if weight is None else (values * weight).sum() / weight.sum()
+
+        mean = average(channel)
+        return mean, average((channel - mean).square()).sqrt()
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         """Network input (B, C + cascade, *S)."""

@@ -1,7 +1,5 @@
 """Variants of an nnU-Net plans file: smaller networks and batches, and an ``ima`` section with settings."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -80,11 +78,10 @@ def vary_plans(
             raise UserError(f"configuration {configuration!r} is not in the plans; there are: {', '.join(known)}")
         values = varied["configurations"][configuration]
         architecture = values["architecture"]["arch_kwargs"]
-        if features is not None or max_features is not None:
-            first = features or architecture["features_per_stage"][0]
-            most = max_features or max(architecture["features_per_stage"])
-            stages = architecture["n_stages"]
-            architecture["features_per_stage"] = [min(first * 2**stage, most) for stage in range(stages)]
+        if features or max_features:
+            before = architecture["features_per_stage"]
+            first, most = features or before[0], max_features or max(before)
+            architecture["features_per_stage"] = [min(first * 2**n, most) for n in range(architecture["n_stages"])]
         if batch_size is not None:
             values["batch_size"] = batch_size
         if patch_size is not None:

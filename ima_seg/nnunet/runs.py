@@ -1,7 +1,5 @@
 """nnU-Net's own trainings: where their results lie, and one of another length."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,7 @@ from ima_seg.errors import UserError
 def model_folder(dataset: str, configuration: str, trainer: str, plans: str) -> Path:
     """The folder of a model in ``nnUNet_results``, as nnU-Net names it; whether it is there or not.
 
-    Args:
-        dataset: name of the data set, or its id, which is looked up there, so that nnUNet_raw is not needed.
-        configuration: such as ``3d_fullres``.
-        trainer: name of the trainer class.
-        plans: name of the plans.
+    The id of a data set is looked up there, so that nnUNet_raw is not needed.
 
     Raises:
         UserError: the variable is not set, or there is not one data set of that id.

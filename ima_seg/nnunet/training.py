@@ -1,7 +1,5 @@
 """A fold's adversarial training: what of its course is nnU-Net's, the guard of its folder and the echo of settings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -59,23 +57,17 @@ class Training(Course):
         Raises:
             UserError: naming the settings that differ.
         """
-        mine, name = self.described(), self.method.name
+        mine, name, before = self.described(), self.method.name, self.resumed_settings
         file = folder / f"{name.lower()}_settings.json"
-        if self.resumed_settings is not None:
-            changed = differences(self.resumed_settings, mine)
-            if changed:
-                raise UserError(
-                    f"the checkpoint in {folder} was trained with other {name} settings ({changed}); continue with its "
-                    "settings, or start anew in another folder (other plans name with -p, or other nnUNet_results)"
-                )
-        elif file.is_file() and any(folder.glob("checkpoint_*.pth")):
-            changed = differences(json.loads(file.read_text(encoding="utf-8")), mine)
-            if changed:
-                raise UserError(
-                    f"{folder} holds a training with other {name} settings ({changed}), which this one would "
-                    "overwrite; give this one plans of another name (`ima-seg plans`, then -p), another "
-                    "nnUNet_results, or move the folder away"
-                )
+        found = f"the checkpoint in {folder} was trained"
+        remedy = "; continue with its settings, or start anew in another folder (other plans name with -p, or other "
+        remedy += "nnUNet_results)"
+        if before is None and file.is_file() and any(folder.glob("checkpoint_*.pth")):
+            before, found = json.loads(file.read_text(encoding="utf-8")), f"{folder} holds a training"
+            remedy = ", which this one would overwrite; give this one plans of another name (`ima-seg plans`, then "
+            remedy += "-p), another nnUNet_results, or move the folder away"
+        if before is not None and (changed := differences(before, mine)):
+            raise UserError(f"{found} with other {name} settings ({changed}){remedy}")
         write_text(file, json.dumps(mine, indent=2) + "\n")
 
     @override
