@@ -1,5 +1,7 @@
 """Files and folders that are either whole or absent."""
 
+from __future__ import annotations
+
 import csv
 import hashlib
 import io

@@ -1,5 +1,7 @@
 """Versions of other packages that this one was written for."""
 
+from __future__ import annotations
+
 import importlib.metadata
 
 from packaging.specifiers import SpecifierSet

@@ -1,5 +1,7 @@
 """Files of torch, read without running code that they carry."""
 
+from __future__ import annotations
+
 import pickle
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Whether a case can be evaluated: headers, grids and values of its files."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The cases of two folders: images and labels by their names."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path

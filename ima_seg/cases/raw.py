@@ -1,5 +1,7 @@
 """A case on disk and in memory, and what follows from its intensities and its grid alone."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Files in the place of others: adversarial images and differences in the original geometry."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Downloaded tar archives: checked against their sum, unpacked without trusting what they hold."""
 
+from __future__ import annotations
+
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath

@@ -1,5 +1,7 @@
 """Names and places of nnU-Net raw data sets: which ids are free, where they go, how a folder is made."""
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path

@@ -6,6 +6,8 @@ and Rician noise, CT images are in HU with correlated noise and streaks; borders
 form and number of structures vary and one case in five has no lesion. The volumes are oblique, with true affines.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

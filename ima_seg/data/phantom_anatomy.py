@@ -6,6 +6,8 @@ of the whole space bends them further. Positions are in *patient units*: RAS axe
 the head), -1..1 spanning the field of view, so that the anatomy fits every matrix; edges are computed in mm.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -1,5 +1,7 @@
 """From the phantom's anatomy to what a scanner would show: tissue contrast, bias field, streaks, noise."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

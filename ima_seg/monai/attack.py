@@ -1,5 +1,7 @@
 """The attacks of :mod:`ima_seg.attacks` on MONAI's batches: as settings, and as a dictionary transform."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any

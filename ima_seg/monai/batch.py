@@ -1,5 +1,7 @@
 """What a MONAI batch says: whose samples these are; and its tensors without metadata, and with it again."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath

@@ -1,5 +1,7 @@
 """The versions of MONAI and of PyTorch Ignite, which its engines are made of, that are supported."""
 
+from __future__ import annotations
+
 from ima_seg.versions import check_version
 
 #: By the name under which pip knows the package.

@@ -5,6 +5,8 @@ at (so that no import statement runs): targets must be networks, transforms or i
 ``torch.nn``, and expressions of the few plain kinds that bundles are full of, such as ``$@network_def.to(@device)``.
 """
 
+from __future__ import annotations
+
 import ast
 import contextlib
 import pydoc

@@ -1,5 +1,7 @@
 """The course of a training in MONAI's engine: its epochs end, it is saved in checkpoints and written as tables."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A loaded bundle: network, inferer, pre- and post-processing, and what its outputs mean."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

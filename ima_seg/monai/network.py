@@ -1,5 +1,7 @@
 """A MONAI network as attacks call it: with an inferer, and with further inputs of just the samples attacked."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The network passes of a training step in MONAI's engine, with its events, autocast and gradient scaler."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass

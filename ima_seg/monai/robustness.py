@@ -1,5 +1,7 @@
 """Robustness during training: metrics of the validation set under attack, every few epochs."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

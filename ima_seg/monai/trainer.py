@@ -1,5 +1,7 @@
 """Adversarial training in MONAI's engine: a ``SupervisedTrainer`` whose step is that of a method."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace

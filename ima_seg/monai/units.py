@@ -1,5 +1,7 @@
 """Images on other grids, and original units per network unit, measured from a pre-processed image."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

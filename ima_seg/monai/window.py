@@ -1,5 +1,7 @@
 """A bundle's inferer as a differentiable network, with exact gradients in the memory of one batch of tiles."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Reading and amending nnU-Net checkpoints."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -5,6 +5,8 @@ and labels, readers, preprocessors, keys of checkpoints) is used there where it 
 ``tests/test_nnunet_versions.py`` lists all of it, and checks it with the oldest version supported, too.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import math

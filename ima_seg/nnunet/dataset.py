@@ -1,5 +1,7 @@
 """What dataset.json says: channels, labels, and the names of the cases' files."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

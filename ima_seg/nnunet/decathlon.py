@@ -4,6 +4,8 @@ The conversion itself is nnU-Net's. This module checks what comes in, so that a 
 written, supplies what real downloads lack, and puts the result in place in one rename.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re

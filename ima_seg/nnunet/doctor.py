@@ -1,5 +1,7 @@
 """``ima-seg doctor``: is this environment fit for training and evaluation, and if not, what to do about it."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import importlib.metadata

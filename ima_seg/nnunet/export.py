@@ -1,5 +1,7 @@
 """A copy of a trained model that a stock nnU-Net, without this package, predicts with."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A trained nnU-Net v2 model folder, ready to be attacked: networks, plans, labels, without executing pickled code."""
 
+from __future__ import annotations
+
 import pydoc
 from collections.abc import Sequence
 from pathlib import Path

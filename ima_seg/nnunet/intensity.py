@@ -1,5 +1,7 @@
 """Original intensities: how many native units one network unit is, per case and channel."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from pathlib import Path

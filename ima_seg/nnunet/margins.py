@@ -1,5 +1,7 @@
 """``ima-seg margins``: the margins of a trained model, printed and plotted."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

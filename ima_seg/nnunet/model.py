@@ -1,5 +1,7 @@
 """A loaded model folder: its networks and everything that nnU-Net's inference needs beside them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

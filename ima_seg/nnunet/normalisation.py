@@ -6,6 +6,8 @@ soon as the file is written and predicted by a stock nnU-Net. Perturbations are 
 of the clean image (one network unit = ``scale`` original units), and the attack's gradient passes through it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """Variants of an nnU-Net plans file: smaller networks and batches, and an ``ima`` section with settings."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math

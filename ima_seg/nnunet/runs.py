@@ -1,5 +1,7 @@
 """nnU-Net's own trainings: where their results lie, and one of another length."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 from typing import Any

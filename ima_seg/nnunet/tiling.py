@@ -1,5 +1,7 @@
 """nnU-Net's sliding window as a differentiable network."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

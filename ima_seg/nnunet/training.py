@@ -1,5 +1,7 @@
 """A fold's adversarial training: what of its course is nnU-Net's, the guard of its folder and the echo of settings."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
