@@ -5,13 +5,13 @@ kernels do the same work in as few passes over memory as it allows (:mod:`ima_se
 are taken in float32 whatever the dtype of the tensors, positions are 64-bit, and any memory layout gives the right
 result. Sizes, radii and step lengths are per voxel in network units (see :mod:`ima_seg.types`).
 
-All functions refuse tensors that do not fit, by shape, dtype and device; they never read values, which would wait for
-the device.
+All functions raise :class:`~ima_seg.errors.UserError` for tensors that do not fit, by shape, dtype or device; they never
+read values, which would wait for the device.
 """
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 
@@ -71,9 +71,6 @@ def gradient_step(
     Returns:
         The stepped perturbation, a new tensor, and the size of the gradient, (B,) float32: 0 or not finite where the
         sample stayed.
-
-    Raises:
-        UserError: shapes, dtypes or devices that do not fit.
     """
     _check_norm(norm)
     _check_images(delta=delta, gradient=gradient)
@@ -85,8 +82,7 @@ def gradient_step(
     if image is not None and low is not None and high is not None:
         _check_images(delta=delta, image=image)
         _check_per_sample(delta, low=low, high=high)
-    result = registered.gradient_step(delta, gradient, alpha, eps, norm, mask, image, low, high)
-    return cast("tuple[torch.Tensor, torch.Tensor]", result)
+    return registered.gradient_step(delta, gradient, alpha, eps, norm, mask, image, low, high)
 
 
 def draw_seeds(size: int, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -110,9 +106,6 @@ def random_start(
         seeds: (B,) int64, see :func:`draw_seeds`.
         mask: bool, broadcastable to ``like``; the perturbation is zero where it is False, and of the size that it would
             have without.
-
-    Raises:
-        UserError: shapes, dtypes or devices that do not fit.
     """
     _check_norm(norm)
     _check_images(like=like)
@@ -123,7 +116,7 @@ def random_start(
             f"seeds are {seeds.dtype} of shape {tuple(seeds.shape)} on {seeds.device}; expected int64 of shape "
             f"{tuple(like.shape[:1])} on {like.device} (see draw_seeds)"
         )
-    return cast(torch.Tensor, registered.random_start(like, radius, norm, seeds, mask))
+    return registered.random_start(like, radius, norm, seeds, mask)
 
 
 def interpolate(
@@ -139,16 +132,13 @@ def interpolate(
 
     Returns:
         (B, C, *S) and (B,) float32.
-
-    Raises:
-        UserError: shapes, dtypes or devices that do not fit.
     """
     _check_norm(norm)
     _check_images(inner=inner, outer=outer)
     if inner.dtype != outer.dtype:
         raise UserError(f"inner is {inner.dtype}, outer {outer.dtype}; a point between them needs one dtype")
     _check_per_sample(inner, share=share)
-    return cast("tuple[torch.Tensor, torch.Tensor]", registered.interpolate(inner, outer, share, norm))
+    return registered.interpolate(inner, outer, share, norm)
 
 
 def dice_ce(logits: torch.Tensor, target: Target) -> torch.Tensor:
@@ -158,13 +148,9 @@ def dice_ce(logits: torch.Tensor, target: Target) -> torch.Tensor:
 
     Args:
         logits: (B, K, *S).
-        target: the reference.
-
-    Raises:
-        UserError: logits that do not fit the reference.
-    """
+        target: the reference."""
     _check_logits(logits, target)
-    return cast(torch.Tensor, registered.dice_ce(logits, target.reference, target.known)[0])
+    return registered.dice_ce(logits, target.reference, target.known)[0]
 
 
 def hard_counts(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,13 +163,9 @@ def hard_counts(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, tor
         target: the reference.
 
     Returns:
-        (B, F, 3) int64: voxels in both, in the prediction, in the reference. (B,) bool: all logits are finite.
-
-    Raises:
-        UserError: logits that do not fit the reference.
-    """
+        (B, F, 3) int64: voxels in both, in the prediction, in the reference. (B,) bool: all logits are finite."""
     _check_logits(logits, target)
-    return cast("tuple[torch.Tensor, torch.Tensor]", registered.hard_counts(logits, target.reference, target.known))
+    return registered.hard_counts(logits, target.reference, target.known)
 
 
 def mean_dice(counts: torch.Tensor) -> torch.Tensor:
