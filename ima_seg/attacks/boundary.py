@@ -17,7 +17,15 @@ from ima_seg.attacks.problem import Problem, attack
 from ima_seg.attacks.quality import Quality, hard_quality
 from ima_seg.attacks.rows import HostCount, assign, positions
 from ima_seg.errors import UserError
-from ima_seg.ops import gradient_step, interpolate, per_row, perturbation_size, project
+from ima_seg.ops import (
+    check_images,
+    check_per_sample,
+    gradient_step,
+    interpolate,
+    per_row,
+    perturbation_size,
+    project,
+)
 from ima_seg.types import PassCount
 
 Refine = Literal["root", "bisection"]
@@ -114,22 +122,14 @@ def boundary_search(
     Crossed samples leave the working batch at once; the network only sees those still under way. How many these are is
     asked of the device once per step, on CUDA after the step's work has been queued.
     """
-    for name, value, dtype in (
-        ("threshold", threshold, "floating point"),
-        ("clean_quality", clean_quality, "floating point"),
-        ("searched", searched, "bool"),
-    ):
-        if value is not None and (value.shape != eps.shape or (dtype == "bool") != (value.dtype == torch.bool)):
-            raise UserError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected {dtype} ({len(eps)},)")
+    check_per_sample(problem.x, threshold=threshold, clean_quality=clean_quality)
+    if searched is not None and (searched.shape != eps.shape or searched.dtype != torch.bool):
+        raise UserError(f"searched is {searched.dtype} of shape {tuple(searched.shape)}; expected bool ({len(eps)},)")
     if start is None:
         delta = problem.random(start_radius(eps, settings.start_slack))
-    elif start.shape == problem.image.shape and start.is_floating_point():
-        delta = project(problem.zero() + problem.supported(start), eps, problem.threat.norm)
     else:
-        raise UserError(
-            f"start is {start.dtype} of shape {tuple(start.shape)}; expected floating point of the shape of the "
-            f"perturbable channels, {tuple(problem.image.shape)}"
-        )
+        check_images(**{"the perturbable channels": problem.image}, start=start)
+        delta = project(problem.zero() + problem.supported(start), eps, problem.threat.norm)
     walk = _Walk(problem, delta, eps, threshold, clean_quality, searched, quality, settings)
     while walk.advance():
         pass
