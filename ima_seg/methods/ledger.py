@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from ima_seg.errors import UserError
 T = TypeVar("T")
 
 Rule = Literal["paper", "majority", "mean", "grow"]
-RULES: tuple[Rule, ...] = ("paper", "majority", "mean", "grow")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 #: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
@@ -71,7 +71,7 @@ class EpochSummary:
     visits: int
     crossed_share: float
     expanding_share: float
-    quantiles: tuple[float, float, float, float, float]
+    quantiles: tuple[float, ...]
     equilibrium: bool
 
 
@@ -125,7 +125,7 @@ class MarginLedger:
         self.cases: dict[str, CaseRecord] = {}
         self.epoch = 0
         self._medians: list[float] = []
-        self._pending: list[tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._pending: list[Any] = []
 
     # --- during an epoch -------------------------------------------------------------------------------------------
 
@@ -155,15 +155,14 @@ class MarginLedger:
         The tensors are kept on their device and read at the end of the epoch, so that no iteration waits for them.
         """
         ids = [str(c) for c in case_ids]
-        for name, value in (("crossed", crossed), ("distance", distance), ("counts", counts)):
+        noted = {"crossed": crossed, "distance": distance.float(), "counts": counts}
+        for name, value in noted.items():
             if value.shape != (len(ids),):
                 raise UserError(
                     f"{name} has shape {tuple(value.shape)} for {len(ids)} case ids; expected one per visit"
                 )
         self.register(ids)
-        self._pending.append(
-            (ids, crossed.detach().clone(), distance.detach().float().clone(), counts.detach().clone())
-        )
+        self._pending.append((ids, *(value.detach().clone() for value in noted.values())))
 
     # --- end of an epoch -------------------------------------------------------------------------------------------
 
@@ -218,6 +217,8 @@ class MarginLedger:
         quantiles = torch.quantile(margins, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
         if 2 * sum(record.visits > 0 for record in self.cases.values()) >= len(self.cases) > 0:
             self._medians.append(quantiles[2])
+        n = self.patience
+        recent = self._medians[-2 * n :]
         summary = EpochSummary(
             epoch=self.epoch,
             cases=len(self.cases),
@@ -225,17 +226,11 @@ class MarginLedger:
             visits=len(visits),
             crossed_share=sum(v[1] for v in visits) / len(visits) if visits else float("nan"),
             expanding_share=sum(r.expanding for r in self.cases.values()) / max(len(self.cases), 1),
-            quantiles=(quantiles[0], quantiles[1], quantiles[2], quantiles[3], quantiles[4]),
-            equilibrium=self._at_equilibrium(),
+            quantiles=tuple(quantiles),
+            equilibrium=len(recent) == 2 * n and sum(recent[n:]) < (1 + EQUILIBRIUM_GROWTH) * sum(recent[:n]),
         )
         self.epoch += 1
         return summary
-
-    def _at_equilibrium(self) -> bool:
-        if len(self._medians) < 2 * self.patience:
-            return False
-        recent, before = self._medians[-self.patience :], self._medians[-2 * self.patience : -self.patience]
-        return sum(recent) < (1 + EQUILIBRIUM_GROWTH) * sum(before)
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
 
@@ -269,10 +264,8 @@ class MarginLedger:
         try:
             columns = (state[name].tolist() for name in COLUMNS)
             self.cases = {
-                str(case): CaseRecord(
-                    min(float(margin), self.eps_max), int(visits), int(crossed), bool(grows), int(seen)
-                )
-                for case, margin, visits, crossed, grows, seen in zip(state["cases"], *columns, strict=True)
+                str(case): CaseRecord(min(margin, self.eps_max), *counts)
+                for case, margin, *counts in zip(state["cases"], *columns, strict=True)
             }
             self.epoch = int(state["epoch"])
             self._medians = [float(m) for m in state["medians"]]
