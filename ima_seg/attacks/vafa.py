@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
+from scipy.fft import dct
 
 from ima_seg.attacks.problem import Problem, attack
 from ima_seg.attacks.result import AttackResult, Best
@@ -121,11 +123,7 @@ class _Quantised:
 @functools.lru_cache(maxsize=32)
 def cosine_matrix(edge: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The orthonormal DCT-II as a matrix (frequency, voxel)."""
-    frequency = torch.arange(edge, dtype=torch.float64)[:, None]
-    voxel = torch.arange(edge, dtype=torch.float64)
-    matrix = math.sqrt(2 / edge) * torch.cos(math.pi / edge * frequency * (voxel + 0.5))
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(device, dtype)
+    return torch.from_numpy(dct(np.eye(edge), axis=0, norm="ortho")).to(device, dtype)
 
 
 def split(image: torch.Tensor, edges: tuple[int, ...]) -> torch.Tensor:
