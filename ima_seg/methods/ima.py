@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import override
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, Problem, boundary_search, pgd
 from ima_seg.attacks.boundary import start_radius
@@ -79,9 +78,9 @@ class IMA(WithMargins[StepReport]):
 
     Args:
         settings: see :class:`IMASettings`.
-        labels: how the network's outputs are read.
-        ledger: the margins.
-        image_channels: the first this many input channels may be perturbed; None means all.
+        ledger: the margins; default: a fresh one, whose step and cap follow from the settings, the patch and the length
+            of the training.
+        labels, patch_voxels, epochs, image_channels: as for every method.
 
     One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``; of a classifier only the images that are
     right without perturbation count in the second term, and the loss must be a mean over images. The gradient is
@@ -94,32 +93,21 @@ class IMA(WithMargins[StepReport]):
         settings: IMASettings,
         *,
         labels: Labels | Classes,
-        ledger: MarginLedger,
+        ledger: MarginLedger | None = None,
+        patch_voxels: int = 1,
+        epochs: int = 1,
         image_channels: int | None = None,
     ) -> None:
         if isinstance(labels, Classes):
             settings.check_classes()
-        super().__init__(settings, labels=labels, image_channels=image_channels)
+        super().__init__(
+            settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, image_channels=image_channels
+        )
+        if ledger is None:
+            delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
+            ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
         self.ledger = ledger
         self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None
-
-    @classmethod
-    @override
-    def from_settings(
-        cls,
-        settings: IMASettings,
-        *,
-        labels: Labels | Classes,
-        patch_voxels: int,
-        epochs: int,
-        image_channels: int | None = None,
-    ) -> IMA:
-        """With a fresh ledger whose step and cap follow from ``settings``; arguments as for every method."""
-        delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
-        ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
-        ima = cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
-        ima.epochs = epochs
-        return ima
 
     def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> StepReport:
         settings, beta = self.settings, self.settings.beta
