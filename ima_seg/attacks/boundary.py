@@ -134,14 +134,8 @@ def boundary_search(
     while walk.advance():
         pass
     outside, distance, passes = _refine(walk, threshold)
-    return BoundaryResult(
-        adversarial=problem.apply(outside),
-        crossed=walk.crossed,
-        finite=walk.finite,
-        distance=distance,
-        stalled=walk.stalled & ~walk.crossed,
-        passes=passes,
-    )
+    stalled = walk.stalled & ~walk.crossed
+    return BoundaryResult(problem.apply(outside), walk.crossed, walk.finite, distance, stalled, passes)
 
 
 class _Walk:
@@ -190,8 +184,8 @@ class _Walk:
         going = sane & self.finite[self._rows]
         over = self._going & going & (quality < self._threshold)
         staying = self._going & going & ~over
-        self._note(self.crossed, over)
-        self._note(self.finite, self._going & ~sane, to=False)
+        assign(self.crossed, self._rows, over, over)
+        assign(self.finite, self._rows, self._going & ~sane, sane)
         count = HostCount(staying)
         # On CUDA the host would wait here while the device has nothing to do.
         counted = self._delta.device.type == "cpu"
@@ -199,13 +193,10 @@ class _Walk:
             # A point without finite logits says nothing; the one before it is the last.
             last = torch.where(per_row(sane, self._delta), self._delta, self._before)
             leaving = self._going if here is None else self._going & ~staying
-            for full, value in (
-                (self.point, last),
-                (self.inner, self._before),
-                (self.quality, quality),
-                (self.inner_quality, self._quality_before),
-            ):
-                assign(full, self._rows, leaving, value)
+            assign(self.point, self._rows, leaving, last)
+            assign(self.inner, self._rows, leaving, self._before)
+            assign(self.quality, self._rows, leaving, quality)
+            assign(self.inner_quality, self._rows, leaving, self._quality_before)
         if here is None or (counted and count.read() == 0):
             return False
         del logits
@@ -215,8 +206,9 @@ class _Walk:
             self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self.problem.threat.norm
         )
         del gradient
-        self._note(self.stalled, staying & (length == 0) & ~self.passes.scale.skipped)
-        self._note(self.finite, staying & ~torch.isfinite(length), to=False)
+        finite, still = torch.isfinite(length), staying & (length == 0) & ~self.passes.scale.skipped
+        assign(self.stalled, self._rows, still, still)
+        assign(self.finite, self._rows, staying & ~finite, finite)
         self._going, self._before, self._quality_before, self._delta = staying, self._delta, quality, stepped
         self._step += 1
         return self._shrink(count.read())
@@ -230,9 +222,6 @@ class _Walk:
             for name in ("rows", "going", "alpha", "eps", "threshold", "delta", "before", "quality_before"):
                 setattr(self, f"_{name}", getattr(self, f"_{name}")[keep])
         return count > 0
-
-    def _note(self, flags: torch.Tensor, where: torch.Tensor, to: bool = True) -> None:
-        flags[self._rows] = (flags[self._rows] | where) if to else (flags[self._rows] & ~where)
 
 
 def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, PassCount]:
