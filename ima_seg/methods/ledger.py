@@ -166,12 +166,12 @@ class MarginLedger:
 
     # --- end of an epoch -------------------------------------------------------------------------------------------
 
-    def _drain(self) -> list[tuple[str, bool, float]]:
-        """The visits that count, read from the device."""
+    def _drain(self) -> list[tuple[str, float | None]]:
+        """The visits that count, read from the device: case, and the distance where one crossed."""
         visits = []
-        for ids, crossed, distance, counts in self._pending:
-            rows = zip(ids, crossed.tolist(), distance.tolist(), counts.tolist(), strict=True)
-            visits += [(case, was_crossed, size) for case, was_crossed, size, counted in rows if counted]
+        for ids, *noted in self._pending:
+            rows = zip(ids, *(values.tolist() for values in noted), strict=True)
+            visits += [(case, size if crossed else None) for case, crossed, size, counted in rows if counted]
         self._pending.clear()
         return visits
 
@@ -187,11 +187,11 @@ class MarginLedger:
             self.register(cases)
             visits += part
         by_case: defaultdict[str, list[float | None]] = defaultdict(list)
-        for case, was_crossed, size in visits:
-            by_case[case].append(size if was_crossed else None)
+        for case, size in visits:
+            by_case[case].append(size)
         for case, sizes in by_case.items():
             self._move(self.cases[case], sizes)
-        return self._summarise(len(by_case), visits)
+        return self._summarise(len(by_case), [size is not None for _, size in visits])
 
     def _move(self, record: CaseRecord, sizes: Sequence[float | None]) -> None:
         """Move a margin by its visits of an epoch, None where one held, else its distance."""
@@ -212,7 +212,7 @@ class MarginLedger:
         record.crossed += len(distances)
         record.seen = self.epoch
 
-    def _summarise(self, cases_visited: int, visits: list[tuple[str, bool, float]]) -> EpochSummary:
+    def _summarise(self, cases_visited: int, crossed: list[bool]) -> EpochSummary:
         margins = torch.tensor([r.margin for r in self.cases.values()] or [float("nan")], dtype=torch.float64)
         quantiles = torch.quantile(margins, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
         if 2 * sum(record.visits > 0 for record in self.cases.values()) >= len(self.cases) > 0:
@@ -223,8 +223,8 @@ class MarginLedger:
             epoch=self.epoch,
             cases=len(self.cases),
             cases_visited=cases_visited,
-            visits=len(visits),
-            crossed_share=sum(v[1] for v in visits) / len(visits) if visits else float("nan"),
+            visits=len(crossed),
+            crossed_share=sum(crossed) / len(crossed) if crossed else float("nan"),
             expanding_share=sum(r.expanding for r in self.cases.values()) / max(len(self.cases), 1),
             quantiles=tuple(quantiles),
             equilibrium=len(recent) == 2 * n and sum(recent[n:]) < (1 + EQUILIBRIUM_GROWTH) * sum(recent[:n]),

@@ -126,16 +126,9 @@ def random_start(
 def interpolate(
     inner: torch.Tensor, outer: torch.Tensor, share: torch.Tensor, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The point at ``share`` of the way from ``inner`` to ``outer``, and its size, from one pass.
+    """The point (B, C, *S) at ``share`` (B,) of the way from ``inner`` to ``outer``, and its size (B,) float32.
 
-    Args:
-        inner: perturbations (B, C, *S).
-        outer: of the same shape and dtype.
-        share: (B,).
-        norm: of the size.
-
-    Returns:
-        (B, C, *S) and (B,) float32.
+    Both ends are (B, C, *S), of one dtype; ``norm`` is that of the size. One pass does both.
     """
     _check_norm(norm)
     check_images(inner=inner, outer=outer)
@@ -189,11 +182,8 @@ def mean_dice(counts: torch.Tensor) -> torch.Tensor:
 def hard_dice(logits: torch.Tensor, target: Target) -> torch.Tensor:
     """Hard foreground Dice of each sample, (B,) float32; NaN where the reference has no foreground.
 
-    The mean is over the foreground classes (regions) present in the sample's reference; see :func:`hard_counts`.
-
-    Args:
-        logits: (B, K, *S), any floating dtype.
-        target: the reference.
+    The mean is over the foreground classes (regions) present in the sample's reference; arguments as for
+    :func:`hard_counts`.
     """
     return mean_dice(hard_counts(logits, target)[0])
 
