@@ -64,6 +64,12 @@ class ThreatModel:
         return total / math.sqrt(voxels) if self.norm == "l2" else total
 
 
+def _check_outputs(outputs: int, kind: Literal["classes", "regions", "labels"]) -> None:
+    least = 2 if kind == "classes" else 1
+    if outputs < least:
+        raise UserError(f"outputs is {outputs}; {kind} need {least} or more")
+
+
 @dataclass(frozen=True)
 class Labels:
     """How the network's outputs are to be read.
@@ -81,11 +87,7 @@ class Labels:
     ignore_label: int | None = None
 
     def __post_init__(self) -> None:
-        least = 1 if self.regions else 2
-        if self.outputs < least:
-            raise UserError(
-                f"outputs is {self.outputs}; {'regions' if self.regions else 'classes'} need {least} or more"
-            )
+        _check_outputs(self.outputs, "regions" if self.regions else "classes")
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,7 @@ class Classes:
     ignore_label: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        least = 1 if self.multilabel else 2
-        if self.outputs < least:
-            raise UserError(
-                f"outputs is {self.outputs}; {'labels' if self.multilabel else 'classes'} need {least} or more"
-            )
+        _check_outputs(self.outputs, "labels" if self.multilabel else "classes")
 
     @property
     def regions(self) -> bool:

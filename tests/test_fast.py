@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from ima_seg import IMASettings
+from ima_seg.attacks import Problem
 from ima_seg.methods.course import Course
 from ima_seg.methods.settings import FAST
 from ima_seg.ops import perturbation_size
-from ima_seg.types import Labels
+from ima_seg.types import Labels, Target
 from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima
 
 MIXED = SETTINGS.model_copy(update={"start": "mixed"})
@@ -55,7 +56,8 @@ def test_starts_stay_within_the_budget_and_are_random_without_a_usable_gradient(
     gradient[1] = spoiled
     gradient[2, 0, 0, 0] = spoiled
     eps = torch.tensor([0.1, 0.3, 0.6, 0.0])
-    start = ima._free_step(x, gradient, eps, None)
+    target = Target.from_raw(torch.zeros(4, 1, 6, 6), ima.labels)
+    start = ima._free_step(Problem(torch.nn.Identity(), x, target, ima.threat), gradient, eps)
     size = perturbation_size(start, norm)
     assert torch.isfinite(start).all() and (size <= eps * (1 + 1e-5)).all()
     assert size[0] > 0 and size[3] == 0

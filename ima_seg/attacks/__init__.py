@@ -15,27 +15,7 @@ from ima_seg.attacks.square import square
 from ima_seg.attacks.vafa import vafa
 
 __all__ = [
-    "GOALS",
-    "UNTARGETED",
-    "AttackResult",
-    "BoundaryResult",
-    "Goal",
-    "GraphedPasses",
-    "Loss",
-    "MinimalResult",
-    "Problem",
-    "SearchSettings",
-    "apgd",
-    "appear",
-    "boundary_search",
-    "class_quality",
-    "disappear",
-    "fgsm",
-    "gaussian_noise",
-    "ifgsm",
-    "minimal_norm",
-    "pgd",
-    "square",
-    "uniform_noise",
-    "vafa",
-]
+    "GOALS", "UNTARGETED", "AttackResult", "BoundaryResult", "Goal", "GraphedPasses", "Loss", "MinimalResult",
+    "Problem", "SearchSettings", "apgd", "appear", "boundary_search", "class_quality", "disappear", "fgsm",
+    "gaussian_noise", "ifgsm", "minimal_norm", "pgd", "square", "uniform_noise", "vafa",
+]  # fmt: skip

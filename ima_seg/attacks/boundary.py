@@ -17,7 +17,15 @@ from ima_seg.attacks.problem import Problem, attack
 from ima_seg.attacks.quality import Quality, hard_quality
 from ima_seg.attacks.rows import HostCount, assign, positions
 from ima_seg.errors import UserError
-from ima_seg.ops import gradient_step, interpolate, per_row, perturbation_size, project
+from ima_seg.ops import (
+    check_images,
+    check_per_sample,
+    gradient_step,
+    interpolate,
+    per_row,
+    perturbation_size,
+    project,
+)
 from ima_seg.types import PassCount
 
 Refine = Literal["root", "bisection"]
@@ -114,34 +122,20 @@ def boundary_search(
     Crossed samples leave the working batch at once; the network only sees those still under way. How many these are is
     asked of the device once per step, on CUDA after the step's work has been queued.
     """
-    for name, value, dtype in (
-        ("threshold", threshold, "floating point"),
-        ("clean_quality", clean_quality, "floating point"),
-        ("searched", searched, "bool"),
-    ):
-        if value is not None and (value.shape != eps.shape or (dtype == "bool") != (value.dtype == torch.bool)):
-            raise UserError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected {dtype} ({len(eps)},)")
+    check_per_sample(problem.x, threshold=threshold, clean_quality=clean_quality)
+    if searched is not None and (searched.shape != eps.shape or searched.dtype != torch.bool):
+        raise UserError(f"searched is {searched.dtype} of shape {tuple(searched.shape)}; expected bool ({len(eps)},)")
     if start is None:
         delta = problem.random(start_radius(eps, settings.start_slack))
-    elif start.shape == problem.image.shape and start.is_floating_point():
-        delta = project(problem.zero() + problem.supported(start), eps, problem.threat.norm)
     else:
-        raise UserError(
-            f"start is {start.dtype} of shape {tuple(start.shape)}; expected floating point of the shape of the "
-            f"perturbable channels, {tuple(problem.image.shape)}"
-        )
+        check_images(**{"the perturbable channels": problem.image}, start=start)
+        delta = project(problem.zero() + problem.supported(start), eps, problem.threat.norm)
     walk = _Walk(problem, delta, eps, threshold, clean_quality, searched, quality, settings)
     while walk.advance():
         pass
     outside, distance, passes = _refine(walk, threshold)
-    return BoundaryResult(
-        adversarial=problem.apply(outside),
-        crossed=walk.crossed,
-        finite=walk.finite,
-        distance=distance,
-        stalled=walk.stalled & ~walk.crossed,
-        passes=passes,
-    )
+    stalled = walk.stalled & ~walk.crossed
+    return BoundaryResult(problem.apply(outside), walk.crossed, walk.finite, distance, stalled, passes)
 
 
 class _Walk:
@@ -190,8 +184,8 @@ class _Walk:
         going = sane & self.finite[self._rows]
         over = self._going & going & (quality < self._threshold)
         staying = self._going & going & ~over
-        self._note(self.crossed, over)
-        self._note(self.finite, self._going & ~sane, to=False)
+        assign(self.crossed, self._rows, over, over)
+        assign(self.finite, self._rows, self._going & ~sane, sane)
         count = HostCount(staying)
         # On CUDA the host would wait here while the device has nothing to do.
         counted = self._delta.device.type == "cpu"
@@ -199,13 +193,10 @@ class _Walk:
             # A point without finite logits says nothing; the one before it is the last.
             last = torch.where(per_row(sane, self._delta), self._delta, self._before)
             leaving = self._going if here is None else self._going & ~staying
-            for full, value in (
-                (self.point, last),
-                (self.inner, self._before),
-                (self.quality, quality),
-                (self.inner_quality, self._quality_before),
-            ):
-                assign(full, self._rows, leaving, value)
+            assign(self.point, self._rows, leaving, last)
+            assign(self.inner, self._rows, leaving, self._before)
+            assign(self.quality, self._rows, leaving, quality)
+            assign(self.inner_quality, self._rows, leaving, self._quality_before)
         if here is None or (counted and count.read() == 0):
             return False
         del logits
@@ -215,8 +206,9 @@ class _Walk:
             self._delta, gradient, alpha=self._alpha, eps=self._eps, norm=self.problem.threat.norm
         )
         del gradient
-        self._note(self.stalled, staying & (length == 0) & ~self.passes.scale.skipped)
-        self._note(self.finite, staying & ~torch.isfinite(length), to=False)
+        finite, still = torch.isfinite(length), staying & (length == 0) & ~self.passes.scale.skipped
+        assign(self.stalled, self._rows, still, still)
+        assign(self.finite, self._rows, staying & ~finite, finite)
         self._going, self._before, self._quality_before, self._delta = staying, self._delta, quality, stepped
         self._step += 1
         return self._shrink(count.read())
@@ -230,9 +222,6 @@ class _Walk:
             for name in ("rows", "going", "alpha", "eps", "threshold", "delta", "before", "quality_before"):
                 setattr(self, f"_{name}", getattr(self, f"_{name}")[keep])
         return count > 0
-
-    def _note(self, flags: torch.Tensor, where: torch.Tensor, to: bool = True) -> None:
-        flags[self._rows] = (flags[self._rows] | where) if to else (flags[self._rows] & ~where)
 
 
 def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, PassCount]:

@@ -8,20 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ima_seg.attacks.losses import (
-    Loss,
-    balanced_ce,
-    ce,
-    class_ce_loss,
-    class_logits,
-    cospgd,
-    dice_ce_loss,
-    flattened,
-    js,
-    margin,
-    masked_ce,
-    segpgd,
-)
+from ima_seg.attacks import losses
+from ima_seg.attacks.losses import Loss, class_ce_loss, class_logits, dice_ce_loss, flattened
 from ima_seg.errors import UserError
 from ima_seg.ops import hard_counts, mean_dice
 from ima_seg.types import Target
@@ -78,7 +66,8 @@ UNTARGETED = Goal("dice_ce", _untargeted)
 
 #: The untargeted goals by name; damage is the Dice that is lost, of classifiers the share of decisions that are wrong.
 GOALS: dict[str, Goal] = {UNTARGETED.name: UNTARGETED} | {
-    loss.__name__: Goal(loss.__name__, loss) for loss in (ce, margin, segpgd, cospgd, masked_ce, balanced_ce, js)
+    name: Goal(name, getattr(losses, name))
+    for name in ("ce", "margin", "segpgd", "cospgd", "masked_ce", "balanced_ce", "js")
 }
 
 

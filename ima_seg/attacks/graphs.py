@@ -78,7 +78,9 @@ class GraphedPasses:
         if obstacle is not None:
             self._say(obstacle)
             return None
-        key, addresses = _key(problem, delta), _addresses(problem.network)
+        network: Any = problem.network
+        addresses = [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
+        key = _key(problem, delta)
         found = self._captured.get(key)
         if key not in self._captured or (found is not None and found.addresses != addresses):
             # A loss made anew for each attack, or weights that come and go, would capture without end.
@@ -164,10 +166,6 @@ class GraphedPasses:
         if why not in self._said:
             self._said.add(why)
             _log.warning("attack passes run without CUDA graphs: %s", why)
-
-
-def _addresses(network: Any) -> list[int]:
-    return [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
 
 
 def _tensors(problem: Problem) -> list[torch.Tensor]:

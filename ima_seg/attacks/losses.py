@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ima_seg.errors import UserError
-from ima_seg.ops import dice_ce as fused_dice_ce
+from ima_seg.ops import dice_ce
 from ima_seg.types import Target
 
 #: (logits (B, K, *S) or (B, K), target, progress in [0, 1]) -> (B,) float32, to be maximised. ``progress`` is the
@@ -29,30 +29,14 @@ from ima_seg.types import Target
 Loss = Callable[[torch.Tensor, Target, float], torch.Tensor]
 
 
-def dice_ce_loss(logits: torch.Tensor, target: Target) -> torch.Tensor:
-    """Soft Dice loss plus cross-entropy of each sample, the sum that nnU-Net trains with; (B,) float32.
-
-    Multi-class: softmax, cross-entropy, Dice over the foreground classes. Regions: sigmoid, binary cross-entropy, Dice
-    over all regions; with regions and an ignore label together nnU-Net sums the cross-entropy over regions, here it is
-    the mean as everywhere else. Means are over the voxels that are not ignored; a sample that is ignored throughout
-    has no gradient.
-
-    Args:
-        logits: full-resolution logits (B, K, *S); computed in float32 whatever their dtype, float64 in float64.
-        target: the reference.
-    """
-    return fused_dice_ce(logits, target)
+#: nnU-Net's loss of each sample, as a function of logits and target alone.
+dice_ce_loss = dice_ce
 
 
 def class_ce_loss(logits: torch.Tensor, target: Target) -> torch.Tensor:
-    """Cross-entropy of each image, multi-label the mean binary cross-entropy over labels; (B,) float32.
+    """Cross-entropy of each image, multi-label the mean binary cross-entropy over labels; (B,).
 
-    Args:
-        logits: of a classifier (B, K); computed in float32 whatever their dtype, float64 in float64.
-        target: the reference.
-
-    Raises:
-        UserError: logits that do not fit the reference.
+    Of a classifier's ``logits`` (B, K); refuses and computes as :func:`class_logits`.
     """
     logits = class_logits(logits, target)[..., 0]
     if target.labels.regions:

@@ -11,6 +11,9 @@ from ima_seg.attacks.problem import Problem, attack
 from ima_seg.attacks.result import AttackResult, Best, finish
 from ima_seg.ops import per_row
 
+#: After a crossing the next search looks within this share of its distance at most.
+NEARER = 0.99
+
 
 @dataclass(frozen=True)
 class MinimalResult(AttackResult):
@@ -43,23 +46,21 @@ def minimal_norm(
     steps: int = 20,
     rounds: int = 12,
     restarts: int = 1,
-    gamma: float = 0.01,
-    step_factor: float = 4.0,
 ) -> MinimalResult:
     """Bisect each sample's budget, with a boundary search from a new random start at every budget.
 
     The first search has the budget ``eps``. After a crossing at distance d and a failure within the ball of radius f
-    (0 at first), the next looks within the smaller of (d + f) / 2 and (1 - gamma) d. A failure proves nothing about a
+    (0 at first), the next looks within the smaller of (d + f) / 2 and 0.99 d. A failure proves nothing about a
     network that is not linear, so the search never stops below a crossing: the last rounds look again just below it.
     Samples that have not crossed are searched at ``eps`` in every round.
 
     A sample is broken when its quality is below ``threshold`` (B,): the hard foreground Dice, of a classifier
     :func:`ima_seg.attacks.class_quality`, whose threshold is 0. ``clean_quality`` (B,) is that of the clean batch, NaN
     without foreground. There are ``rounds`` searches of at most ``steps`` steps; ``restarts`` make all rounds again, go
-    on from the smallest crossing and forget the failures. ``step_factor`` as in :class:`SearchSettings`.
+    on from the smallest crossing and forget the failures.
     """
     best = Best(problem, eps, rounds * restarts)
-    settings = SearchSettings(steps=steps, step_factor=step_factor, refine_steps=12, refine_tolerance=gamma / 2)
+    settings = SearchSettings(steps=steps, refine_steps=12, refine_tolerance=(1 - NEARER) / 2)
     foreground = ~torch.isnan(clean_quality)
     fallen = foreground & (clean_quality < threshold)
     searched = foreground & ~fallen
@@ -70,7 +71,7 @@ def minimal_norm(
     for search in range(rounds * restarts):
         if search % rounds == 0:
             failed = torch.zeros_like(eps)
-        nearer = torch.minimum((crossing + failed) / 2, (1 - gamma) * crossing)
+        nearer = torch.minimum((crossing + failed) / 2, NEARER * crossing)
         budget = torch.where(torch.isinf(crossing), eps, nearer)
         found = boundary_search(
             problem, budget, threshold=threshold, clean_quality=clean_quality, settings=settings, searched=searched

@@ -19,9 +19,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 def inner_module(model: Network) -> Network:
     """The module inside a DistributedDataParallel wrapper, whose forward cannot be used with ``autograd.grad``."""
-    if isinstance(model, DistributedDataParallel):
-        return cast(Network, model.module)
-    return model
+    return cast(Network, model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def full_resolution(output: Any) -> torch.Tensor:

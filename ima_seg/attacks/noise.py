@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ima_seg.attacks.problem import Problem, attack
@@ -25,12 +23,11 @@ def gaussian_noise(problem: Problem, eps: torch.Tensor, *, restarts: int = 1) ->
     ``restarts``: how many draws; the one of most damage is kept. The clean image is not among them: noise that does
     good is a finding too. The trace has a row for each draw.
     """
-
-    def draw() -> torch.Tensor:
+    best = Best(problem, eps, restarts - 1)
+    for draw in range(restarts):
         noise = problem.supported(problem.zero().normal_(generator=problem.generator))
-        return scaled_to(noise, eps, problem.threat.norm)
-
-    return _worst_of(draw, problem, eps, restarts)
+        best.look(scaled_to(noise, eps, problem.threat.norm), draw)
+    return best.result()
 
 
 @attack
@@ -39,16 +36,9 @@ def uniform_noise(problem: Problem, eps: torch.Tensor, *, restarts: int = 1) -> 
 
     Otherwise as :func:`gaussian_noise`.
     """
-
-    def draw() -> torch.Tensor:
-        noise = problem.supported(problem.zero().uniform_(-1.0, 1.0, generator=problem.generator))
-        return scaled_to(noise, eps, "l2") if problem.threat.norm == "l2" else noise * per_row(eps, noise).to(noise)
-
-    return _worst_of(draw, problem, eps, restarts)
-
-
-def _worst_of(draw: Callable[[], torch.Tensor], problem: Problem, eps: torch.Tensor, restarts: int) -> AttackResult:
     best = Best(problem, eps, restarts - 1)
-    for step in range(restarts):
-        best.look(draw(), step)
+    for draw in range(restarts):
+        noise = problem.supported(problem.zero().uniform_(-1.0, 1.0, generator=problem.generator))
+        l2 = problem.threat.norm == "l2"
+        best.look(scaled_to(noise, eps, "l2") if l2 else noise * per_row(eps, noise).to(noise), draw)
     return best.result()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ima_seg.attacks.network import autocast, full_resolution
+from ima_seg.attacks.network import Precision, autocast, frozen, full_resolution, resolve_precision
 from ima_seg.attacks.problem import Problem
 from ima_seg.ops import per_row
 from ima_seg.types import Network, PassCount
@@ -18,6 +18,13 @@ def forward(network: Network, x: torch.Tensor, dtype: torch.dtype | None) -> tor
     """Full-resolution logits (B, K, *S) of ``x`` under autocast to ``dtype``."""
     with autocast(dtype, x.device):
         return full_resolution(network(x))
+
+
+def as_attacked(network: Network, x: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """Full-resolution logits of ``x`` as attacks see them: in evaluation mode and ``precision``, without a graph."""
+    dtype = resolve_precision(precision, x.device)
+    with frozen(network, dtype), torch.no_grad():
+        return forward(network, x, dtype)
 
 
 def all_finite(logits: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from ima_seg.attacks.goals import UNTARGETED, Goal
 from ima_seg.attacks.network import Precision, frozen, resolve_precision
 from ima_seg.errors import UserError
-from ima_seg.ops import draw_seeds, random_start
+from ima_seg.ops import check_device, check_images, check_mask, draw_seeds, random_start
 from ima_seg.types import Network, Target, ThreatModel
 
 #: Budget of each sample, (B,), or one for all; per voxel in network units (l2: the RMS over all voxels, whatever the
@@ -57,28 +57,16 @@ class Problem:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        x, reference, support = self.x, self.target.reference, self.support
-        if x.ndim < 3 or x.numel() == 0 or not x.is_floating_point():
-            raise UserError(
-                f"the batch is {x.dtype} of shape {tuple(x.shape)}; expected floating point (B, C, *S), not empty"
-            )
+        x, reference = self.x, self.target.reference
+        check_images(**{"the batch": x})
         whole, voxels = self.target.whole_image, reference.shape[2]
         if (len(reference), voxels) != (len(x), 1 if whole else x[0, 0].numel()):
             raise UserError(
                 f"the reference is of {len(reference)} samples of {'classes' if whole else f'{voxels} voxels'}, the "
                 f"batch {tuple(x.shape)}; they must agree"
             )
-        if reference.device != x.device:
-            raise UserError(f"the reference is on {reference.device}, the batch on {x.device}; move them to one device")
-        wanted = tuple(self.image.shape)
-        if support is not None and (
-            support.dtype != torch.bool
-            or support.ndim != x.ndim
-            or any(a not in (1, b) for a, b in zip(support.shape, wanted, strict=True))
-        ):
-            raise UserError(
-                f"support is {support.dtype} of shape {tuple(support.shape)}; expected bool that broadcasts to {wanted}"
-            )
+        check_device(x, **{"the reference": reference})
+        check_mask(self.image, self.support, "support")
         _ = self.dtype  # refuses a precision that does not exist
 
     def __len__(self) -> int:
@@ -110,8 +98,7 @@ class Problem:
             eps = torch.full((len(x),), float(eps), device=x.device)
         if eps.shape != x.shape[:1]:
             raise UserError(f"eps has shape {tuple(eps.shape)} for a batch of {len(x)}; expected one value per sample")
-        if eps.device != x.device:
-            raise UserError(f"eps is on {eps.device}, the batch on {x.device}; move them to one device")
+        check_device(x, eps=eps)
         if not eps.is_floating_point():
             raise UserError(f"eps is {eps.dtype}; expected floating point, per voxel in network units")
         if not bool(((eps >= 0) & (eps < torch.inf)).all()):

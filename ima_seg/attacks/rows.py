@@ -15,24 +15,17 @@ class HostCount:
     """
 
     def __init__(self, mask: torch.Tensor) -> None:
-        count = mask.sum()
-        self._event: torch.cuda.Event | None = None
-        self._read: int | None = None
+        self._count, self._event = mask.sum(), None
         if mask.device.type == "cuda":
-            self._count = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
-            self._count.copy_(count, non_blocking=True)
+            self._count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(self._count, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(mask.device))
-        else:
-            self._count = count
 
     def read(self) -> int:
         """The count."""
-        if self._read is None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._read = int(self._count)
-        return self._read
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._count)
 
 
 def positions(wanted: torch.Tensor, count: int, multiple_of: int) -> torch.Tensor | None:

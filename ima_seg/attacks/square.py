@@ -19,14 +19,14 @@ from ima_seg.attacks.problem import Problem, attack
 from ima_seg.attacks.result import AttackResult, Best
 from ima_seg.ops import per_row
 
+#: Share of the voxels in the first windows.
+_FIRST_SHARE = 0.8
 #: After which of 10 000 queries the share of the voxels in a window is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 @attack
-def square(
-    problem: Problem, eps: torch.Tensor, *, queries: int, restarts: int = 1, p_init: float = 0.8
-) -> AttackResult:
+def square(problem: Problem, eps: torch.Tensor, *, queries: int, restarts: int = 1) -> AttackResult:
     """Random search over windows; a proposal is kept where it raises the sample's loss.
 
     linf: starts from stripes of random sign along the last axis; a window is moved by ±2 eps per channel and projected.
@@ -38,7 +38,7 @@ def square(
     no box [0, 1] to clip to; windows lie where there is support; a window that would change nothing is flipped.
 
     Arguments as for :func:`ima_seg.attacks.pgd`. ``queries``: forwards per sample and restart, the start included; the
-    clean image, the first row of the trace, costs one more. ``p_init``: share of the voxels in the first windows,
+    clean image, the first row of the trace, costs one more. The first windows hold 0.8 of the voxels, a share that is
     halved on the paper's schedule. The loss is taken at progress 0 throughout, for its values are compared.
     """
     best, search = Best(problem, eps, queries), _Search(problem, eps)
@@ -49,7 +49,7 @@ def square(
         loss = torch.full(eps.shape, -torch.inf, device=eps.device)
         for query in range(queries):
             if query:
-                share = p_init / 2 ** bisect.bisect_left(_HALVINGS, query * 10_000 // queries)
+                share = _FIRST_SHARE / 2 ** bisect.bisect_left(_HALVINGS, query * 10_000 // queries)
                 proposal = search.flip(delta, share) if linf else search.move(delta, share)
             logits = best.look(proposal, query + 1)
             reached = problem.goal.loss(logits, problem.target, 0.0)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
+from scipy.fft import dct
 
 from ima_seg.attacks.problem import Problem, attack
 from ima_seg.attacks.result import AttackResult, Best
-from ima_seg.errors import UserError
 from ima_seg.ops import per_row, perturbation_size
 from ima_seg.types import Norm
 
+#: Edge of a block, in voxels.
+_BLOCK = 8
 #: Largest over smallest quantisation step, as 20 over 5 in the authors' code.
 _Q_RANGE = 4.0
 
@@ -25,16 +28,7 @@ _HEADROOM: dict[Norm, float] = {"l2": 1.5, "linf": 3.0}
 
 
 @attack
-def vafa(
-    problem: Problem,
-    eps: torch.Tensor,
-    *,
-    steps: int,
-    restarts: int = 1,
-    block: int = 8,
-    headroom: float | None = None,
-    step_factor: float = 2.0,
-) -> AttackResult:
+def vafa(problem: Problem, eps: torch.Tensor, *, steps: int, restarts: int = 1) -> AttackResult:
     """Sign-gradient ascent on the quantisation steps q of a block-wise cosine transform.
 
     Each block of the image is transformed, every coefficient c becomes q * round(c / q), and the block is transformed
@@ -42,8 +36,9 @@ def vafa(
     r(z) = z - sin(2 pi z) / (2 pi), so an attacked coefficient moves by q / (2 pi) at most.
 
     The scale of q: the images are z-scored, so the paper's q_max, in grey values of 0..255, means nothing here. q_max
-    is set per sample to the step at which quantising all coefficients alike makes a perturbation of size
-    ``headroom * eps``. Quantisation can take away no more than the image holds, so the headroom shrinks where ``eps``
+    is set per sample to the step at which quantising all coefficients alike makes a perturbation of 1.5 ``eps`` (l2) or
+    3 ``eps`` (linf): once the steps of the less harmful frequencies have shrunk, it would be smaller than allowed
+    otherwise. Quantisation can take away no more than the image holds, so this headroom shrinks where ``eps``
     comes near the size of the image itself (RMS 1 for z-scores), and beyond that some of the budget stays unused.
 
     Differences from the paper: a budget. The perturbation x' - x is masked, then projected onto the ball of size
@@ -52,16 +47,13 @@ def vafa(
     above stands for a steepening tanh; images are edge-padded to whole blocks; the worst point visited is returned.
 
     Arguments as for :func:`ima_seg.attacks.pgd`. Of the ``restarts`` the first starts at q = q_max as the paper does,
-    the others at random tables. ``block``: edge of a block, in voxels; an axis shorter than that is one block.
-    ``headroom``: above 1, for once the steps of the less harmful frequencies have shrunk the perturbation would be
-    smaller than allowed; default: 1.5 for l2, 3 for linf. ``step_factor``: in units of (q_max - q_min) / steps.
+    the others at random tables. A step is 2 (q_max - q_min) / ``steps`` long. Blocks have edges of 8 voxels; an axis
+    shorter than that is one block.
     """
-    if block < 1:
-        raise UserError(f"block is {block}; the edge of a block is at least one voxel")
-    norm, best, quantised = problem.threat.norm, Best(problem, eps, steps), _Quantised(problem, block)
-    q_max = per_row(quantised.uniform_step(eps, headroom or _HEADROOM[norm]), quantised.coefficients)
+    norm, best, quantised = problem.threat.norm, Best(problem, eps, steps), _Quantised(problem, _BLOCK)
+    q_max = per_row(quantised.uniform_step(eps, _HEADROOM[norm]), quantised.coefficients)
     q_min = q_max / _Q_RANGE
-    alpha = step_factor * (q_max - q_min) / steps
+    alpha = 2 * (q_max - q_min) / steps
     best.look(problem.zero(), 0)
     for restart in range(restarts):
         share = torch.ones_like(quantised.coefficients)
@@ -131,11 +123,7 @@ class _Quantised:
 @functools.lru_cache(maxsize=32)
 def cosine_matrix(edge: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The orthonormal DCT-II as a matrix (frequency, voxel)."""
-    frequency = torch.arange(edge, dtype=torch.float64)[:, None]
-    voxel = torch.arange(edge, dtype=torch.float64)
-    matrix = math.sqrt(2 / edge) * torch.cos(math.pi / edge * frequency * (voxel + 0.5))
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(device, dtype)
+    return torch.from_numpy(dct(np.eye(edge), axis=0, norm="ortho")).to(device, dtype)
 
 
 def split(image: torch.Tensor, edges: tuple[int, ...]) -> torch.Tensor:

@@ -126,23 +126,15 @@ class Method(ABC, Generic[S, R]):
             raise UserError(f"{self.name} is for segmentations; train a classifier by another method, such as PGDAT")
         self.settings, self.labels, self.epochs = settings, labels, epochs
         self.threat = ThreatModel(settings.norm, image_channels)
-        #: Turns a size of the settings into one per voxel in network units; the sizes of IMA are in its ledger.
+        #: Turns a size of the settings into one per voxel in network units.
         self.per_voxel = settings.per_voxel(patch_voxels)
         #: Share of the training that is over, in [0, 1].
         self.progress = 0.0
 
     @classmethod
-    def from_settings(
-        cls,
-        settings: S,
-        *,
-        labels: Labels | Classes,
-        patch_voxels: int,
-        epochs: int,
-        image_channels: int | None = None,
-    ) -> Self:
-        """With what follows from the settings; arguments as for the class, all of which is known here."""
-        return cls(settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, image_channels=image_channels)
+    def from_settings(cls, settings: S, *, patch_voxels: int, epochs: int, **given: Any) -> Self:
+        """With what follows from the settings; arguments as for the class, patch and length without a default."""
+        return cls(settings, patch_voxels=patch_voxels, epochs=epochs, **given)
 
     def step(
         self,

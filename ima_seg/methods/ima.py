@@ -22,20 +22,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import override
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, Problem, boundary_search, pgd
 from ima_seg.attacks.boundary import start_radius
-from ima_seg.attacks.network import frozen, full_resolution, resolve_precision
-from ima_seg.attacks.passes import forward
+from ima_seg.attacks.network import full_resolution
+from ima_seg.attacks.passes import as_attacked
 from ima_seg.attacks.quality import class_quality, hard_quality, loss_quality
 from ima_seg.attacks.rows import assign, chosen
 from ima_seg.methods.base import Calls, MethodReport, map_heads
 from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.margins import WithMargins
 from ima_seg.methods.settings import IMASettings
-from ima_seg.ops import draw_seeds, gradient_step, hard_dice, per_row, random_start
-from ima_seg.types import Classes, Labels, Network, PassCount, Target
+from ima_seg.ops import gradient_step, hard_dice, per_row
+from ima_seg.types import Classes, Labels, PassCount, Target
 
 #: On accelerators the working batch of the search shrinks in at most this many sizes.
 ACCELERATOR_SIZES = 8
@@ -79,9 +78,9 @@ class IMA(WithMargins[StepReport]):
 
     Args:
         settings: see :class:`IMASettings`.
-        labels: how the network's outputs are read.
-        ledger: the margins.
-        image_channels: the first this many input channels may be perturbed; None means all.
+        ledger: the margins; default: a fresh one, whose step and cap follow from the settings, the patch and the length
+            of the training.
+        labels, patch_voxels, epochs, image_channels: as for every method.
 
     One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``; of a classifier only the images that are
     right without perturbation count in the second term, and the loss must be a mean over images. The gradient is
@@ -94,32 +93,21 @@ class IMA(WithMargins[StepReport]):
         settings: IMASettings,
         *,
         labels: Labels | Classes,
-        ledger: MarginLedger,
+        ledger: MarginLedger | None = None,
+        patch_voxels: int = 1,
+        epochs: int = 1,
         image_channels: int | None = None,
     ) -> None:
         if isinstance(labels, Classes):
             settings.check_classes()
-        super().__init__(settings, labels=labels, image_channels=image_channels)
+        super().__init__(
+            settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, image_channels=image_channels
+        )
+        if ledger is None:
+            delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
+            ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
         self.ledger = ledger
         self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None
-
-    @classmethod
-    @override
-    def from_settings(
-        cls,
-        settings: IMASettings,
-        *,
-        labels: Labels | Classes,
-        patch_voxels: int,
-        epochs: int,
-        image_channels: int | None = None,
-    ) -> IMA:
-        """With a fresh ledger whose step and cap follow from ``settings``; arguments as for every method."""
-        delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
-        ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
-        ima = cls(settings, labels=labels, ledger=ledger, image_channels=image_channels)
-        ima.epochs = epochs
-        return ima
 
     def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> StepReport:
         settings, beta = self.settings, self.settings.beta
@@ -131,7 +119,9 @@ class IMA(WithMargins[StepReport]):
             clean_loss = calls.loss(output)
             logits = full_resolution(output).detach()
             if target.whole_image and calls.model.training and beta > 0:
-                logits = self._searched_logits(calls.network, x)
+                # Batch norm and dropout: what is right in training may be wrong in evaluation mode, in which the search
+                # would find a boundary at no distance.
+                logits = as_attacked(calls.network, x, settings.precision)
             quality, threshold, background = self._criterion(logits, target)
             below = ~background & (quality < threshold)
             searched = ~background & ~below
@@ -153,9 +143,12 @@ class IMA(WithMargins[StepReport]):
 
         if attack:
             eps = self.ledger.get(case_ids, x.device)
-            start = None if clean.grad is None else self._free_step(x, clean.grad, eps, calls.generator)
-            with contextlib.nullcontext() if self._graphs is None else self._graphs:
-                found = self._perturb(calls, x, target, eps, found, quality, threshold, searched, perturbed, start)
+            problem = Problem(
+                calls.network, x, target, self.threat, precision=settings.precision, generator=calls.generator
+            )
+            start = None if clean.grad is None else self._free_step(problem, clean.grad, eps)
+            with self._graphs or contextlib.nullcontext():
+                found = self._perturb(problem, eps, found, quality, threshold, searched, perturbed, start)
             self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
             output = calls.forward(calls.model, found.adversarial)
             adversarial_loss = calls.loss(map_heads(output, of_attacked) if target.whole_image else output)
@@ -170,25 +163,8 @@ class IMA(WithMargins[StepReport]):
             stalled=found.stalled, passes=found.passes, training=len(x) * (2 if attack else 1), patches=len(x),
         )  # fmt: skip
 
-    def _searched_logits(self, network: Network, x: torch.Tensor) -> torch.Tensor:
-        """Logits of the clean batch as the search computes them.
-
-        Classifiers have batch norm and dropout as a rule; what is right in training may be wrong in evaluation mode, in
-        which the search would find a boundary at no distance.
-        """
-        dtype = resolve_precision(self.settings.precision, x.device)
-        with frozen(network, dtype), torch.no_grad():
-            return forward(network, x, dtype)
-
     def _criterion(self, logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quality of the clean samples, the threshold that they must not fall below, and which have no foreground.
-
-        (B,) all.
-
-        Args:
-            logits: full-resolution logits (B, K, *S), or (B, K), of the clean batch.
-            target: its reference.
-        """
+        """Of the clean ``logits``: quality, the threshold it must not fall below, who has no foreground; (B,) all."""
         if target.whole_image:
             quality = class_quality(logits, target)[0]
             return quality, torch.zeros_like(quality), torch.zeros_like(quality, dtype=torch.bool)
@@ -203,9 +179,7 @@ class IMA(WithMargins[StepReport]):
 
     def _perturb(
         self,
-        calls: Calls,
-        x: torch.Tensor,
-        target: Target,
+        problem: Problem,
         eps: torch.Tensor,
         found: BoundaryResult,
         quality: torch.Tensor,
@@ -216,10 +190,7 @@ class IMA(WithMargins[StepReport]):
     ) -> BoundaryResult:
         """The boundary of the ``searched`` samples, and PGD within its margin ``eps`` on each that is ``perturbed``."""
         settings = self.settings
-        multiple_of = 1 if x.device.type == "cpu" else math.ceil(len(x) / ACCELERATOR_SIZES)
-        problem = Problem(
-            calls.network, x, target, self.threat, precision=settings.precision, generator=calls.generator
-        )
+        multiple_of = 1 if eps.device.type == "cpu" else math.ceil(len(eps) / ACCELERATOR_SIZES)
         if bool(searched.any()):
             found = boundary_search(
                 problem,
@@ -245,18 +216,15 @@ class IMA(WithMargins[StepReport]):
         assign(found.distance, rows, perturbed[rows], hit.distance)
         return replace(found, passes=found.passes + hit.passes)
 
-    def _free_step(
-        self, x: torch.Tensor, gradient: torch.Tensor, eps: torch.Tensor, generator: torch.Generator | None
-    ) -> torch.Tensor:
+    def _free_step(self, problem: Problem, gradient: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """The perturbation (B, image channels, *S) of one step of the search along the clean ``gradient``.
 
         It is made from a random point. The scale of the gradient does not matter, so neither does that of a gradient
         scaler. Where it is zero, infinite or NaN, the random point remains.
         """
-        image, norm = self.threat.perturbable(x), self.threat.norm
-        nothing = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
-        seeds = draw_seeds(len(x), x.device, generator)
-        random = random_start(nothing, start_radius(eps, self.ledger.delta), norm, seeds)
+        random = problem.random(start_radius(eps, self.ledger.delta))
         length = self.settings.step_factor * eps / self.settings.steps
-        step, size = gradient_step(random, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=norm)
+        step, size = gradient_step(
+            random, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=self.threat.norm
+        )
         return torch.where(per_row(torch.isfinite(size) & (size > 0), step), step, random)

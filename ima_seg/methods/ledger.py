@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from ima_seg.errors import UserError
 T = TypeVar("T")
 
 Rule = Literal["paper", "majority", "mean", "grow"]
-RULES: tuple[Rule, ...] = ("paper", "majority", "mean", "grow")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 #: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
@@ -71,7 +71,7 @@ class EpochSummary:
     visits: int
     crossed_share: float
     expanding_share: float
-    quantiles: tuple[float, float, float, float, float]
+    quantiles: tuple[float, ...]
     equilibrium: bool
 
 
@@ -125,7 +125,7 @@ class MarginLedger:
         self.cases: dict[str, CaseRecord] = {}
         self.epoch = 0
         self._medians: list[float] = []
-        self._pending: list[tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._pending: list[Any] = []
 
     # --- during an epoch -------------------------------------------------------------------------------------------
 
@@ -155,24 +155,23 @@ class MarginLedger:
         The tensors are kept on their device and read at the end of the epoch, so that no iteration waits for them.
         """
         ids = [str(c) for c in case_ids]
-        for name, value in (("crossed", crossed), ("distance", distance), ("counts", counts)):
+        noted = {"crossed": crossed, "distance": distance.float(), "counts": counts}
+        for name, value in noted.items():
             if value.shape != (len(ids),):
                 raise UserError(
                     f"{name} has shape {tuple(value.shape)} for {len(ids)} case ids; expected one per visit"
                 )
         self.register(ids)
-        self._pending.append(
-            (ids, crossed.detach().clone(), distance.detach().float().clone(), counts.detach().clone())
-        )
+        self._pending.append((ids, *(value.detach().clone() for value in noted.values())))
 
     # --- end of an epoch -------------------------------------------------------------------------------------------
 
-    def _drain(self) -> list[tuple[str, bool, float]]:
-        """The visits that count, read from the device."""
+    def _drain(self) -> list[tuple[str, float | None]]:
+        """The visits that count, read from the device: case, and the distance where one crossed."""
         visits = []
-        for ids, crossed, distance, counts in self._pending:
-            rows = zip(ids, crossed.tolist(), distance.tolist(), counts.tolist(), strict=True)
-            visits += [(case, was_crossed, size) for case, was_crossed, size, counted in rows if counted]
+        for ids, *noted in self._pending:
+            rows = zip(ids, *(values.tolist() for values in noted), strict=True)
+            visits += [(case, size if crossed else None) for case, crossed, size, counted in rows if counted]
         self._pending.clear()
         return visits
 
@@ -188,11 +187,11 @@ class MarginLedger:
             self.register(cases)
             visits += part
         by_case: defaultdict[str, list[float | None]] = defaultdict(list)
-        for case, was_crossed, size in visits:
-            by_case[case].append(size if was_crossed else None)
+        for case, size in visits:
+            by_case[case].append(size)
         for case, sizes in by_case.items():
             self._move(self.cases[case], sizes)
-        return self._summarise(len(by_case), visits)
+        return self._summarise(len(by_case), [size is not None for _, size in visits])
 
     def _move(self, record: CaseRecord, sizes: Sequence[float | None]) -> None:
         """Move a margin by its visits of an epoch, None where one held, else its distance."""
@@ -213,29 +212,25 @@ class MarginLedger:
         record.crossed += len(distances)
         record.seen = self.epoch
 
-    def _summarise(self, cases_visited: int, visits: list[tuple[str, bool, float]]) -> EpochSummary:
+    def _summarise(self, cases_visited: int, crossed: list[bool]) -> EpochSummary:
         margins = torch.tensor([r.margin for r in self.cases.values()] or [float("nan")], dtype=torch.float64)
         quantiles = torch.quantile(margins, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
         if 2 * sum(record.visits > 0 for record in self.cases.values()) >= len(self.cases) > 0:
             self._medians.append(quantiles[2])
+        n = self.patience
+        recent = self._medians[-2 * n :]
         summary = EpochSummary(
             epoch=self.epoch,
             cases=len(self.cases),
             cases_visited=cases_visited,
-            visits=len(visits),
-            crossed_share=sum(v[1] for v in visits) / len(visits) if visits else float("nan"),
+            visits=len(crossed),
+            crossed_share=sum(crossed) / len(crossed) if crossed else float("nan"),
             expanding_share=sum(r.expanding for r in self.cases.values()) / max(len(self.cases), 1),
-            quantiles=(quantiles[0], quantiles[1], quantiles[2], quantiles[3], quantiles[4]),
-            equilibrium=self._at_equilibrium(),
+            quantiles=tuple(quantiles),
+            equilibrium=len(recent) == 2 * n and sum(recent[n:]) < (1 + EQUILIBRIUM_GROWTH) * sum(recent[:n]),
         )
         self.epoch += 1
         return summary
-
-    def _at_equilibrium(self) -> bool:
-        if len(self._medians) < 2 * self.patience:
-            return False
-        recent, before = self._medians[-self.patience :], self._medians[-2 * self.patience : -self.patience]
-        return sum(recent) < (1 + EQUILIBRIUM_GROWTH) * sum(before)
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
 
@@ -269,10 +264,8 @@ class MarginLedger:
         try:
             columns = (state[name].tolist() for name in COLUMNS)
             self.cases = {
-                str(case): CaseRecord(
-                    min(float(margin), self.eps_max), int(visits), int(crossed), bool(grows), int(seen)
-                )
-                for case, margin, visits, crossed, grows, seen in zip(state["cases"], *columns, strict=True)
+                str(case): CaseRecord(min(margin, self.eps_max), *counts)
+                for case, margin, *counts in zip(state["cases"], *columns, strict=True)
             }
             self.epoch = int(state["epoch"])
             self._medians = [float(m) for m in state["medians"]]

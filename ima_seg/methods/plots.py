@@ -14,13 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_progress(
-    path: str | Path,
-    history: Sequence[Mapping[str, Any]],
-    ledger: MarginLedger,
-    *,
-    norm: Norm,
-) -> None:
+def plot_progress(path: str | Path, history: Sequence[Mapping[str, Any]], ledger: MarginLedger, *, norm: Norm) -> None:
     """Draw the course of a training.
 
     Args:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from ima_seg.attacks import Goal
-from ima_seg.attacks.network import frozen, full_resolution, resolve_precision
-from ima_seg.attacks.passes import forward
+from ima_seg.attacks.network import full_resolution
+from ima_seg.attacks.passes import as_attacked
 from ima_seg.methods.base import Calls, MethodReport, map_heads
 from ima_seg.methods.fixed import FixedBudget, FixedBudgetSettings, Positive, Steps
 from ima_seg.types import PassCount, Target
@@ -71,9 +71,7 @@ class TRADES(FixedBudget[TRADESSettings]):
 
     def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
         settings, count = self.settings, len(x)
-        dtype = resolve_precision(settings.precision, x.device)
-        with frozen(calls.network, dtype), torch.no_grad():
-            clean = forward(calls.network, x, dtype)
+        clean = as_attacked(calls.network, x, settings.precision)
         goal = Goal("divergence", partial(divergence, clean=clean))
         perturbed, passes = self.attacked(calls, x, target, settings.steps, settings.step_factor, goal)
         output = calls.forward(calls.model, torch.cat([x, perturbed]))

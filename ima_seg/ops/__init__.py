@@ -5,13 +5,13 @@ kernels do the same work in as few passes over memory as it allows (:mod:`ima_se
 are taken in float32 whatever the dtype of the tensors, positions are 64-bit, and any memory layout gives the right
 result. Sizes, radii and step lengths are per voxel in network units (see :mod:`ima_seg.types`).
 
-All functions refuse tensors that do not fit, by shape, dtype and device; they never read values, which would wait for
-the device.
+All functions raise :class:`~ima_seg.errors.UserError` for tensors that do not fit, by shape, dtype or device; they
+never read values, which would wait for the device.
 """
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 
@@ -24,6 +24,10 @@ from ima_seg.types import Norm, Target
 __all__ = [
     "SMOOTH",
     "Backend",
+    "check_device",
+    "check_images",
+    "check_mask",
+    "check_per_sample",
     "describe_backend",
     "dice_ce",
     "draw_seeds",
@@ -71,22 +75,18 @@ def gradient_step(
     Returns:
         The stepped perturbation, a new tensor, and the size of the gradient, (B,) float32: 0 or not finite where the
         sample stayed.
-
-    Raises:
-        UserError: shapes, dtypes or devices that do not fit.
     """
     _check_norm(norm)
-    _check_images(delta=delta, gradient=gradient)
-    _check_per_sample(delta, alpha=alpha, eps=eps)
-    _check_mask(delta, mask)
+    check_images(delta=delta, gradient=gradient)
+    check_per_sample(delta, alpha=alpha, eps=eps)
+    check_mask(delta, mask)
     if (image is None) != (box is None):
         raise UserError("a box bounds image + delta; give image and box together, or neither")
     low, high = box or (None, None)
     if image is not None and low is not None and high is not None:
-        _check_images(delta=delta, image=image)
-        _check_per_sample(delta, low=low, high=high)
-    result = registered.gradient_step(delta, gradient, alpha, eps, norm, mask, image, low, high)
-    return cast("tuple[torch.Tensor, torch.Tensor]", result)
+        check_images(delta=delta, image=image)
+        check_per_sample(delta, low=low, high=high)
+    return registered.gradient_step(delta, gradient, alpha, eps, norm, mask, image, low, high)
 
 
 def draw_seeds(size: int, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -110,61 +110,48 @@ def random_start(
         seeds: (B,) int64, see :func:`draw_seeds`.
         mask: bool, broadcastable to ``like``; the perturbation is zero where it is False, and of the size that it would
             have without.
-
-    Raises:
-        UserError: shapes, dtypes or devices that do not fit.
     """
     _check_norm(norm)
-    _check_images(like=like)
-    _check_per_sample(like, radius=radius)
-    _check_mask(like, mask)
+    check_images(like=like)
+    check_per_sample(like, radius=radius)
+    check_mask(like, mask)
     if seeds.shape != like.shape[:1] or seeds.dtype != torch.int64 or seeds.device != like.device:
         raise UserError(
             f"seeds are {seeds.dtype} of shape {tuple(seeds.shape)} on {seeds.device}; expected int64 of shape "
             f"{tuple(like.shape[:1])} on {like.device} (see draw_seeds)"
         )
-    return cast(torch.Tensor, registered.random_start(like, radius, norm, seeds, mask))
+    return registered.random_start(like, radius, norm, seeds, mask)
 
 
 def interpolate(
     inner: torch.Tensor, outer: torch.Tensor, share: torch.Tensor, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The point at ``share`` of the way from ``inner`` to ``outer``, and its size, from one pass.
+    """The point (B, C, *S) at ``share`` (B,) of the way from ``inner`` to ``outer``, and its size (B,) float32.
 
-    Args:
-        inner: perturbations (B, C, *S).
-        outer: of the same shape and dtype.
-        share: (B,).
-        norm: of the size.
-
-    Returns:
-        (B, C, *S) and (B,) float32.
-
-    Raises:
-        UserError: shapes, dtypes or devices that do not fit.
+    Both ends are (B, C, *S), of one dtype; ``norm`` is that of the size. One pass does both.
     """
     _check_norm(norm)
-    _check_images(inner=inner, outer=outer)
+    check_images(inner=inner, outer=outer)
     if inner.dtype != outer.dtype:
         raise UserError(f"inner is {inner.dtype}, outer {outer.dtype}; a point between them needs one dtype")
-    _check_per_sample(inner, share=share)
-    return cast("tuple[torch.Tensor, torch.Tensor]", registered.interpolate(inner, outer, share, norm))
+    check_per_sample(inner, share=share)
+    return registered.interpolate(inner, outer, share, norm)
 
 
 def dice_ce(logits: torch.Tensor, target: Target) -> torch.Tensor:
-    """Soft Dice loss plus cross-entropy of each sample, (B,) float32 (float64 for float64 logits); differentiable once.
+    """Soft Dice loss plus cross-entropy of each sample, the sum that nnU-Net trains with; (B,), differentiable once.
 
-    What it is of is said by :func:`ima_seg.attacks.losses.dice_ce_loss`.
+    Multi-class: softmax, cross-entropy, Dice over the foreground classes. Regions: sigmoid, binary cross-entropy, Dice
+    over all regions; with regions and an ignore label together nnU-Net sums the cross-entropy over regions, here it is
+    the mean as everywhere else. Means are over the voxels that are not ignored; a sample that is ignored throughout
+    has no gradient.
 
     Args:
-        logits: (B, K, *S).
+        logits: full-resolution logits (B, K, *S); computed in float32 whatever their dtype, float64 in float64.
         target: the reference.
-
-    Raises:
-        UserError: logits that do not fit the reference.
     """
     _check_logits(logits, target)
-    return cast(torch.Tensor, registered.dice_ce(logits, target.reference, target.known)[0])
+    return registered.dice_ce(logits, target.reference, target.known)[0]
 
 
 def hard_counts(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,12 +165,9 @@ def hard_counts(logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, tor
 
     Returns:
         (B, F, 3) int64: voxels in both, in the prediction, in the reference. (B,) bool: all logits are finite.
-
-    Raises:
-        UserError: logits that do not fit the reference.
     """
     _check_logits(logits, target)
-    return cast("tuple[torch.Tensor, torch.Tensor]", registered.hard_counts(logits, target.reference, target.known))
+    return registered.hard_counts(logits, target.reference, target.known)
 
 
 def mean_dice(counts: torch.Tensor) -> torch.Tensor:
@@ -198,11 +182,8 @@ def mean_dice(counts: torch.Tensor) -> torch.Tensor:
 def hard_dice(logits: torch.Tensor, target: Target) -> torch.Tensor:
     """Hard foreground Dice of each sample, (B,) float32; NaN where the reference has no foreground.
 
-    The mean is over the foreground classes (regions) present in the sample's reference; see :func:`hard_counts`.
-
-    Args:
-        logits: (B, K, *S), any floating dtype.
-        target: the reference.
+    The mean is over the foreground classes (regions) present in the sample's reference; arguments as for
+    :func:`hard_counts`.
     """
     return mean_dice(hard_counts(logits, target)[0])
 
@@ -212,7 +193,8 @@ def _check_norm(norm: str) -> None:
         raise UserError(f"norm is {norm!r}; the norms there are: {', '.join(get_args(Norm))}")
 
 
-def _check_images(**images: torch.Tensor) -> None:
+def check_images(**images: torch.Tensor) -> None:
+    """Refuse images (B, C, *S) that are not floating point, or not of the shape and device of the first."""
     (first_name, first), *others = images.items()
     if first.ndim < 3 or first.numel() == 0 or not first.is_floating_point():
         shape = tuple(first.shape)
@@ -225,27 +207,29 @@ def _check_images(**images: torch.Tensor) -> None:
                 f"{name} is {image.dtype} of shape {tuple(image.shape)}; expected floating point of the shape of "
                 f"{first_name}, {tuple(first.shape)}"
             )
-        _check_device(first, **{name: image})
+        check_device(first, **{name: image})
 
 
-def _check_per_sample(image: torch.Tensor, **values: torch.Tensor) -> None:
+def check_per_sample(image: torch.Tensor, **values: torch.Tensor) -> None:
+    """Refuse values that are not floating point (B,), on the device of ``image`` (B, C, *S)."""
     for name, value in values.items():
         if value.shape != image.shape[:1] or not value.is_floating_point():
             raise UserError(
                 f"{name} is {value.dtype} of shape {tuple(value.shape)} for a batch of {image.shape[0]}; expected one "
                 "floating-point value per sample"
             )
-        _check_device(image, **{name: value})
+        check_device(image, **{name: value})
 
 
-def _check_mask(image: torch.Tensor, mask: torch.Tensor | None) -> None:
+def check_mask(image: torch.Tensor, mask: torch.Tensor | None, name: str = "mask") -> None:
+    """Refuse a ``mask`` that is not bool, broadcastable to ``image`` (B, C, *S); None is none."""
     if mask is None:
         return
     fits = mask.ndim == image.ndim and all(a in (1, b) for a, b in zip(mask.shape, image.shape, strict=True))
     if mask.dtype != torch.bool or not fits:
         shape, wanted = tuple(mask.shape), tuple(image.shape)
-        raise UserError(f"the mask is {mask.dtype} of shape {shape}; expected bool that broadcasts to {wanted}")
-    _check_device(image, mask=mask)
+        raise UserError(f"{name} is {mask.dtype} of shape {shape}; expected bool that broadcasts to {wanted}")
+    check_device(image, **{name: mask})
 
 
 def _check_logits(logits: torch.Tensor, target: Target) -> None:
@@ -256,12 +240,13 @@ def _check_logits(logits: torch.Tensor, target: Target) -> None:
             f"logits are {logits.dtype} of shape {tuple(logits.shape)}; the reference expects floating point "
             f"({batch}, {target.labels.outputs}, *S) with {voxels} voxels"
         )
-    _check_device(logits, reference=target.reference)
+    check_device(logits, reference=target.reference)
     if target.known is not None:
-        _check_device(logits, known=target.known)
+        check_device(logits, known=target.known)
 
 
-def _check_device(first: torch.Tensor, **others: torch.Tensor) -> None:
+def check_device(first: torch.Tensor, **others: torch.Tensor) -> None:
+    """Refuse tensors that are not on the device of the ``first``, a batch."""
     for name, other in others.items():
         if other.device != first.device:
             raise UserError(f"{name} is on {other.device}, the batch on {first.device}; move them to one device")

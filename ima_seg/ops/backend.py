@@ -67,16 +67,19 @@ def resolve_backend(device: torch.device, dtype: torch.dtype = torch.float32) ->
         UserError: a backend was asked for that cannot run there.
     """
     wanted = requested_backend()
-    if wanted == "reference":
-        return _noted("reference", device, "asked for")
-    if wanted == "auto" and device.type != "cuda":
-        return _noted("reference", device, "automatic")
-    obstacle = _obstacle(device, dtype)
-    if obstacle is None:
-        return _noted("triton", device, "asked for" if wanted == "triton" else "automatic")
-    if wanted == "triton":
-        raise UserError(obstacle)
-    return _noted("reference", device, f"automatic: {obstacle}")
+    chosen: Literal["reference", "triton"] = "reference"
+    why = "automatic" if wanted == "auto" else "asked for"
+    if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
+        obstacle = _obstacle(device, dtype)
+        if obstacle is None:
+            chosen = "triton"
+        elif wanted == "triton":
+            raise UserError(obstacle)
+        else:
+            why = f"automatic: {obstacle}"
+    if not torch.compiler.is_compiling():
+        _note(chosen, str(device), why)
+    return chosen
 
 
 def describe_backend(device: torch.device) -> str:
@@ -121,11 +124,5 @@ def _capability(index: int) -> tuple[int, int]:
 
 @functools.cache
 def _note(backend: str, device: str, why: str) -> None:
+    """Log a choice once."""
     _log.info("attack ops on %s: %s (%s)", device, backend, why)
-
-
-def _noted(backend: Literal["reference", "triton"], device: torch.device, why: str) -> Literal["reference", "triton"]:
-    """``backend``; each choice is logged once."""
-    if not torch.compiler.is_compiling():
-        _note(backend, str(device), why)
-    return backend

@@ -47,6 +47,16 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _softmax(x):
+    """The softmax over classes, and the logarithm of the sum of exponentials."""
+    top = tl.max(x, 0)[None, :]
+    top = tl.where(top == float("-inf"), 0.0, top)  # lanes that hold no voxel
+    e = tl.exp(x - top)
+    total = tl.sum(e, 0)[None, :]
+    return e / total, top + tl.log(total)
+
+
+@triton.jit
 def dice_ce_sums(
     logits, truth, known, partial, scalars, size, outputs,
     logits_row, logits_class, logits_voxel, truth_row, truth_class, truth_voxel, known_row, known_class, known_voxel,
@@ -58,11 +68,8 @@ def dice_ce_sums(
     logits += row * logits_row
     truth += row * truth_row
     known += row * known_row
-    hit, predicted, real = (
-        tl.zeros([OUTPUTS], tl.float32),
-        tl.zeros([OUTPUTS], tl.float32),
-        tl.zeros([OUTPUTS], tl.float32),
-    )
+    hit = tl.zeros([OUTPUTS], tl.float32)
+    predicted, real = hit, hit
     entropy, voxels = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for block in range(part, tl.cdiv(size, BLOCK), parts):
         whole, x, true, counted, classed = _block(
@@ -76,14 +83,9 @@ def dice_ce_sums(
             each = tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x))) - tl.where(true, x, 0.0)
             entropy += tl.sum(tl.where(whole & counted, each, 0.0), 0)
         else:
-            # Lanes that hold no voxel have -inf throughout.
-            top = tl.max(x, 0)[None, :]
-            top = tl.where(top == float("-inf"), 0.0, top)
-            e = tl.exp(x - top)
-            total = tl.sum(e, 0)[None, :]
-            p = e / total
+            p, normaliser = _softmax(x)
             at_truth = tl.sum(tl.where(true, x, 0.0), 0)[None, :]
-            entropy += tl.sum(tl.where(classed, top + tl.log(total) - at_truth, 0.0), 0)
+            entropy += tl.sum(tl.where(classed, normaliser - at_truth, 0.0), 0)
         p = tl.where(whole & counted, p, 0.0)
         hit += tl.sum(tl.where(true, p, 0.0), 1)
         predicted += tl.sum(p, 1)
@@ -100,27 +102,15 @@ def dice_ce_sums(
 
 @triton.jit
 def dice_ce_finish(
-    partial,
-    scalars,
-    loss,
-    sums,
-    voxels,
-    parts,
-    outputs,
-    smooth,
-    OUTPUTS: tl.constexpr,
-    REGIONS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    partial, scalars, loss, sums, voxels, parts, outputs, smooth,
+    OUTPUTS: tl.constexpr, REGIONS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Adds the parts of a row up and makes its loss of them."""
     row = tl.program_id(0).to(tl.int64)
     classes = tl.arange(0, OUTPUTS)
     within = classes < outputs
-    hit, predicted, real = (
-        tl.zeros([OUTPUTS], tl.float32),
-        tl.zeros([OUTPUTS], tl.float32),
-        tl.zeros([OUTPUTS], tl.float32),
-    )
+    hit = tl.zeros([OUTPUTS], tl.float32)
+    predicted, real = hit, hit
     entropy, counted = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
     for first_part in range(0, parts, CHUNK):
         lanes = row * 0 + first_part + tl.arange(0, CHUNK)
@@ -182,10 +172,7 @@ def dice_ce_gradient(
             p = _sigmoid(tl.where(whole, x, 0.0))
             gradient = p * (1 - p) * slope + (p - true.to(tl.float32)) * (weight / outputs)
         else:
-            top = tl.max(x, 0)[None, :]
-            top = tl.where(top == float("-inf"), 0.0, top)
-            e = tl.exp(x - top)
-            p = e / tl.sum(e, 0)[None, :]
+            p, _ = _softmax(x)
             p = tl.where(whole, p, 0.0)
             gradient = p * (slope - tl.sum(p * slope, 0)[None, :])
             gradient += tl.where(classed, p - true.to(tl.float32), 0.0) * weight
@@ -207,7 +194,8 @@ def hard_counts(
     logits += row * logits_row
     truth += row * truth_row
     known += row * known_row
-    hit, predicted, real = tl.zeros([OUTPUTS], tl.int32), tl.zeros([OUTPUTS], tl.int32), tl.zeros([OUTPUTS], tl.int32)
+    hit = tl.zeros([OUTPUTS], tl.int32)
+    predicted, real = hit, hit
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(part, tl.cdiv(size, BLOCK), parts):
         whole, x, true, counted, _ = _block(

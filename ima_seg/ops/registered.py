@@ -5,6 +5,7 @@ Each runs the reference or the Triton kernel, whichever :mod:`ima_seg.ops.backen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +16,6 @@ from ima_seg.ops.backend import requested_backend, resolve_backend, use_backend
 Tensor = torch.Tensor
 
 
-def _implementation(image: Tensor) -> Any:
-    if resolve_backend(image.device, image.dtype) == "triton":
-        from ima_seg.ops import kernels
-
-        return kernels
-    return plain
-
-
 def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     """``result`` in the dtype and layout of ``torch.empty_like(like)``, which torch.compile was promised."""
     expected = torch.empty_like(like, device="meta")
@@ -30,101 +23,77 @@ def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     return result if fits else torch.empty_like(like).copy_(result)
 
 
-def _per_sample(image: Tensor) -> Tensor:
-    return image.new_empty(image.shape[0], dtype=torch.float32)
+def _register(name: str, schema: str, fake: Callable[..., Any], *, main: int = 0, like_main: bool = True) -> Any:
+    """The function ``name`` of the reference, or of the kernels, as an operator.
+
+    Args:
+        name: of the function.
+        schema: its arguments and results.
+        fake: what has the shapes, dtypes and layouts of its results.
+        main: place of the argument whose device and dtype choose the backend.
+        like_main: whether the result, or the first of them, is of the dtype and layout of that argument.
+    """
+
+    def run(*given: Any) -> Any:
+        image, implementation = given[main], plain
+        if resolve_backend(image.device, image.dtype) == "triton":
+            from ima_seg.ops import kernels as implementation  # type: ignore[no-redef]
+        found = getattr(implementation, name)(*given)
+        if not like_main:
+            return found
+        return (_laid_out(found[0], image), *found[1:]) if isinstance(found, tuple) else _laid_out(found, image)
+
+    operator = torch.library.custom_op(f"ima_seg::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
 
 
-@torch.library.custom_op("ima_seg::gradient_step", mutates_args=())
-def gradient_step(
-    delta: Tensor,
-    gradient: Tensor,
-    alpha: Tensor,
-    eps: Tensor,
-    norm: str,
-    mask: Tensor | None,
-    image: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`ima_seg.ops.gradient_step`."""
-    stepped, size = _implementation(delta).gradient_step(delta, gradient, alpha, eps, norm, mask, image, low, high)
-    return _laid_out(stepped, delta), size
+def _image_and_size(image: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(image), image.new_empty(len(image), dtype=torch.float32)
 
 
-@gradient_step.register_fake
-def _(delta: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(delta), _per_sample(delta)
-
-
-@torch.library.custom_op("ima_seg::random_start", mutates_args=())
-def random_start(like: Tensor, radius: Tensor, norm: str, seeds: Tensor, mask: Tensor | None) -> Tensor:
-    """See :func:`ima_seg.ops.random_start`."""
-    return _laid_out(_implementation(like).random_start(like, radius, norm, seeds, mask), like)
-
-
-@random_start.register_fake
-def _(like: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(like)
-
-
-@torch.library.custom_op("ima_seg::interpolate", mutates_args=())
-def interpolate(inner: Tensor, outer: Tensor, share: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """See :func:`ima_seg.ops.interpolate`."""
-    point, size = _implementation(inner).interpolate(inner, outer, share, norm)
-    return _laid_out(point, inner), size
-
-
-@interpolate.register_fake
-def _(inner: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(inner), _per_sample(inner)
-
-
-@torch.library.custom_op("ima_seg::hard_counts", mutates_args=())
-def hard_counts(logits: Tensor, reference: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See :func:`ima_seg.ops.hard_counts`."""
-    result: tuple[Tensor, Tensor] = _implementation(logits).hard_counts(logits, reference, known)
-    return result
-
-
-@hard_counts.register_fake
-def _(logits: Tensor, reference: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+def _counts(logits: Tensor, reference: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, outputs = logits.shape[:2]
     classes = outputs if reference.dtype == torch.bool else outputs - 1
     return logits.new_empty((batch, classes, 3), dtype=torch.int64), logits.new_empty(batch, dtype=torch.bool)
 
 
-@torch.library.custom_op("ima_seg::dice_ce", mutates_args=())
-def dice_ce(logits: Tensor, reference: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`ima_seg.ops.dice_ce`."""
-    result: tuple[Tensor, Tensor, Tensor] = _implementation(logits).dice_ce(logits, reference, known)
-    return result
-
-
-@dice_ce.register_fake
-def _(logits: Tensor, reference: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(logits: Tensor, reference: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, outputs = logits.shape[:2]
     empty = logits.new_empty(batch, dtype=plain.accumulator(logits.dtype))
     return empty, empty.new_empty((batch, outputs, 3)), empty.new_empty(batch)
 
 
-@torch.library.custom_op("ima_seg::dice_ce_backward", mutates_args=())
-def dice_ce_backward(
-    upstream: Tensor, logits: Tensor, reference: Tensor, known: Tensor | None, sums: Tensor, voxels: Tensor
-) -> Tensor:
-    """Gradient of the loss with respect to the logits."""
-    gradient = _implementation(logits).dice_ce_backward(upstream, logits, reference, known, sums, voxels)
-    return _laid_out(gradient, logits)
-
-
-@dice_ce_backward.register_fake
-def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits)
+gradient_step: Callable[..., tuple[Tensor, Tensor]] = _register(
+    "gradient_step",
+    "(Tensor delta, Tensor gradient, Tensor alpha, Tensor eps, str norm, Tensor? mask, Tensor? image, Tensor? low, "
+    "Tensor? high) -> (Tensor, Tensor)",
+    _image_and_size,
+)
+random_start: Callable[..., Tensor] = _register(
+    "random_start",
+    "(Tensor like, Tensor radius, str norm, Tensor seeds, Tensor? mask) -> Tensor",
+    lambda like, *_: torch.empty_like(like),
+)
+interpolate: Callable[..., tuple[Tensor, Tensor]] = _register(
+    "interpolate", "(Tensor inner, Tensor outer, Tensor share, str norm) -> (Tensor, Tensor)", _image_and_size
+)
+hard_counts: Callable[..., tuple[Tensor, Tensor]] = _register(
+    "hard_counts", "(Tensor logits, Tensor reference, Tensor? known) -> (Tensor, Tensor)", _counts, like_main=False
+)
+dice_ce: Callable[..., tuple[Tensor, Tensor, Tensor]] = _register(
+    "dice_ce", "(Tensor logits, Tensor reference, Tensor? known) -> (Tensor, Tensor, Tensor)", _loss, like_main=False
+)
+dice_ce_backward: Callable[..., Tensor] = _register(
+    "dice_ce_backward",
+    "(Tensor upstream, Tensor logits, Tensor reference, Tensor? known, Tensor sums, Tensor voxels) -> Tensor",
+    lambda upstream, logits, *_: torch.empty_like(logits),
+    main=1,
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, reference, known = inputs
-    _, sums, voxels = output
-    ctx.save_for_backward(logits, reference, known, sums, voxels)
+    ctx.save_for_backward(*inputs, *output[1:])
     # On CUDA the backward pass runs in a thread of autograd's, which does not know what was asked for here.
     ctx.backend = requested_backend()
 
@@ -134,4 +103,4 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, None, N
         return dice_ce_backward(upstream, *ctx.saved_tensors), None, None
 
 
-dice_ce.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("ima_seg::dice_ce", _differentiate, setup_context=_save)
