@@ -4,6 +4,8 @@ An abdomen with an organ (label 1) and lesions in it (label 2), among decoys wit
 background: spleen, kidneys, bowel, spots. Intensities of neighbouring tissues overlap; MR images have a coil bias field
 and Rician noise, CT images are in HU with correlated noise and streaks; borders have partial volume; the pose, size,
 form and number of structures vary and one case in five has no lesion. The volumes are oblique, with true affines.
+
+One file: a data set's arguments, its cases and its folder are checked and made together.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Triton kernels over images. Program (row, part) walks over every ``parts``-th block of a row; see ``kernels``.
 
 Offsets are 64-bit throughout: a row, and a batch, may have more than 2**31 elements.
+
+One file: the kernels over images share the way they walk over a row.
 """
 # mypy: ignore-errors
 
