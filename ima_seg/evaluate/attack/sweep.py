@@ -1,7 +1,4 @@
-"""The work of an evaluation: every condition on every case and model, one record each, as soon as it is known.
-
-A little over 300 lines, for what a record needs is measured in one place: prediction, sizes, times, pictures and files.
-"""
+"""The work of an evaluation: every condition on every case and model, one record each, as soon as it is known."""
 
 from __future__ import annotations
 
