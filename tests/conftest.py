@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from tests.evaluation_data import phantoms  # noqa: F401  (fixtures, made once for all test files)
 from tests.nnunet_data import nnunet  # noqa: F401
+from tests.report_data import example, page  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

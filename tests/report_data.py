@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ima_seg.evaluate.records import (
     ClassMetrics,
@@ -21,6 +22,7 @@ from ima_seg.evaluate.records import (
     SliceDice,
     append_line,
 )
+from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, ModelInfo, Run
 
 EPS = [0.01, 0.03, 0.1, 0.3]
@@ -308,3 +310,13 @@ def write_evaluation(
 def write_example(folder: Path, count: int = 8, *, parts: int = 1) -> Path:
     run = make_run(count)
     return write_evaluation(folder, run, make_records(run), make_failures(run), parts=parts)
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_example(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="session")
+def page(example: Path) -> str:
+    return write_report([example], example).read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -101,11 +102,10 @@ SETUPS = {"models": _models}
 @pytest.mark.parametrize("page", of("python")[1:], ids=name)  # README has its own test, below
 def test_python_runs(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for attack in ATTACKS:  # pages may register their own
-        monkeypatch.setitem(ATTACKS, attack, ATTACKS[attack])
-    known, printed = set(ATTACKS), ""
+    printed = ""
     namespace = {"__name__": "page"}
-    try:
+    # Pages may register attacks and methods of their own.
+    with mock.patch.dict(ATTACKS), mock.patch.dict(METHODS):
         for block in blocks(page):
             for setup in block.notes.get("setup", "").split():
                 SETUPS[setup](request, tmp_path)
@@ -118,9 +118,6 @@ def test_python_runs(page, request, tmp_path, monkeypatch):
                 with contextlib.redirect_stdout(io.StringIO()) as output:
                     exec(code, namespace)
                 printed = output.getvalue()
-    finally:
-        for attack in set(ATTACKS) - known:
-            del ATTACKS[attack]
 
 
 def test_readme_example_is_short_and_its_margins_grow(tmp_path, monkeypatch, capsys):

@@ -10,27 +10,15 @@ import pytest
 from ima_seg.evaluate.measure.collect import Evaluation, collect
 from ima_seg.evaluate.measure.summary import Summary, summarise
 from ima_seg.evaluate.records import Failure, Record
-from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.report.flags import Flag, check
 from ima_seg.evaluate.run import Run
 from tests.report_data import (
     EPS,
     make_record,
     make_run,
-    write_example,
 )
 
 VOID = {"meta", "img", "br"}
-
-
-@pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_example(tmp_path_factory.mktemp("report") / "run")
-
-
-@pytest.fixture(scope="module")
-def page(example: Path) -> str:
-    return write_report([example], example).read_text(encoding="utf-8")
 
 
 def small_run(cases: int = 4, models: int = 2) -> Run:

@@ -16,16 +16,19 @@ class HostCount:
 
     def __init__(self, mask: torch.Tensor) -> None:
         self._count, self._event = mask.sum(), None
+        self._read: int | None = None
         if mask.device.type == "cuda":
             self._count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(self._count, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(mask.device))
 
     def read(self) -> int:
-        """The count."""
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._count)
+        """The count; the device is waited for once."""
+        if self._read is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._read = int(self._count)
+        return self._read
 
 
 def positions(wanted: torch.Tensor, count: int, multiple_of: int) -> torch.Tensor | None:
