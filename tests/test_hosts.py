@@ -151,6 +151,18 @@ def test_a_handler_may_replace_the_clean_prediction():
     assert losses[0] != losses[1]
 
 
+def test_a_handler_may_replace_stacked_heads_by_one():
+    network = DynUNet(2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 8], deep_supervision=True, deep_supr_num=1)
+    trainer = trained(network, {"name": "noise", "labels": 2})
+
+    def first(engine):
+        engine.state.output["pred"] = engine.state.output["pred"][:, 0]
+
+    trainer.add_event_handler(IterationEvents.FORWARD_COMPLETED, first)
+    trainer.run()
+    assert trainer.state.output[0]["pred"].shape == (2, 16, 16)
+
+
 @pytest.mark.parametrize("name", ["trades", "te"])
 def test_a_training_in_monai_goes_on_where_it_was_saved(tmp_path, name):
     first = TinyUNet(2, outputs=2)

@@ -46,7 +46,6 @@ class Passes:
         images, args, kwargs = own_inputs(batch, self.args, self.kwargs, self.size)
         with self._autocast():
             prediction = self.engine.inferer(images, network, *args, **kwargs)
-            self._stacked = isinstance(prediction, torch.Tensor) and prediction.ndim == images.ndim + 1
             if self._first and network is self.engine.network:
                 output = self.engine.state.output
                 more = len(images) > self.size
@@ -55,6 +54,8 @@ class Passes:
                 if output[Keys.PRED] is not shown:
                     rest = map_heads(prediction, lambda head: head[self.size :])
                     prediction = _joined(output[Keys.PRED], rest) if more else output[Keys.PRED]
+        # What a handler has put in its place counts.
+        self._stacked = isinstance(prediction, torch.Tensor) and prediction.ndim == images.ndim + 1
         return list(prediction.unbind(1)) if self._stacked else prediction
 
     def loss(self, heads: Any) -> torch.Tensor:
