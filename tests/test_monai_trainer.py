@@ -20,6 +20,7 @@ from monai.transforms import AsDiscreted
 
 from ima_seg import Classes, Labels, UserError
 from ima_seg.attacks.network import full_resolution
+from ima_seg.methods import PGDAT, PGDATSettings
 from ima_seg.monai import case_name, compat
 from ima_seg.monai.trainer import make_method
 from tests.models import TinyUNet
@@ -279,6 +280,7 @@ def test_a_loss_per_sample_is_averaged_with_an_explanation(caplog):
     [
         ({"tau": 0.6}, "how to read the outputs"),
         (3, "how to read the outputs"),
+        (PGDAT(PGDATSettings(), labels=Labels(2)), "how to read the outputs"),
         ({"labels": 2, "tua": 0.6}, "did you mean 'tau'"),
         ({"labels": 2, "epochs": 3}, "the trainer's max_epochs"),
         ({"labels": 2, "unit": "l2", "eps_max": 15, "delta": 2}, "patch_voxels"),

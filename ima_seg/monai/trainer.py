@@ -42,14 +42,14 @@ def make_method(
     Raises:
         UserError: an unknown method, setting or value, or no ``labels``.
     """
-    if isinstance(options, Method):
+    if isinstance(options, Method) and name in (None, options.settings.section):
         return options
     values = dict(options) if isinstance(options, Mapping) else {}
     name = name or values.pop("name", None)
     if name is None or "labels" not in values:
         raise UserError(
             f"{options!r} describes no method; give its name, settings and how to read the outputs, method={{'name': "
-            "'trades', 'labels': 3, 'eps': 0.1}} or ima={'labels': 3, 'tau': 0.6} for 3 output channels of which 0 is "
+            "'trades', 'labels': 3, 'eps': 0.1} or ima={'labels': 3, 'tau': 0.6} for 3 output channels of which 0 is "
             "background, or a method of ima_seg.methods"
         )
     labels = values.pop("labels")
