@@ -146,6 +146,11 @@ def test_a_support_that_does_not_fit_is_refused(support):
         pgd(Problem(network, x, target, support=support), torch.ones(3), steps=1)
 
 
+def test_the_call_without_a_problem_is_refused_with_the_call_that_works():
+    with pytest.raises(UserError, match=r"this is TinyUNet; write pgd\(Problem\(network, x, target, threat\), eps"):
+        pgd(TinyUNet(2), 0.1, steps=1)
+
+
 def test_attacks_without_a_step_are_refused():
     network, x, target = problem()
     with pytest.raises(UserError, match="steps is 0"):

@@ -375,3 +375,10 @@ def test_sizes_in_the_l2_of_a_patch():
 def test_bad_settings_are_named(values, message):
     with pytest.raises(UserError, match=message):
         methods.PGDATSettings.parse(values, source="here")
+
+
+def test_sizes_of_a_whole_patch_need_its_voxels():
+    with pytest.raises(UserError, match="PGDAT: unit 'l2' is of a whole patch; give patch_voxels"):
+        methods.PGDAT(methods.PGDATSettings(unit="l2", eps=5.0), labels=Labels(2))
+    with pytest.raises(UserError, match="give epochs, or a ledger"):
+        methods.IMA(methods.IMASettings(), labels=Labels(2))

@@ -148,6 +148,11 @@ def attack(
 
     @functools.wraps(body)
     def run(problem: Problem, eps: Eps, /, *args: _Options.args, **options: _Options.kwargs) -> _Result:
+        if not isinstance(problem, Problem):
+            raise UserError(
+                f"an attack takes a Problem and a budget, this is {type(problem).__name__}; write "
+                f"{body.__name__}(Problem(network, x, target, threat), eps, ...)"
+            )
         given: dict[str, Any] = options
         if any(given.get(name, 1) < 1 for name in _COUNTS):
             counts = ", ".join(f"{name} is {given[name]}" for name in _COUNTS if name in given)

@@ -92,7 +92,7 @@ class Method(ABC, Generic[S, R]):
     Args:
         settings: of the method.
         labels: how the network's outputs are read.
-        patch_voxels: image channels x voxels of a training patch.
+        patch_voxels: image channels x voxels of a training patch; not needed with sizes per voxel.
         epochs: length of the training.
         image_channels: the first this many input channels may be perturbed; None means all.
 
@@ -118,16 +118,20 @@ class Method(ABC, Generic[S, R]):
         settings: S,
         *,
         labels: Labels | Classes,
-        patch_voxels: int = 1,
+        patch_voxels: int | None = None,
         epochs: int = 1,
         image_channels: int | None = None,
     ) -> None:
         if isinstance(labels, Classes) and not self.classifies:
             raise UserError(f"{self.name} is for segmentations; train a classifier by another method, such as PGDAT")
+        if settings.unit == "l2" and patch_voxels is None:
+            raise UserError(
+                f"{self.name}: unit 'l2' is of a whole patch; give patch_voxels, its image channels x voxels, as well"
+            )
         self.settings, self.labels, self.epochs = settings, labels, epochs
         self.threat = ThreatModel(settings.norm, image_channels)
         #: Turns a size of the settings into one per voxel in network units.
-        self.per_voxel = settings.per_voxel(patch_voxels)
+        self.per_voxel = settings.per_voxel(patch_voxels or 1)
         #: Share of the training that is over, in [0, 1].
         self.progress = 0.0
 

@@ -29,6 +29,7 @@ from ima_seg.attacks.network import full_resolution
 from ima_seg.attacks.passes import as_attacked
 from ima_seg.attacks.quality import class_quality, hard_quality, loss_quality
 from ima_seg.attacks.rows import assign, chosen
+from ima_seg.errors import UserError
 from ima_seg.methods.base import Calls, MethodReport, map_heads
 from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.margins import WithMargins
@@ -78,9 +79,12 @@ class IMA(WithMargins[StepReport]):
 
     Args:
         settings: see :class:`IMASettings`.
+        labels: how the network's outputs are read.
         ledger: the margins; default: a fresh one, whose step and cap follow from the settings, the patch and the length
             of the training.
-        labels, patch_voxels, epochs, image_channels: as for every method.
+        patch_voxels: image channels x voxels of a training patch; not needed with sizes per voxel.
+        epochs: length of the training; not needed with a ledger.
+        image_channels: the first this many input channels may be perturbed; None means all.
 
     One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``; of a classifier only the images that are
     right without perturbation count in the second term, and the loss must be a mean over images. The gradient is
@@ -94,17 +98,23 @@ class IMA(WithMargins[StepReport]):
         *,
         labels: Labels | Classes,
         ledger: MarginLedger | None = None,
-        patch_voxels: int = 1,
-        epochs: int = 1,
+        patch_voxels: int | None = None,
+        epochs: int | None = None,
         image_channels: int | None = None,
     ) -> None:
         if isinstance(labels, Classes):
             settings.check_classes()
+        # A ledger has its sizes per voxel.
+        voxels = patch_voxels if ledger is None else patch_voxels or 1
         super().__init__(
-            settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, image_channels=image_channels
+            settings, labels=labels, patch_voxels=voxels, epochs=epochs or 1, image_channels=image_channels
         )
         if ledger is None:
-            delta, eps_max = settings.resolve_sizes(patch_voxels=patch_voxels, epochs=epochs)
+            if epochs is None:
+                raise UserError(
+                    "IMA without a ledger plans one for the length of the training; give epochs, or a ledger"
+                )
+            delta, eps_max = settings.resolve_sizes(patch_voxels=voxels or 1, epochs=epochs)
             ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
         self.ledger = ledger
         self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from ima_seg.errors import UserError
 from ima_seg.files import write_csv
 from ima_seg.methods.base import Method, R
 from ima_seg.methods.ledger import EpochSummary, MarginLedger
@@ -40,6 +41,8 @@ class WithMargins(Method[IMASettings, R]):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "ledger" not in state:
+            raise UserError(f"the checkpoint is of a training by {state.get('method', 'another method')}, not by IMA")
         self.ledger.load_state_dict(state["ledger"])
 
     saved, restore = state_dict, load_state_dict
