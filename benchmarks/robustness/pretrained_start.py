@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.robustness.search_settings import robust_dice, seeded_trainer, validation_slices
+from benchmarks.robustness.search_settings import robust_dice, seeded_trainer, training_parser, validation_slices
 from benchmarks.shared.measuring import RESULTS, again, command_line, provenance, table
 from ima_seg.files import write_text
 from ima_seg.types import Labels
@@ -82,16 +82,11 @@ def reached(points: list[dict[str, Any]], level: float) -> dict[str, Any] | None
 
 def main() -> None:
     """Train both, compare, store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
-    parser.add_argument("-p", "--plans", default="nnUNetPlans")
-    parser.add_argument("-w", "--work", type=Path, required=True)
-    parser.add_argument("--pretrained", type=Path, required=True, help="final checkpoint of a standard model")
+    parser = training_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--every", type=int, default=3, help="epochs between attacks")
     parser.add_argument("--cases", type=int, default=6, help="validation cases to attack")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--start", choices=STARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:

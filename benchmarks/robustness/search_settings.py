@@ -65,6 +65,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def training_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of every script that trains from a standard model: its data, folders, model and device."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("-p", "--plans", default="nnUNetPlans")
+    parser.add_argument("-w", "--work", type=Path, required=True)
+    parser.add_argument("--pretrained", type=Path, required=True, help="final checkpoint of a standard model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
 def train(name: str, seed: int, options: argparse.Namespace) -> Path:
     """Train a variant in a process of its own unless that is done; returns the final checkpoint."""
     folder = options.work / f"{name}-{seed}"
@@ -227,11 +238,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Train, attack, store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
-    parser.add_argument("-p", "--plans", default="nnUNetPlans")
-    parser.add_argument("-w", "--work", type=Path, required=True)
-    parser.add_argument("--pretrained", type=Path, required=True, help="final checkpoint of a standard model")
+    parser = training_parser(__doc__)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=10)
@@ -243,7 +250,6 @@ def main() -> None:
         "--reference", default="paper", choices=list(VARIANTS), help="what the others are compared with"
     )
     parser.add_argument("--others", nargs="+", default=[], metavar="NAME=CHECKPOINT", help="attack these, too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "search_settings.json")
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -136,7 +136,7 @@ class Method(ABC, Generic[S, R]):
         self.progress = 0.0
 
     @classmethod
-    def from_settings(cls, settings: S, *, patch_voxels: int, epochs: int, **given: Any) -> Self:
+    def from_settings(cls, settings: S, *, patch_voxels: int | None, epochs: int, **given: Any) -> Self:
         """With what follows from the settings; arguments as for the class, patch and length without a default."""
         return cls(settings, patch_voxels=patch_voxels, epochs=epochs, **given)
 

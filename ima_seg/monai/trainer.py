@@ -60,13 +60,8 @@ def make_method(
         raise UserError(f"{name}: {setting} is a setting of nnU-Net's trainers; here it is {_MONAI_NAMES[setting]}")
     base = registry.preset(name)
     settings = type(base).parse(values, source=name, base=base)
-    if settings.unit == "l2" and voxels is None:
-        raise UserError(
-            f"{name}: unit 'l2' is of a whole patch; give patch_voxels, its image channels x voxels, as well"
-        )
-    # Sizes per voxel do not depend on the patch.
     return registry.make_method(
-        settings, labels=labels, patch_voxels=voxels or 1, epochs=epochs, image_channels=image_channels
+        settings, labels=labels, patch_voxels=voxels, epochs=epochs, image_channels=image_channels
     )
 
 
