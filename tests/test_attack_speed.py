@@ -96,7 +96,6 @@ class Result:
 )
 def test_nothing_is_timed_or_written_when_ours_is_wrong(benchmark, broken, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(attack_contenders, "pgd", broken)
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(measuring, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match=message) as refused:
         benchmark.main(["--device", "cpu", "--quick"])
@@ -142,7 +141,6 @@ def test_bars_know_device_dimension_and_precision(benchmark):
 
 
 def test_quick_prints_the_tables_and_writes_nothing(benchmark, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(measuring, "RESULTS", tmp_path)
     chosen = [contender(benchmark, "ima-seg fp32"), contender(benchmark, "plain loop")]
     missing = benchmark.Contender("absent", None, "", "no-such-package")

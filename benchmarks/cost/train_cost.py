@@ -36,10 +36,9 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from benchmarks.shared.measuring import RESULTS, alternate, provenance, ratio, store
+from benchmarks.shared.measuring import alternate, provenance, ratio, store
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import Problem, pgd
-from ima_seg.files import write_text
 from ima_seg.methods.settings import FAST
 from ima_seg.ops import hard_dice
 
@@ -311,9 +310,8 @@ def main() -> None:
         print(tables[-1], flush=True)
     if not options.quick:
         origin = provenance(__file__, device)
-        store("train_cost", device, {"cases": results} | origin)
         text = "\n".join(f"{key}: {value}  " for key, value in origin.items())
-        write_text(RESULTS / f"train_cost_{device.type}.md", "\n".join(tables) + "\n" + text + "\n")
+        store("train_cost", device, {"cases": results} | origin, "\n".join(tables) + "\n" + text + "\n")
 
 
 if __name__ == "__main__":

@@ -157,8 +157,10 @@ def provenance(script: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def store(name: str, device: torch.device, result: dict[str, Any]) -> None:
-    """Write ``benchmarks/results/NAME_DEVICE.json``."""
+def store(name: str, device: torch.device, result: dict[str, Any], text: str | None = None) -> None:
+    """Write ``benchmarks/results/NAME_DEVICE.json`` and, with a ``text`` of tables, the ``.md`` beside it."""
+    if text is not None:
+        write_text(RESULTS / f"{name}_{device.type}.md", text)
     write_text(RESULTS / f"{name}_{device.type}.json", json.dumps(result, indent=2) + "\n")
 
 

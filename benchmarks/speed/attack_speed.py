@@ -33,7 +33,6 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
 from benchmarks.shared.measuring import (
-    RESULTS,
     alternate,
     cpu_has_bf16,
     cpu_info,
@@ -48,7 +47,6 @@ from benchmarks.speed.attack_tables import bars, tables
 from ima_seg import Labels, Target
 from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.network import full_precision
-from ima_seg.files import write_text
 from ima_seg.ops import perturbation_size
 from ima_seg.types import Norm
 
@@ -301,8 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = tables(result)
     print(text)
     if not options.quick:
-        write_text(RESULTS / f"attack_speed_{device.type}.md", text)
-        store("attack_speed", device, result)
+        store("attack_speed", device, result, text)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,11 @@ from typing import Any
 import torch
 
 from benchmarks.shared.baselines import Results, Tensors, rms
-from benchmarks.shared.measuring import RESULTS, alternate, cpu_info, provenance, ratio, rounded, store, wait
+from benchmarks.shared.measuring import alternate, cpu_info, provenance, ratio, rounded, store, wait
 from benchmarks.speed.op_cases import PLAIN, Problem, problems
 from benchmarks.speed.op_tables import bars, tables
 from ima_seg import ops
 from ima_seg.errors import UserError
-from ima_seg.files import write_text
 from ima_seg.ops.backend import interpreted
 
 #: Seconds that a measurement lasts at least.
@@ -262,8 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = tables(result)
     print(text)
     if not options.quick:
-        write_text(RESULTS / f"ops_{device.type}.md", text)
-        store("ops", device, result)
+        store("ops", device, result, text)
 
 
 if __name__ == "__main__":
