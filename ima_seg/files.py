@@ -16,6 +16,9 @@ from typing import Any
 
 from ima_seg.errors import UserError
 
+#: Bytes and levels that no JSON file we read comes near to: plans, descriptions of data sets and metadata.
+LARGEST_JSON, DEEPEST_JSON = 64 << 20, 100
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -45,6 +48,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what is there but no regular file (nor a link to one), which may wait for ever or never end.
+
+    Raises:
+        UserError: ``path`` is a folder, a named pipe, a device or a socket; a missing file is left to who reads it.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe, a device or a socket"
+        raise UserError(f"{path} is {kind}, not a regular file; name the file itself, or a copy of it")
+
+
 def file_hash(path: Path, kind: str = "sha256") -> str:
     """SHA-256, or another sum that :mod:`hashlib` has, of a file, in hexadecimal."""
     digest = hashlib.new(kind, usedforsecurity=False)
@@ -58,17 +72,31 @@ def read_json(path: Path, *, missing: str, remedy: str) -> dict[str, Any]:
     """The object in a JSON file, UTF-8.
 
     Raises:
-        UserError: there is no such file (the message goes on with ``missing``), or not an object in JSON (``remedy``).
+        UserError: there is no such file (the message goes on with ``missing``), or not an object in JSON (``remedy``),
+            or one that is too large or nested too deeply to be meant.
     """
+    require_regular(path)
+    if not path.exists():
+        raise UserError(f"{path} {missing}")
+    if path.stat().st_size > LARGEST_JSON:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST_JSON} of any such file; {remedy}")
     try:
         contents = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} {missing}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not valid JSON ({reason}); {remedy}") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds no JSON object; {remedy}")
+    level: list[Any] = [contents]
+    for _ in range(DEEPEST_JSON):  # what is deeper cannot be copied or printed either
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item) if _holds(x)]
+    if level:
+        raise UserError(f"{path} is nested more than {DEEPEST_JSON} levels deep; {remedy}")
     return contents
+
+
+def _holds(item: Any) -> bool:
+    return isinstance(item, dict | list)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ima_seg.errors import UserError
+from ima_seg.files import require_regular
 
 
 def load_tensors(path: Path, *, trust: bool = False, allowed: Sequence[Any] = ()) -> Any:
@@ -21,6 +22,7 @@ def load_tensors(path: Path, *, trust: bool = False, allowed: Sequence[Any] = ()
     Raises:
         UserError: it cannot be read, or would run code while ``trust`` is not set.
     """
+    require_regular(path)
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=not trust)
