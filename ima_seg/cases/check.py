@@ -45,7 +45,7 @@ def check_case(
         _require_same_grid(channel, label)
     for channel in channels:
         _check_image(channel)
-    _check_label(label, labels_allowed, ignore, source)
+    check_label_values(label.path, label.read(), labels_allowed, ignore, source)
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,17 @@ def _check_image(image: _Header) -> None:
         raise UserError(f"{image.path}: all voxels have the value {low:g}; replace the image or remove the case")
 
 
-def _check_label(label: _Header, allowed: Collection[int], ignore: int | None, source: str) -> None:
-    values = label.read()
+def check_label_values(path: Path, values: Array, allowed: Collection[int], ignore: int | None, source: str) -> None:
+    """Check that a label has whole numbers, foreground, and no value that ``source`` does not name.
+
+    Raises:
+        UserError: names file, value and remedy.
+    """
     if values.dtype.kind == "f":
         broken = values != np.rint(values)
         if broken.any():
             raise UserError(
-                f"{label.path}: {int(broken.sum())} voxels have values that are no whole numbers "
+                f"{path}: {int(broken.sum())} voxels have values that are no whole numbers "
                 f"({listed(np.unique(values[broken]))}); resample labels with nearest-neighbour interpolation"
             )
         if max(-float(values.min()), float(values.max())) < 2**15:
@@ -187,12 +191,12 @@ def _check_label(label: _Header, allowed: Collection[int], ignore: int | None, s
     unknown = sorted(present - set(allowed))
     if unknown:
         raise UserError(
-            f"{label.path} has the value {listed(unknown)}, {source} has {listed(sorted(allowed), 20)}; correct the "
+            f"{path} has the value {listed(unknown)}, {source} has {listed(sorted(allowed), 20)}; correct the "
             f"file, or the labels in {source}"
         )
     if not present - {0, ignore}:
         raise UserError(
-            f"{label.path}: the label has no foreground (values: {listed(sorted(present))}); Dice is undefined, remove "
+            f"{path}: the label has no foreground (values: {listed(sorted(present))}); Dice is undefined, remove "
             "the case or correct its label"
         )
 
