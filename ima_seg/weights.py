@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +38,15 @@ def load_tensors(path: Path, *, trust: bool = False, allowed: Sequence[Any] = ()
         raise UserError(
             f"{path} cannot be read ({reason}); it may be truncated, or a scripted model, which cannot be used"
         ) from None
+
+
+def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights by the names that the bare network has for them.
+
+    ``DataParallel`` and ``DistributedDataParallel`` put ``module.`` before every name, ``torch.compile`` puts
+    ``_orig_mod.`` before those of what it compiled. Where names would become equal, they are left as they are.
+    """
+    names = [str(name).replace("_orig_mod.", "") for name in state]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return dict(zip(names if len(set(names)) == len(names) else state, state.values(), strict=True))
