@@ -335,7 +335,7 @@ def test_voxels_are_read_once_and_only_after_all_headers(good, monkeypatch):
     real = nib.arrayproxy.ArrayProxy.__array__
 
     def counted(proxy, *arguments, **options):
-        reads.append(proxy.file_like)
+        reads.append(proxy.file_like.name)
         return real(proxy, *arguments, **options)
 
     monkeypatch.setattr(nib.arrayproxy.ArrayProxy, "__array__", counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ima_seg.cases.raw import CaseFiles
+from ima_seg.cases.stream import nifti_voxels, reading, require_room, require_whole_stream
 from ima_seg.errors import UserError
+from ima_seg.files import require_regular
 
 Array = npt.NDArray[Any]
 
 #: Two files lie at the same place when no corner of the volume is further apart than this, or 1% of a voxel edge.
 TOLERANCE_MM = 1e-3
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check_case(
@@ -56,23 +60,36 @@ class _Header:
     shape: tuple[int, ...]
     affine: npt.NDArray[np.float64]  # voxel index to mm
     source: str  # of the affine
+    voxel_bytes: int
     handle: Any
 
     def read(self) -> Array:
         """All voxels, which are finite, with the header's scaling."""
-        try:
+        with reading(self.path):
             if is_nifti(self.path):
-                values: Array = np.asanyarray(self.handle.dataobj)
+                values: Array = nifti_voxels(self.path, self.handle.dataobj)
             else:
                 import SimpleITK
 
+                require_whole_stream(self.path)
                 values = np.asarray(SimpleITK.GetArrayFromImage(self.handle.Execute()))
-        except Exception as error:  # zlib, gzip, numpy and ITK have their own
-            raise _unreadable(self.path, error) from None
-        if values.dtype.kind == "f" and (bad := values.size - np.count_nonzero(np.isfinite(values))):
-            message = f"{self.path}: {bad} of {values.size} voxels are NaN or infinite"
-            raise UserError(f"{message}; replace them by the value of the background")
+        _require_finite(values, str(self.path))
         return values
+
+
+def _require_finite(values: Array, what: str) -> None:
+    """Refuse what is not finite in float32, which networks compute in."""
+    if values.dtype.kind != "f":
+        return
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        message = f"{what}: {bad} of {values.size} voxels are NaN or infinite"
+        raise UserError(f"{message}; replace them by the value of the background")
+    extreme = max(values.min(), values.max(), key=abs)
+    if abs(extreme) > _LARGEST:
+        raise UserError(
+            f"{what}: the value {extreme:g} is infinite in float32, which networks compute in; replace what is beyond "
+            f"{_LARGEST:.2g}, or correct the scaling (scl_slope) in its header"
+        )
 
 
 def is_nifti(path: Path) -> bool:
@@ -80,28 +97,12 @@ def is_nifti(path: Path) -> bool:
     return path.name.endswith((".nii", ".nii.gz"))
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    if isinstance(error, PermissionError):
-        return UserError(f"{path} may not be read ({error.strerror}); give yourself permission, chmod u+r")
-    if isinstance(error, FileNotFoundError) or not path.exists():
-        return UserError(f"{path} does not exist; add it or remove the case")
-    if isinstance(error, MemoryError):
-        return UserError(f"{path} does not fit into memory; use a machine with more")
-    detail = " ".join(str(error).split()) or type(error).__name__
-    size = path.stat().st_size
-    return UserError(
-        f"{path} ({size} bytes) cannot be read, it is truncated or not of the format its name says ({detail[-200:]}); "
-        "copy it again from its source or convert it anew"
-    )
-
-
 def _open(path: Path, *, stacked: bool = False) -> _Header:
     """Read the header of an image and check that it is one scalar volume with a usable geometry."""
-    try:
+    require_regular(path)
+    with reading(path):
         path.open("rb").close()
         header, kind = _open_nifti(path) if is_nifti(path) else _open_itk(path)
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from None
     if kind:
         raise UserError(f"{path} has {kind} voxels; export one scalar value per voxel, and one file per channel")
     if len(header.shape) not in ((2, 3, 4) if stacked else (2, 3)):
@@ -109,11 +110,13 @@ def _open(path: Path, *, stacked: bool = False) -> _Header:
             f"{path} has {len(header.shape)} dimensions, shape {header.shape}; write each 3D volume to a file of its "
             "own (channels are CASE_0000, CASE_0001 and so on)"
         )
-    if 0 in header.shape or not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine)) < 1e-15:
+    if min(header.shape) < 1 or not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine)) < 1e-15:
         raise UserError(
             f"{path} has no usable geometry: shape {header.shape}, {header.source} "
             f"{np.round(header.affine, 4).tolist()}; correct its header or convert it anew"
         )
+    with reading(path):
+        require_room(path, math.prod(header.shape) * header.voxel_bytes)
     return header
 
 
@@ -127,7 +130,7 @@ def _open_nifti(path: Path) -> tuple[_Header, str]:
     dtype, source = handle.get_data_dtype(), forms[0] if forms else "no sform or qform"
     kind = "colour (RGB)" if dtype.fields else "complex" if dtype.kind == "c" else ""
     shape, affine = tuple(map(int, handle.shape)), np.asarray(handle.affine, np.float64)
-    return _Header(path, shape, affine, source, handle), kind
+    return _Header(path, shape, affine, source, dtype.itemsize, handle), kind
 
 
 def _open_itk(path: Path) -> tuple[_Header, str]:
@@ -143,7 +146,9 @@ def _open_itk(path: Path) -> tuple[_Header, str]:
     complex_ids = (SimpleITK.sitkComplexFloat32, SimpleITK.sitkComplexFloat64)
     components = handle.GetNumberOfComponents()
     kind = "complex" if handle.GetPixelID() in complex_ids else f"{components}-component" if components > 1 else ""
-    return _Header(path, tuple(map(int, handle.GetSize())), affine, "direction and origin", handle), kind
+    one = SimpleITK.Image([1] * dimension, handle.GetPixelID(), components)
+    size, voxel_bytes = tuple(map(int, handle.GetSize())), components * one.GetSizeOfPixelComponent()
+    return _Header(path, size, affine, "direction and origin", voxel_bytes, handle), kind
 
 
 def _require_same_grid(image: _Header, label: _Header) -> None:
