@@ -20,6 +20,10 @@ Array = npt.NDArray[Any]
 
 #: Two files lie at the same place when no corner of the volume is further apart than this, or 1% of a voxel edge.
 TOLERANCE_MM = 1e-3
+#: How far a label may be from a whole number, which a scaling in its header (scl_slope) makes inexact.
+_ROUNDING = 1e-3
+#: Codes of NIfTI's units of length: unknown and mm; name of others, and what ITK multiplies them by.
+_MILLIMETRES, _UNITS = (0, 2), {1: ("metre", 1e3), 3: ("micron", 1e-3)}
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -126,11 +130,26 @@ def _open_nifti(path: Path) -> tuple[_Header, str]:
     handle: Any = nibabel.load(path)
     if not isinstance(handle, nibabel.Nifti1Pair):
         raise ValueError(f"it is {type(handle).__name__}")
+    _require_mm(path, handle.header)
     forms = [form for form in ("sform", "qform") if int(handle.header[f"{form}_code"]) > 0]
     dtype, source = handle.get_data_dtype(), forms[0] if forms else "no sform or qform"
     kind = "colour (RGB)" if dtype.fields else "complex" if dtype.kind == "c" else ""
     shape, affine = tuple(map(int, handle.shape)), np.asarray(handle.affine, np.float64)
     return _Header(path, shape, affine, source, dtype.itemsize, handle), kind
+
+
+def _require_mm(path: Path, header: Any) -> None:
+    """Refuse lengths that readers take differently: ITK converts them to mm, nibabel does not."""
+    code = int(header["xyzt_units"]) & 7
+    if code in _MILLIMETRES:
+        return
+    name, factor = _UNITS.get(code, (f"{code}, which is none", 1.0))
+    stored = np.asarray(header.get_zooms(), np.float64)[:3]
+    here, there = (" x ".join(f"{value:.4g}" for value in spacing) for spacing in (stored * factor, stored))
+    raise UserError(
+        f"{path}: its unit of length (xyzt_units) is {name}: to ITK the spacing is {here} mm, to nibabel {there} mm; "
+        "store spacing and origin in mm and set the unit to mm"
+    )
 
 
 def _open_itk(path: Path) -> tuple[_Header, str]:
@@ -184,14 +203,15 @@ def check_label_values(path: Path, values: Array, allowed: Collection[int], igno
         UserError: names file, value and remedy.
     """
     if values.dtype.kind == "f":
-        broken = values != np.rint(values)
+        whole = np.rint(values)
+        broken = np.abs(values - whole) > _ROUNDING
         if broken.any():
             raise UserError(
                 f"{path}: {int(broken.sum())} voxels have values that are no whole numbers "
                 f"({listed(np.unique(values[broken]))}); resample labels with nearest-neighbour interpolation"
             )
-        if max(-float(values.min()), float(values.max())) < 2**15:
-            values = values.astype(np.int16)  # sorted much faster
+        # Integers of 16 bits are sorted much faster.
+        values = whole.astype(np.int16) if max(-float(whole.min()), float(whole.max())) < 2**15 else whole
     present = {int(value) for value in np.unique(values)}
     unknown = sorted(present - set(allowed))
     if unknown:

@@ -1,0 +1,175 @@
+"""Image files that are damaged, claim too much, or mean other lengths: refused in one line, whoever would read them."""
+
+import gzip
+import os
+import struct
+import zlib
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ima_seg.cases.check import check_case
+from ima_seg.cases.raw import CaseFiles
+from ima_seg.errors import UserError
+
+SHAPE, AFFINE = (9, 8, 7), np.diag([1.0, 1.5, 3.0, 1.0])
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(0, 1000, SHAPE).astype(np.int16)
+LABEL = RNG.integers(0, 3, SHAPE).astype(np.uint8)
+
+
+@pytest.fixture
+def case(tmp_path):
+    """A function: ending -> a good case."""
+
+    def write(ending=".nii.gz"):
+        files = CaseFiles("case", (tmp_path / f"case_0000{ending}",), tmp_path / f"case{ending}")
+        for path, values in zip((*files.images, files.label), (IMAGE, LABEL), strict=True):
+            if ending.startswith(".nii"):
+                nib.save(nib.Nifti1Image(values, AFFINE), path)
+            else:
+                sitk.WriteImage(sitk.GetImageFromArray(values.transpose()), str(path), True)
+        return files
+
+    return write
+
+
+def refusal(files):
+    with pytest.raises(UserError) as caught:
+        check_case(files, labels_allowed={0, 1, 2})
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+def header(path, offset, form, *values):
+    """Overwrite a part of a .nii.gz's header."""
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into(f"<{form}", data, offset, *values)
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+@pytest.mark.parametrize("damage", ["checksum", "length", "behind"])
+def test_gzip_is_read_to_its_checksum(case, damage):
+    files = case()
+    for path in (files.images[0], files.label):
+        whole = path.read_bytes()
+        place = {"checksum": len(whole) - 8, "length": len(whole) - 4}.get(damage)
+        changed = whole + b"behind" if place is None else bytes([*whole[:place], whole[place] ^ 1, *whole[place + 1 :]])
+        path.write_bytes(changed)
+        assert f"{path} ({len(changed)} bytes) cannot be read" in refusal(files)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd"])
+def test_damaged_voxels_that_itk_passes_over(case, ending):
+    files = case(ending)
+    check_case(files, labels_allowed={0, 1, 2})
+    path = files.images[0]
+    whole = path.read_bytes()
+    for place in (-1, -7, -40, -300):
+        changed = bytearray(whole)
+        changed[place] ^= 16
+        path.write_bytes(changed)
+        assert f"{path} ({len(whole)} bytes) cannot be read" in refusal(files)
+
+
+def test_a_header_may_not_claim_more_than_the_file_can_hold(case, monkeypatch):
+    monkeypatch.setattr("ima_seg.cases.check._Header.read", lambda header: pytest.fail("memory was taken"))
+    files = case()
+    for path in (files.images[0], files.label):
+        header(path, 40, "4h", 3, 1000, 1000, 1000)
+        header(path, 70, "hh", 64, 64)  # float64
+    assert "its header claims 8000000000 bytes of voxels, it can hold" in refusal(files)
+    for ending, sizes, claimed in (
+        (".mha", (b"DimSize = 9 8 7", b"DimSize = 9000 8000 700"), 9000 * 8000 * 700 * 2),
+        (".nrrd", (b"sizes: 9 8 7", b"sizes: 9000 8000 700"), 9000 * 8000 * 700 * 2),
+    ):
+        files = case(ending)
+        for path in (files.images[0], files.label):
+            path.write_bytes(path.read_bytes().replace(*sizes))
+        message = refusal(files)
+        assert f"claims {claimed // (2 if str(files.label) in message.split(' ')[0] else 1)} bytes" in message
+
+
+def test_sparse_labels_may_be_compressed_as_far_as_deflate_can(case):
+    files = case()
+    shape = (200, 200, 200)
+    image, label = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    image[0, 0, 0] = label[0, 0, 0] = 1
+    for path, values in ((files.images[0], image), (files.label, label)):
+        nib.save(nib.Nifti1Image(values, AFFINE), path)
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 9))
+    assert files.label.stat().st_size * 1000 < 8_000_000
+    check_case(files, labels_allowed={0, 1})
+
+
+def test_only_regular_files_are_opened(case):
+    files = case()
+    path = files.images[0]
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path} is a pipe" in refusal(files)
+    path.unlink()
+    path.mkdir()
+    assert f"{path} is a folder" in refusal(files)
+
+
+def test_values_that_float32_cannot_hold(case):
+    files = case()
+    path = files.images[0]
+    values = IMAGE.astype(np.float64)
+    values[0, 0, :3] = -1e39
+    nib.save(nib.Nifti1Image(values, AFFINE), path)
+    assert f"{path}: the value -1e+39 is infinite in float32" in refusal(files)
+    nib.save(nib.Nifti1Image(IMAGE, AFFINE), path)
+    header(path, 112, "ff", 1e38, 0)
+    message = refusal(files)
+    assert f"{path}: the value {IMAGE.max()}e" not in message and "correct the scaling (scl_slope)" in message
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (1, "is metre: to ITK the spacing is 1000 x 1500 x 3000 mm, to nibabel 1 x 1.5 x 3 mm"),
+        (3, "is micron: to ITK the spacing is 0.001 x 0.0015 x 0.003 mm, to nibabel 1 x 1.5 x 3 mm"),
+        (5, "is 5, which is none"),
+        (0, None),
+        (2 | 8, None),
+    ],
+)
+def test_lengths_are_in_mm(case, place, code, text):
+    files = case()
+    path = (files.images[0], files.label)[place]
+    header(path, 123, "B", code)
+    if text is None:
+        check_case(files, labels_allowed={0, 1, 2})
+    else:
+        message = refusal(files)
+        assert f"{path}: its unit of length (xyzt_units) {text}" in message and "set the unit to mm" in message
+
+
+def test_labels_with_a_scaling_are_what_readers_return(case):
+    """127/127 is not exactly 1 in float64; nnU-Net's readers return float32."""
+    files = case()
+    nib.save(nib.Nifti1Image(LABEL * 127, AFFINE), files.label)
+    header(files.label, 112, "ff", 1 / 127, 0)
+    assert not set(np.unique(nib.load(files.label).get_fdata())) <= {0.0, 1.0, 2.0}
+    check_case(files, labels_allowed={0, 1, 2})
+    nib.save(nib.Nifti1Image(LABEL * 0.9999999, AFFINE), files.label)
+    check_case(files, labels_allowed={0, 1, 2})
+    nib.save(nib.Nifti1Image(LABEL * 0.99, AFFINE), files.label)
+    assert "no whole numbers (0.99, 1.98)" in refusal(files)
+
+
+def test_compressed_voxels_that_end_too_early(case):
+    files = case(".mha")
+    path = files.images[0]
+    data = path.read_bytes()
+    start = data.index(b"LOCAL\n") + 6
+    cut = zlib.compressobj()
+    path.write_bytes(data[:start] + cut.compress(IMAGE.tobytes()) + cut.flush(zlib.Z_SYNC_FLUSH))
+    assert "end too early" in refusal(files)
