@@ -1,4 +1,4 @@
-"""Image files that are damaged, claim too much, or mean other lengths: refused in one line, whoever would read them."""
+"""Image files that are damaged, named otherwise, claim too much or mean other lengths: refused, each in one line."""
 
 import gzip
 import os
@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from ima_seg.cases.check import check_case
+from ima_seg.cases.find import find_cases
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
 
@@ -49,6 +50,40 @@ def header(path, offset, form, *values):
     data = bytearray(gzip.decompress(path.read_bytes()))
     struct.pack_into(f"<{form}", data, offset, *values)
     path.write_bytes(gzip.compress(bytes(data)))
+
+
+def touch(folder, *names):
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_files_that_look_like_cases_do_not_vanish(tmp_path):
+    images = ("a_0000.NII.GZ", "b_0000.nii", "c_0000.mha", "good_0000.nii.gz", "good_0000.nii", "p.md", "d_0000.png")
+    images = touch(tmp_path / "images", *images)
+    labels = ("a.NII.GZ", "b.nii", "c.nii.gz", "good.nii.gz", "good.nii", "dataset.json", ".e.nii")
+    labels = touch(tmp_path / "labels", *labels)
+    (images / "f_0000.nii.gz").mkdir()
+    found, problems = find_cases(images, labels, channels=1, endings=[".nii.gz"])
+    messages = {problem.case: problem.message for problem in problems}
+    assert [files.case for files in found] == ["good"] and list(messages) == ["a", "b", "c", "f"]
+    assert f"{labels / 'a.NII.GZ'}, {images / 'a_0000.NII.GZ'} are not taken" in messages["a"]
+    assert f"{labels / 'b.nii'}, {images / 'b_0000.nii'} are not taken" in messages["b"]
+    assert f"{images / 'c_0000.mha'} is not taken" in messages["c"]
+    assert all("rename what is only spelt otherwise" in messages[case] for case in "abc")
+
+
+def test_files_of_one_name_in_two_formats_that_a_bundle_reads(tmp_path):
+    images = touch(tmp_path / "images", "a.nii.gz", "b.nii.gz", "b.nii", "c.NII", "d.nii")
+    labels = touch(tmp_path / "labels", "a.nii", "b.nii", "d.nii", "d.nii.gz")
+    found, problems = find_cases(images, labels, channels=1, endings=(".nii.gz", ".nii"), one_name=True)
+    assert [files.case for files in found] == ["a"]
+    messages = {problem.case: problem.message for problem in problems}
+    assert list(messages) == ["b", "c", "d"]
+    assert f"{images / 'b'} is there with two endings (.nii.gz, .nii)" in messages["b"]
+    assert f"{images / 'c.NII'} is not taken: the model reads CASE.nii.gz" in messages["c"]
+    assert "is there with two endings" in messages["d"]
 
 
 @pytest.mark.parametrize("damage", ["checksum", "length", "behind"])

@@ -89,6 +89,8 @@ def test_complete_cases_and_what_is_missing_of_others(folders):
     assert [files.case for files in found] == sorted(names)
     assert found == [whole[name] for name in sorted(names)]
     messages = {problem.case: problem.message for problem in problems}
+    for name, file in {"_0000": "_0000.nii.gz", "odd": "odd.nii.gz", "other": "other_0000.nii"}.items():
+        assert f"{images / file} is not taken: the model reads CASE_0000.nii.gz" in messages.pop(name)
     assert list(messages) == ["no channel", "no images", "no label", "too many"]
     assert str(images / "no channel_0001.nii.gz") in messages["no channel"]
     assert str(labels / "no images.nii.gz") in messages["no images"]

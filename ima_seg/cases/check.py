@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,42 @@ def check_case(
     for channel in channels:
         _check_image(channel)
     check_label_values(label.path, label.read(), labels_allowed, ignore, source)
+
+
+def check_read(files: CaseFiles, image: Array, spacing_mm: Sequence[float]) -> None:
+    """Check what a model's own reader made of files that :func:`check_case` accepts.
+
+    Args:
+        files: the case.
+        image: (C, Z, Y, X) as read.
+        spacing_mm: as read, in any order of axes.
+
+    Raises:
+        UserError: values that are not finite, or another spacing than in the header of a NIfTI file.
+    """
+    paths = files.images if len(files.images) == len(image) else files.images[:1] * len(image)
+    for path, channel in zip(paths, image, strict=True):
+        _require_finite(channel, f"{path}, as the model reads it")
+    header = _open(paths[0], stacked=True)
+    if not is_nifti(paths[0]) or len(header.shape) < 3 or 1 in header.shape[:3]:  # slices have no third spacing
+        return
+    expected = np.sort(np.linalg.norm(header.affine[:3, :3], axis=0))
+    if not np.allclose(np.sort(spacing_mm), expected, rtol=0.01):
+        found, there = (" x ".join(f"{value:.4g}" for value in values) for values in (np.sort(spacing_mm), expected))
+        raise UserError(
+            f"{paths[0]}: the model reads a spacing of {found} mm, sorted, but its {header.source} has {there} mm; "
+            "make pixdim and affine in its header agree"
+        )
+
+
+def check_prepared(case: str, image: Array) -> None:
+    """Check that an image (C, ...) is finite after the pre-processing.
+
+    Raises:
+        UserError: it is not.
+    """
+    for index, channel in enumerate(image):
+        _require_finite(channel, f"{case}: channel {index} after the model's pre-processing")
 
 
 @dataclass(frozen=True)

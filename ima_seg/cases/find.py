@@ -10,6 +10,13 @@ from ima_seg.cases.check import listed
 from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
 
+#: Endings of files that hold volumes, and of those that hold slices or are mere pictures beside volumes.
+VOLUMES = (
+    ".nii.gz", ".gipl.gz", ".img.gz", ".nii", ".img", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".mgz", ".mgh",
+    ".mnc", ".tiff", ".tif",
+)  # fmt: skip
+PICTURES = (".png", ".bmp", ".jpeg", ".jpg")
+
 
 def find_cases(
     images: Path,
@@ -39,7 +46,8 @@ def find_cases(
     if limit is not None and limit < 1:
         raise UserError(f"limit of cases {limit}: give at least 1, or none for all cases")
     image_files, label_files = _list_files(images, "images"), _list_files(labels, "labels")
-    there, labelled = _by_stem(images, image_files, endings), _by_stem(labels, label_files, endings)
+    there, images_twice = _by_stem(images, image_files, endings)
+    labelled, labels_twice = _by_stem(labels, label_files, endings)
     names_of: dict[str, list[str]] = {}
     for name in there:
         match = re.fullmatch(r"(.+)_(\d{4})", name, re.DOTALL)
@@ -48,15 +56,21 @@ def find_cases(
             case = name
         if case:
             names_of.setdefault(case, []).append(name)
+    passed = _passed_over(images, image_files, labels, label_files, endings, one_name=one_name)
     found: list[CaseFiles] = []
     problems: list[CaseProblem] = []
-    for case in sorted(names_of.keys() | labelled):
+    for case in sorted({*names_of, *labelled, *passed}):
         if limit is not None and len(found) == limit:
             break
         names, split = names_of.get(case, []), [f"{case}_{index:04d}" for index in range(channels)]
         label = labelled.get(case, labels / f"{case}{endings[0]}")
-        if case in labelled and names and names in ([case], split):
+        if double := [images / name for name in names if name in images_twice] or (case in labels_twice and [label]):
+            message = f"{double[0]} is there with two endings ({', '.join(endings)}); remove the file that is not meant"
+            problems.append(CaseProblem(case, message))
+        elif case in labelled and names and names in ([case], split):
             found.append(CaseFiles(case, tuple(there[name] for name in names), label))
+        elif case in passed:
+            problems.append(CaseProblem(case, _other_names(passed[case], endings[0], one_name=one_name)))
         else:
             files = CaseFiles(case, tuple(there.get(name, images / f"{name}{endings[0]}") for name in split), label)
             incomplete = _incomplete_of_one_name if one_name else _incomplete
@@ -72,6 +86,41 @@ def find_cases(
             f"files{remedy}"
         )
     return found, problems
+
+
+def _passed_over(
+    images: Path, image_files: Sequence[str], labels: Path, label_files: Sequence[str], endings: Sequence[str], *,
+    one_name: bool,
+) -> dict[str, list[Path]]:  # fmt: skip
+    """Case -> files that look like its own, but are named otherwise than those that are taken."""
+    known = [ending.lower() for ending in endings]
+    known += (*VOLUMES, *PICTURES) if set(known) & set(PICTURES) else VOLUMES
+    found: dict[str, list[Path]] = {}
+    for name in label_files:
+        if (stem := _stem(name, known)) and not name.endswith(tuple(endings)):
+            found.setdefault(stem, []).append(labels / name)
+    stems = {_stem(name, known) for name in label_files}
+    for name in image_files:
+        stem = _stem(name, known)
+        numbered = re.fullmatch(r"(.+)_\d{4}", stem, re.DOTALL)
+        if stem and not (name.endswith(tuple(endings)) and (one_name or numbered)):
+            case = numbered[1] if numbered and stem not in stems else stem
+            found.setdefault(case, []).append(images / name)
+    return found
+
+
+def _other_names(files: Sequence[Path], ending: str, *, one_name: bool) -> str:
+    """What is wrong with a case of which files are there under other names."""
+    expected = f"CASE{ending}" if one_name else f"CASE_0000{ending} (images, one per channel) and CASE{ending} (labels)"
+    return (
+        f"{listed(files)} {'is' if len(files) == 1 else 'are'} not taken: the model reads {expected}; rename what is "
+        "only spelt otherwise, convert what is of another format"
+    )
+
+
+def _stem(name: str, endings: Sequence[str]) -> str:
+    """The name of a file without the first of ``endings`` that it has, whatever its spelling; empty if it has none."""
+    return next((name[: -len(ending)] for ending in endings if name.lower().endswith(ending)), "")
 
 
 def _incomplete(files: CaseFiles, present: Collection[Path], labelled: bool) -> str:
@@ -98,14 +147,17 @@ def _incomplete_of_one_name(files: CaseFiles, present: Collection[Path], labelle
     return f"{files.label} has no image: {folder} has neither {files.case} nor {wanted}; add it or remove the label"
 
 
-def _by_stem(folder: Path, names: Sequence[str], endings: Sequence[str]) -> dict[str, Path]:
-    """Name without its ending -> file."""
-    return {
-        name.removesuffix(ending): folder / name
-        for name in names
-        for ending in endings
-        if name.endswith(ending) and name != ending
-    }
+def _by_stem(folder: Path, names: Sequence[str], endings: Sequence[str]) -> tuple[dict[str, Path], set[str]]:
+    """Name without its ending -> file; and the names that more than one file has."""
+    found: dict[str, Path] = {}
+    twice = set()
+    for name in names:
+        ending = next((ending for ending in endings if name.endswith(ending) and name != ending), None)
+        if ending is not None:
+            stem = name.removesuffix(ending)
+            twice |= {stem} & found.keys()
+            found[stem] = folder / name
+    return found, twice
 
 
 def _list_files(folder: Path, content: str) -> list[str]:
@@ -114,6 +166,8 @@ def _list_files(folder: Path, content: str) -> list[str]:
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}; name the folder with the {content}")
     try:
-        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
+        # A folder that is named like a volume is no case, but must not vanish.
+        there = [entry.name for entry in folder.iterdir() if _stem(entry.name, VOLUMES) or not entry.is_dir()]
+        return sorted(name for name in there if not name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder} cannot be listed ({error.strerror}); give yourself permission to read it") from None

@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from torch import nn
 
 from ima_seg.attacks.network import full_precision
+from ima_seg.cases.check import check_prepared, check_read
 from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, only_turned, same_grid, shifted
 from ima_seg.errors import UserError
 from ima_seg.monai.model import LoadedBundle
@@ -212,6 +213,8 @@ def prepare_case(model: LoadedBundle, files: CaseFiles) -> BundleCase:
             f"({', '.join(model.channels)}); give it all of them, or correct num_channels in its metadata"
         )
     affine = np.asarray(label.affine, np.float64)
+    # The reader that the bundle names may take its header differently.
+    check_read(files, channels, np.linalg.norm(np.asarray(image.affine, np.float64)[:3, :3], axis=0).tolist())
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
     raw = RawCase(
         files.case,
@@ -243,6 +246,7 @@ def _prepare(model: LoadedBundle, raw: RawCase, loaded: dict[str, Any], affine: 
     shape = [side.stop - side.start for side in box]
     reference = onto(turned.float(), affine, shifted(grid, box), shape, mode="nearest").round().to(torch.int16)
     plain = torch.as_tensor(image.as_tensor()).detach().float()
+    check_prepared(raw.case, plain.cpu().numpy())
     scale, native_range, image_voxels = native_units(plain.cpu(), raw.image, affine, grid)
     return BundleCase(
         raw=raw,

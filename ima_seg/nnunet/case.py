@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import torch
 
 from ima_seg.attacks.network import full_precision
 from ima_seg.attacks.tiling import Tiling
+from ima_seg.cases.check import check_prepared, check_read
 from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, intensity_range
 from ima_seg.errors import UserError
 from ima_seg.nnunet.model import LoadedFolder
 from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, channel_scales
 from ima_seg.types import Target
+
+#: No volume has voxels so many times larger or smaller than those of the training.
+_UNUSUAL = 1e5
 
 
 def read_case(model: LoadedFolder, case: str, images: Sequence[Path], label: Path) -> RawCase:
@@ -27,18 +32,38 @@ def read_case(model: LoadedFolder, case: str, images: Sequence[Path], label: Pat
         UserError: a file that this reader does not accept, although others may; different shapes.
     """
     reader = model.plans.image_reader_writer_class()
-    try:
+    with _reporting(case, reader, [*images, label]):
         image, properties = reader.read_images([str(file) for file in images])
         reference, _ = reader.read_seg(str(label))
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise UserError(
-            f"{case}: nnU-Net's {type(reader).__name__} cannot read {', '.join(map(str, images))} with {label} "
-            f"({reason}); correct the files, for nnU-Net will not predict them either"
-        ) from None
     if reference.shape[1:] != image.shape[1:]:
         raise UserError(f"{label} has the shape {reference.shape[1:]}, its image {image.shape[1:]}; they must be equal")
+    check_read(CaseFiles(case, tuple(images), label), image, properties["spacing"])
+    _require_usual_spacing(model, images[0], properties["spacing"])
     return RawCase(case, image.astype(np.float32, copy=False), properties, np.rint(reference[0]).astype(np.int16))
+
+
+@contextmanager
+def _reporting(case: str, reader: Any, files: Sequence[Path]) -> Iterator[None]:
+    """Say which files nnU-Net's reader did not accept; it passes on whatever its library raises, and asserts."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[-200:] or type(error).__name__
+        raise UserError(
+            f"{case}: nnU-Net's {type(reader).__name__} cannot read {', '.join(map(str, files))} ({reason}); correct "
+            "the files, for nnU-Net will not predict them either"
+        ) from None
+
+
+def _require_usual_spacing(model: LoadedFolder, file: Path, spacing: Sequence[float]) -> None:
+    """Refuse lengths in another unit than those of the training, where no header says so."""
+    network = [float(value) for value in model.configuration.spacing]
+    own = [float(spacing[axis]) for axis in model.plans.transpose_forward][-len(network) :]
+    if not 1 / _UNUSUAL < np.prod(own) / np.prod(network) < _UNUSUAL:
+        found, there = (" x ".join(f"{value:.4g}" for value in values) for values in (own, network))
+        raise UserError(
+            f"{file}: the spacing is {found}, that of {model.folder} {there} mm; is it in another unit? store it in mm"
+        )
 
 
 def read_previous_stage(model: LoadedFolder, files: CaseFiles, raw: RawCase) -> LabelArray | None:
@@ -52,7 +77,9 @@ def read_previous_stage(model: LoadedFolder, files: CaseFiles, raw: RawCase) -> 
     path = model.previous_stage / files.label.name
     if not path.is_file():
         raise UserError(f"{path} does not exist; it should be the previous stage's segmentation of {files.case}")
-    segmentation, _ = model.plans.image_reader_writer_class().read_seg(str(path))
+    reader = model.plans.image_reader_writer_class()
+    with _reporting(files.case, reader, [path]):
+        segmentation, _ = reader.read_seg(str(path))
     if segmentation.shape[1:] != raw.reference.shape:
         raise UserError(f"{path} has the shape {segmentation.shape[1:]}, the image {raw.reference.shape}")
     rounded: LabelArray = np.rint(segmentation[0]).astype(np.int16)
@@ -223,6 +250,7 @@ def prepare_case(
         image, first_stage, dict(raw.properties), plans, configuration, model.dataset_json
     )
     data, segmentation = np.asarray(data, dtype=np.float32), np.asarray(segmentation)
+    check_prepared(raw.case, data)
     earlier = None if first_stage is None else _turned(first_stage, forward).copy()
     cropped, region, box = crop_to_nonzero(_turned(image, forward).astype(np.float32), earlier)
     nonzero = region[0] >= 0
@@ -241,6 +269,7 @@ def prepare_case(
             extra.append(data[index] - np.clip(unclipped[0], *scale.bounds))
             offsets.append(index)
         base[index] = unclipped[0]
+    check_prepared(raw.case, base)
     masks = []
     if first_stage is not None:
         masks = list(convert_labelmap_to_one_hot(segmentation[0], model.label_manager.foreground_labels, data.dtype))
