@@ -1,9 +1,12 @@
 """Image files that are damaged, named otherwise, claim too much or mean other lengths: refused, each in one line."""
 
 import gzip
+import json
 import os
 import struct
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -11,8 +14,9 @@ import pytest
 import SimpleITK as sitk
 
 from ima_seg.cases.check import check_case
-from ima_seg.cases.find import find_cases
+from ima_seg.cases.find import find_cases, listed_cases
 from ima_seg.cases.raw import CaseFiles
+from ima_seg.cases.write import save_adversarial
 from ima_seg.errors import UserError
 
 SHAPE, AFFINE = (9, 8, 7), np.diag([1.0, 1.5, 3.0, 1.0])
@@ -208,3 +212,86 @@ def test_compressed_voxels_that_end_too_early(case):
     cut = zlib.compressobj()
     path.write_bytes(data[:start] + cut.compress(IMAGE.tobytes()) + cut.flush(zlib.Z_SYNC_FLUSH))
     assert "end too early" in refusal(files)
+
+
+def dataset_json(folder, **entries):
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"dataset": entries}))
+    return path
+
+
+def test_cases_that_a_dataset_json_names(tmp_path, monkeypatch):
+    """Absolute, with variables, or relative to the data set: as nnU-Net's own function resolves them."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    monkeypatch.setenv("WHERE", str(tmp_path / "variable"))
+    entries = {
+        "b": {"images": ["../x/b.nii.gz"], "label": "labels/b.nii.gz"},
+        "a": {"images": ["/data/a.nii.gz"], "label": "$WHERE/a.nii.gz"},
+    }
+    path = dataset_json(tmp_path, **entries, c={"images": ["c0.mha", "c1.mha"], "label": "c.mha"})
+    found, problems = listed_cases(path, tmp_path, channels={1})
+    theirs = get_filenames_of_train_images_and_targets(str(tmp_path))
+    assert [files.case for files in found] == ["a", "b"]
+    for files in found:
+        assert [str(image) for image in files.images] == theirs[files.case]["images"]
+        assert str(files.label) == theirs[files.case]["label"]
+    assert [problem.case for problem in problems] == ["c"] and "names 2 image files" in problems[0].message
+    assert len(listed_cases(path, tmp_path, channels={1}, limit=1)[0]) == 1
+    with pytest.raises(UserError, match=r"relative to the data set's folder in nnUNet_raw; set that variable"):
+        listed_cases(path, None, channels={1})
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"images": "a.nii.gz", "label": "b"}, "dataset.a.images: Input should be a valid list"),
+        ({"images": [], "label": "b"}, "dataset.a.images: List should have at least 1 item"),
+        ({"images": ["a"]}, "dataset.a.label: Field required"),
+        (None, "dataset.a: Input should be"),
+    ],
+)
+def test_entries_of_a_dataset_json_that_are_none(tmp_path, entry, text):
+    with pytest.raises(UserError) as caught:
+        listed_cases(dataset_json(tmp_path, a=entry), tmp_path, channels={1})
+    assert f"{tmp_path / 'dataset.json'}: {text}" in str(caught.value) and "an entry is" in str(caught.value)
+
+
+def test_where_cases_may_come_from(tmp_path):
+    for source, text in (
+        (tmp_path, "is a folder of images; name that of the labels, too, with -gt"),
+        (tmp_path / "dataset.json", "does not exist; name folders with -i and -gt"),
+    ):
+        with pytest.raises(UserError, match=text):
+            listed_cases(source, tmp_path, channels={1})
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match=r'names no files \(it has no "dataset"\); name folders with -i and -gt'):
+        listed_cases(tmp_path / "dataset.json", tmp_path, channels={1})
+
+
+def test_the_models_own_dataset_json_stands_in_for_folders(tmp_path, monkeypatch):
+    from ima_seg.nnunet.model import LoadedFolder
+
+    dataset_json(tmp_path, a={"images": ["a.nii.gz"], "label": "l/a.nii.gz"})
+    model = SimpleNamespace(folder=tmp_path, dataset="Dataset001_A", channels=["CT"])
+    monkeypatch.setenv("nnUNet_raw", "/raw")
+    raw = Path("/raw/Dataset001_A")
+    assert LoadedFolder.find_cases(model, None, None)[0] == [CaseFiles("a", (raw / "a.nii.gz",), raw / "l/a.nii.gz")]
+    [files] = LoadedFolder.find_cases(model, tmp_path / "dataset.json", None)[0]
+    assert files.images == (tmp_path / "a.nii.gz",)
+    monkeypatch.setenv("nnUNet_raw", "")
+    with pytest.raises(UserError, match="set that variable"):
+        LoadedFolder.find_cases(model, None, None)
+    with pytest.raises(UserError, match="name the folder of the images, too, with -i"):
+        LoadedFolder.find_cases(model, None, tmp_path)
+
+
+def test_adversarial_files_of_two_cases_never_have_one_name(tmp_path):
+    for case in ("one", "two"):
+        (tmp_path / case).mkdir()
+        nib.save(nib.Nifti1Image(IMAGE, AFFINE), tmp_path / case / "t1.nii.gz")
+    images = [
+        save_adversarial([tmp_path / case / "t1.nii.gz"], np.zeros((1, *SHAPE[::-1])), tmp_path / "out", case)[0][0]
+        for case in ("one", "two")
+    ]
+    assert [path.name for path in images] == ["one_0000.nii.gz", "two_0000.nii.gz"]

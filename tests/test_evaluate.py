@@ -186,7 +186,7 @@ def test_adversarial_files_of_other_types_and_headers(tmp_path, stored):
     original = nibabel.load(tmp_path / "a b_0000.nii.gz")
     assert (stored == "scaled") == (original.dataobj.slope != 1)
     delta = np.random.default_rng(1).normal(size=(1, 7, 6, 5)) * 0.25
-    (image,), (difference,) = save_adversarial([tmp_path / "a b_0000.nii.gz"], delta, tmp_path / "out")
+    (image,), (difference,) = save_adversarial([tmp_path / "a b_0000.nii.gz"], delta, tmp_path / "out", "a b")
     written, change = nibabel.load(image), nibabel.load(difference)
     assert image.name == "a b_0000.nii.gz" and {p.name for p in image.parent.iterdir()} == {image.name}
     wide = np.float64 if stored in ("float64", "large") else np.float32

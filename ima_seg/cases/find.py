@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
 from ima_seg.cases.check import listed
 from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
+from ima_seg.files import read_json
 
 #: Endings of files that hold volumes, and of those that hold slices or are mere pictures beside volumes.
 VOLUMES = (
@@ -88,6 +92,65 @@ def find_cases(
     return found, problems
 
 
+class _Entry(BaseModel):
+    images: list[str] = Field(min_length=1)
+    label: str
+
+
+def listed_cases(
+    source: Path, root: Path | None, *, channels: Collection[int], limit: int | None = None
+) -> tuple[list[CaseFiles], list[CaseProblem]]:
+    """The cases that a dataset.json names under ``dataset``, as nnU-Net reads it, with their problems.
+
+    Args:
+        source: the file.
+        root: what relative paths start from; ``None`` where it is not known.
+        channels: how many files an image may have.
+        limit: stop after so many cases.
+
+    Raises:
+        UserError: a file that is missing or names no cases; relative paths without ``root``.
+    """
+    if source.is_dir():
+        raise UserError(f"{source} is a folder of images; name that of the labels, too, with -gt")
+    remedy = 'name folders with -i and -gt, or a dataset.json with "dataset" with -i'
+    contents = read_json(source, missing=f"does not exist; {remedy}", remedy=remedy)
+    if "dataset" not in contents:
+        raise UserError(f'{source} names no files (it has no "dataset"); {remedy}')
+    try:
+        entries = TypeAdapter(dict[str, _Entry]).validate_python(contents["dataset"])
+    except ValidationError as error:
+        place, message = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        raise UserError(
+            f'{source}: {".".join(map(str, ("dataset", *place)))}: {message}; an entry is "CASE": {{"images": [one '
+            'file per channel], "label": file}'
+        ) from None
+
+    def path(name: str) -> Path:
+        expanded = Path(os.path.expandvars(name))
+        if root is None and not expanded.is_absolute():
+            raise UserError(
+                f"{source} names {name}, relative to the data set's folder in nnUNet_raw; set that variable, or name "
+                "the dataset.json in that folder with -i"
+            )
+        return Path(os.path.abspath((root or Path()) / expanded))
+
+    found: list[CaseFiles] = []
+    problems: list[CaseProblem] = []
+    for case, entry in sorted(entries.items()):
+        if limit is not None and len(found) == limit:
+            break
+        if len(entry.images) in channels:
+            found.append(CaseFiles(case, tuple(path(name) for name in entry.images), path(entry.label)))
+        else:
+            wanted = " or ".join(map(str, sorted(channels)))
+            message = f"{source} names {len(entry.images)} image files, the model has {wanted}; correct its entry"
+            problems.append(CaseProblem(case, message))
+    if not found:
+        raise UserError(f"{source} names no case that the model can read; {remedy}")
+    return found, problems
+
+
 def _passed_over(
     images: Path, image_files: Sequence[str], labels: Path, label_files: Sequence[str], endings: Sequence[str], *,
     one_name: bool,
@@ -116,6 +179,11 @@ def _other_names(files: Sequence[Path], ending: str, *, one_name: bool) -> str:
         f"{listed(files)} {'is' if len(files) == 1 else 'are'} not taken: the model reads {expected}; rename what is "
         "only spelt otherwise, convert what is of another format"
     )
+
+
+def without_ending(name: str) -> str:
+    """The name of a file without the ending of its format, or without its suffix where that is not known."""
+    return _stem(name, (*VOLUMES, *PICTURES)) or Path(name).stem
 
 
 def _stem(name: str, endings: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ima_seg.cases.check import is_nifti
+from ima_seg.cases.find import without_ending
 from ima_seg.cases.raw import FloatArray
 from ima_seg.files import replacing
 
@@ -25,7 +26,9 @@ def slug(name: str) -> str:
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def save_adversarial(sources: Sequence[Path], delta: FloatArray, folder: Path) -> tuple[list[Path], list[Path]]:
+def save_adversarial(
+    sources: Sequence[Path], delta: FloatArray, folder: Path, case: str
+) -> tuple[list[Path], list[Path]]:
     """Write the adversarial image and the difference of each channel, each in one rename.
 
     Geometry and header are those of the source; the data are float32, or float64 where float32 could not hold the
@@ -35,18 +38,27 @@ def save_adversarial(sources: Sequence[Path], delta: FloatArray, folder: Path) -
         sources: original image of each channel, or a single one with the channels along its last axis.
         delta: (C, Z, Y, X) perturbation in original intensities.
         folder: gets ``images/NAME`` (a folder for ``nnUNetv2_predict -i``) and ``difference/NAME``, under the names of
-            the sources.
+            the sources, where these are nnU-Net's names of the case.
+        case: its id.
 
     Returns:
         The images and the differences, per source.
     """
-    images, differences = ([folder / kind / source.name for source in sources] for kind in ("images", "difference"))
+    names = [_name(source, case, index) for index, source in enumerate(sources)]
+    images, differences = ([folder / kind / name for name in names] for kind in ("images", "difference"))
     changes = delta if len(sources) > 1 else [delta]
     for source, change, *paths in zip(sources, changes, images, differences, strict=True):
         for path, add in zip(paths, (True, False), strict=True):
             with replacing(path) as temporary:
                 _write(source, change, temporary, add=add)
     return images, differences
+
+
+def _name(source: Path, case: str, index: int) -> str:
+    """``source``'s own name, or one by the case where a dataset.json names any file, of which many may be alike."""
+    ending = source.name[len(without_ending(source.name)) :]
+    numbered = f"_{index:04d}{ending}"
+    return source.name if source.name in (f"{case}{ending}", f"{case}{numbered}") else f"{slug(case)}{numbered}"
 
 
 def _write(source: Path, change: FloatArray, path: Path, *, add: bool) -> None:

@@ -38,7 +38,9 @@ def add_parsers(commands: Any) -> None:
     # What is not given has the default of the function or of the settings.
     absent = argparse.SUPPRESS
     data = evaluate.add_argument_group("data")
-    data.add_argument("-i", dest="images", help="folder of images, CASE_0000.nii.gz; bundles: or CASE.nii.gz")
+    alone = "without -gt: a dataset.json that names files (default: the model's)"
+    images = f"folder of images, CASE_0000.nii.gz; bundles: or CASE.nii.gz; {alone}"
+    data.add_argument("-i", dest="images", help=images)
     data.add_argument("-gt", dest="labels", help="folder of labels, CASE.nii.gz")
     data.add_argument("-o", dest="output", type=Path, metavar="OUT", help="folder to write to")
     data.add_argument("--limit", type=int, metavar="N", help="at most so many cases")
@@ -113,9 +115,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if ["list"] in (given["attacks"], given.get("corruptions")):
         _list(given["attacks"] == ["list"])
         return 0
-    for option, value in (("-i", arguments.images), ("-gt", arguments.labels), ("-o", arguments.output)):
-        if value is None:
-            raise UserError(f"{option} is missing; see ima-seg evaluate --help")
+    if arguments.output is None:
+        raise UserError("-o is missing; see ima-seg evaluate --help")
     unit = given.setdefault("unit", "rms" if arguments.norm == "l2" else "linf")
     if "eps" not in given and unit not in ("rms", "linf"):
         raise UserError(f"--unit {unit} needs --eps: there are no defaults in that unit")

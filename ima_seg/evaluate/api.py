@@ -34,8 +34,8 @@ from ima_seg.nnunet.folder import load_model
 
 def evaluate(
     models: Mapping[str, str | Path],
-    images: str | Path,
-    labels: str | Path,
+    images: str | Path | None,
+    labels: str | Path | None,
     output: str | Path,
     settings: EvaluationSettings,
     *,
@@ -56,7 +56,8 @@ def evaluate(
     Args:
         models: name in the report -> nnU-Net model folder, or MONAI bundle (a folder with ``configs``); the first is
             what the others are compared with.
-        images: folder of images in nnU-Net's naming; with bundles alone, also named like the labels.
+        images: folder of images in nnU-Net's naming; with bundles alone, also named like the labels. Without
+            ``labels``: a dataset.json that names files, by default that of the first nnU-Net model.
         labels: folder of labels.
         output: folder of the evaluation; made if missing.
         settings: what to evaluate.
@@ -103,7 +104,10 @@ def evaluate(
         contestants = [Contestant(name, model, model.window(**window)) for name, model in loaded.items()]
         # Bundles read nnU-Net's naming too.
         finder = next((model for model in loaded.values() if not _is_bundle(model.folder)), first)
-        cases, problems = finder.find_cases(Path(images), Path(labels), limit=settings.limit)
+        given = [None if folder is None else Path(folder) for folder in (images, labels)]
+        cases, problems = finder.find_cases(*given, limit=settings.limit)
+        images = given[0] or finder.folder / "dataset.json"
+        labels = given[1] or images
         _require_native(loaded, settings, cases)
         run = describe_run(
             loaded, settings, cases, images=images, labels=labels, device=place, dtype=dtype, command=command

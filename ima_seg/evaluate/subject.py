@@ -50,9 +50,9 @@ class Loaded(Protocol):
         """Refuse what cannot be evaluated as it was loaded, or (``writing``) whose adversarial files cannot be."""
 
     def find_cases(
-        self, images: Path, labels: Path, *, limit: int | None = None
+        self, images: Path | None, labels: Path | None, *, limit: int | None = None
     ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-        """The complete and the incomplete cases of two folders."""
+        """The complete and the incomplete cases of two folders, or (no ``labels``) of a dataset.json."""
 
     def check_case(self, files: CaseFiles) -> None:
         """Refuse files that cannot be evaluated."""

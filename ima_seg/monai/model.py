@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ima_seg.cases.check import check_case
-from ima_seg.cases.find import find_cases
+from ima_seg.cases.find import find_cases, listed_cases
 from ima_seg.cases.raw import CaseFiles, CaseProblem
+from ima_seg.errors import UserError
 from ima_seg.monai.config import Parts
 from ima_seg.types import Labels
 
@@ -64,9 +65,13 @@ class LoadedBundle(Parts):
         return make_window(self.network, self.inferer, outputs=self.labels.outputs, tile_batch=tile_batch)
 
     def find_cases(
-        self, images: Path, labels: Path, *, limit: int | None = None
+        self, images: Path | None, labels: Path | None, *, limit: int | None = None
     ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-        """The complete and the incomplete cases of two folders."""
+        """The complete and the incomplete cases of two folders, or of a dataset.json in place of ``images``."""
+        if images is None:
+            raise UserError(f"{self.folder} is a bundle, which names no files; name images and labels with -i and -gt")
+        if labels is None:
+            return listed_cases(images, images.parent, channels={1, len(self.channels)}, limit=limit)
         return find_cases(
             images, labels, channels=len(self.channels), endings=(".nii.gz", ".nii"), one_name=True, limit=limit
         )

@@ -74,7 +74,7 @@ def read_previous_stage(model: LoadedFolder, files: CaseFiles, raw: RawCase) -> 
     """
     if model.previous_stage is None or model.configuration.previous_stage_name is None:
         return None
-    path = model.previous_stage / files.label.name
+    path = model.previous_stage / f"{files.case}{model.dataset_json['file_ending']}"
     if not path.is_file():
         raise UserError(f"{path} does not exist; it should be the previous stage's segmentation of {files.case}")
     reader = model.plans.image_reader_writer_class()

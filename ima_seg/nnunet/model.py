@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ima_seg.cases.check import check_case
+from ima_seg.cases.find import listed_cases
 from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
 from ima_seg.nnunet.checkpoint import restore_ledger
@@ -129,9 +131,20 @@ class LoadedFolder:
         )
 
     def find_cases(
-        self, images: Path, labels: Path, *, limit: int | None = None
+        self, images: Path | None, labels: Path | None, *, limit: int | None = None
     ) -> tuple[list[CaseFiles], list[CaseProblem]]:
-        """The complete and the incomplete cases of two folders, in nnU-Net's naming."""
+        """The complete and the incomplete cases of two folders, in nnU-Net's naming, or of a dataset.json.
+
+        Without ``labels``, ``images`` is a dataset.json that names files (``dataset``); default: the model's own, whose
+        relative paths start from the data set's folder in ``nnUNet_raw``.
+        """
+        if labels is None:
+            raw = os.environ.get("nnUNet_raw")
+            root = images.parent if images else Path(raw, self.dataset) if raw else None
+            source = images or self.folder / "dataset.json"
+            return listed_cases(source, root, channels={len(self.channels)}, limit=limit)
+        if images is None:
+            raise UserError(f"{labels} has the labels; name the folder of the images, too, with -i")
         return find_cases(images, labels, self.dataset_json, limit=limit)
 
     def check_case(self, files: CaseFiles) -> None:

@@ -275,7 +275,7 @@ class Sweep:
         case, contestant, files = subject.case, subject.contestant, subject.files
         budget = "" if condition.eps is None else f"_{condition.eps:g}{self.settings.unit}"
         folder = self.folder / "adversarial" / slug(contestant.name) / slug(f"{condition.attack}{budget}")
-        images, differences = save_adversarial(files.images, native, folder)
+        images, differences = save_adversarial(files.images, native, folder, files.case)
         again = contestant.model.prepare(replace(files, images=tuple(images)), device=self.attacker.device)
         metrics, _ = self._metrics(again, again.predict(contestant.window, again.base))
         assert case.scale is not None
