@@ -216,12 +216,15 @@ class _Walk:
     def _shrink(self, count: int) -> bool:
         """Keep the ``count`` rows that go on, filled up; False when there are none."""
         self._active = count
+        if count == 0:
+            self._rows = self._rows[:0]
+            return False
         keep = positions(self._going, count, self.settings.multiple_of)
         if keep is not None:
             self.passes.select(keep)
             for name in ("rows", "going", "alpha", "eps", "threshold", "delta", "before", "quality_before"):
                 setattr(self, f"_{name}", getattr(self, f"_{name}")[keep])
-        return count > 0
+        return True
 
 
 def _refine(walk: _Walk, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, PassCount]:

@@ -29,7 +29,8 @@ def as_attacked(network: Network, x: torch.Tensor, precision: Precision) -> torc
 
 def all_finite(logits: torch.Tensor) -> torch.Tensor:
     """(B,) bool, whether all logits (B, K, *S) or (B, K) of a sample are finite."""
-    return torch.isfinite(logits.flatten(1).sum(1, dtype=torch.float32))
+    # The largest, not the sum, which finite logits can make infinite.
+    return torch.isfinite(torch.linalg.vector_norm(logits, torch.inf, dim=tuple(range(1, logits.ndim))))
 
 
 class Pass:

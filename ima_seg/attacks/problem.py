@@ -23,6 +23,10 @@ Eps = torch.Tensor | float
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result")
 
+#: Budgets below count as 0: float32 has no such changes beside values of order 1. Beyond the largest, as below the
+#: smallest, sums of squares leave the range of float32.
+SMALLEST, LARGEST = 1e-12, 1e12
+
 #: How long attacks run; each is at least 1.
 _COUNTS = ("steps", "queries", "rounds", "restarts")
 
@@ -88,22 +92,22 @@ class Problem:
         return replace(self, x=self.x[rows], target=self.target[rows], support=support)
 
     def budgets(self, eps: Eps) -> torch.Tensor:
-        """``eps`` for each sample, (B,); the one place that reads values.
+        """``eps`` for each sample, (B,), 0 where it is below :data:`SMALLEST`; the one place that reads values.
 
         Raises:
-            UserError: budgets that do not fit the batch, are negative or not finite.
+            UserError: budgets that do not fit the batch, are negative, NaN or above :data:`LARGEST`.
         """
         x = self.x
         if not isinstance(eps, torch.Tensor):
-            eps = torch.full((len(x),), float(eps), device=x.device)
+            eps = torch.tensor([float(eps)] * len(x), dtype=torch.float64).float().to(x.device)
         if eps.shape != x.shape[:1]:
             raise UserError(f"eps has shape {tuple(eps.shape)} for a batch of {len(x)}; expected one value per sample")
         check_device(x, eps=eps)
         if not eps.is_floating_point():
             raise UserError(f"eps is {eps.dtype}; expected floating point, per voxel in network units")
-        if not bool(((eps >= 0) & (eps < torch.inf)).all()):
-            raise UserError(f"eps is {eps.tolist()}; a budget is 0 or positive, and finite")
-        return eps
+        if not bool(((eps >= 0) & (eps <= LARGEST)).all()):
+            raise UserError(f"eps is {eps.tolist()}; a budget is 0 or positive, and at most {LARGEST:g}")
+        return torch.where(eps < SMALLEST, 0.0, eps)
 
     def apply(self, delta: torch.Tensor) -> torch.Tensor:
         """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels; a new tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating[Any]]
 LabelArray = npt.NDArray[np.integer[Any] | np.bool_]
+
+_log = logging.getLogger("ima_seg.cases")
+
+#: What lies so many times the range of all other values away from them is no intensity.
+_FAR = 1000
 
 #: Two grids coincide where corners differ by less, in voxels.
 _SAME_GRID = 1e-2
@@ -56,11 +62,51 @@ class RawCase:
         return z, y, x
 
 
+def padding(channel: FloatArray) -> float | None:
+    """The value that stands for "no image here" in ``channel``, such as the lowest float32 outside the field of view.
+
+    It is the least or the greatest value and lies 1000 times the range of all others away from them. None: there is no
+    such value, as in ordinary images, whose padding (-1024, -2000, 0) is an intensity that the network sees.
+    """
+    least, most = float(channel.min()), float(channel.max())
+    second = float(channel.min(where=channel > least, initial=np.inf))
+    last = float(channel.max(where=channel < most, initial=-np.inf))
+    if most > second and second - least > _FAR * (most - second):
+        return least
+    return most if last > least and most - last > _FAR * (last - least) else None
+
+
+def without_padding(channel: FloatArray, *others: FloatArray) -> list[FloatArray]:
+    """``channel``, and others of its shape, with the nearest intensity of each where ``channel`` is :func:`padding`."""
+    value = padding(channel)
+    if value is None:
+        return [channel, *others]
+    there = channel != value
+    nearest = np.min if value < float(channel[there].min()) else np.max
+    return [np.where(there, image, nearest(image[there])) for image in (channel, *others)]
+
+
+def warn_of_padding(raw: RawCase) -> None:
+    """Log which value of which case is taken for padding."""
+    for channel, values in enumerate(raw.image):
+        value = padding(values)
+        if value is not None:
+            where = f"channel {channel} of " if len(raw.image) > 1 else ""
+            _log.warning(
+                f"{raw.case}: {where}the image holds {value:g} in {np.mean(values == value):.1%} of its voxels, far "
+                "from all other values; that is taken for padding, and left out of its intensity range"
+            )
+
+
 def intensity_range(image: FloatArray) -> FloatArray:
-    """(C,) distance between the 0.5 and the 99.5 percentile of each channel of (C, *S)."""
-    low, high = np.percentile(image.reshape(len(image), -1), (0.5, 99.5), axis=1)
-    width: FloatArray = high - low
-    return width
+    """(C,) distance between the 0.5 and the 99.5 percentile of each channel of (C, *S), without :func:`padding`."""
+    return np.array([np.subtract(*np.percentile(values, (99.5, 0.5))) for values in map(intensities, image)])
+
+
+def intensities(channel: FloatArray) -> FloatArray:
+    """The values of ``channel`` but its :func:`padding`; it itself where there is none."""
+    value = padding(channel)
+    return channel if value is None else channel[channel != value]
 
 
 def shifted(affine: FloatArray, box: tuple[slice, ...]) -> FloatArray:

@@ -17,7 +17,16 @@ from torch import nn
 
 from ima_seg.attacks.network import full_precision
 from ima_seg.cases.check import check_prepared, check_read
-from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, only_turned, same_grid, shifted
+from ima_seg.cases.raw import (
+    CaseFiles,
+    FloatArray,
+    LabelArray,
+    RawCase,
+    only_turned,
+    same_grid,
+    shifted,
+    warn_of_padding,
+)
 from ima_seg.errors import UserError
 from ima_seg.monai.model import LoadedBundle
 from ima_seg.monai.units import native_units, onto
@@ -222,6 +231,7 @@ def prepare_case(model: LoadedBundle, files: CaseFiles) -> BundleCase:
         {"spacing": [float(value) for value in spacing]},
         np.ascontiguousarray(reference.transpose(2, 1, 0)),
     )
+    warn_of_padding(raw)
     return _prepare(model, raw, loaded, affine)
 
 

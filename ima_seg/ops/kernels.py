@@ -190,7 +190,7 @@ def hard_counts(
     checks = torch.empty((walk.rows, walk.parts), device=logits.device)
     walk.launch(over_logits.hard_counts, [partial, checks], [])
     counts = partial.sum(1, dtype=torch.int64)
-    return counts if walk.constants["REGIONS"] else counts[:, 1:].contiguous(), torch.isfinite(checks.sum(1))
+    return counts if walk.constants["REGIONS"] else counts[:, 1:].contiguous(), torch.isfinite(checks.amax(1))
 
 
 class _Walk:

@@ -188,7 +188,7 @@ def hard_counts(
     logits_row, logits_class, logits_voxel, truth_row, truth_class, truth_voxel, known_row, known_class, known_voxel,
     REGIONS: tl.constexpr, KNOWN: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial counts per class of voxels hit, predicted and true, and the sum of all logits, finite if they are."""
+    """Partial counts per class of voxels hit, predicted and true, and the largest of all logits, finite if they are."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     size = row * 0 + size  # 64-bit, so that its blocks are
     logits += row * logits_row
@@ -196,7 +196,7 @@ def hard_counts(
     known += row * known_row
     hit = tl.zeros([OUTPUTS], tl.int32)
     predicted, real = hit, hit
-    total = tl.zeros([BLOCK], tl.float32)
+    largest = tl.zeros([BLOCK], tl.float32)
     for block in range(part, tl.cdiv(size, BLOCK), parts):
         whole, x, true, counted, _ = _block(
             logits, truth, known, block, size, outputs, logits_class, logits_voxel, truth_class, truth_voxel,
@@ -208,10 +208,12 @@ def hard_counts(
         hit += tl.sum((chosen & true).to(tl.int32), 1)
         predicted += tl.sum(chosen.to(tl.int32), 1)
         real += tl.sum(true.to(tl.int32), 1)
-        total += tl.sum(tl.where(whole, x, 0.0), 0)
+        # The largest, not the sum, which finite logits can make infinite; NaN would be passed over.
+        height = tl.where(x == x, tl.abs(x), float("inf"))
+        largest = tl.maximum(largest, tl.max(tl.where(whole, height, 0.0), 0))
     classes = tl.arange(0, OUTPUTS)
     place = partial + ((row * parts + part) * outputs + classes) * 3
     tl.store(place, hit, mask=classes < outputs)
     tl.store(place + 1, predicted, mask=classes < outputs)
     tl.store(place + 2, real, mask=classes < outputs)
-    tl.store(checks + row * parts + part, tl.sum(total))
+    tl.store(checks + row * parts + part, tl.max(largest))

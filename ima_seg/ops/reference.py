@@ -215,7 +215,7 @@ def hard_counts(
         if counted is not None:
             predicted = predicted & counted[:, 0]
         counts.append(torch.stack([(predicted & truth).sum(1), predicted.sum(1), truth.sum(1)], -1))
-    return torch.stack(counts, 1), torch.isfinite(flat.sum((1, 2), dtype=accumulator(flat.dtype)))
+    return torch.stack(counts, 1), torch.isfinite(torch.linalg.vector_norm(flat, math.inf, dim=(1, 2)))
 
 
 def _argmax(flat: torch.Tensor) -> torch.Tensor:

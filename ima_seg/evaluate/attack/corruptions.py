@@ -14,12 +14,13 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ima_seg.cases.raw import intensity_range
+from ima_seg.cases.raw import intensity_range, without_padding
 from ima_seg.errors import UserError
 
 Volume = npt.NDArray[np.float32]
@@ -90,9 +91,18 @@ def corrupt(image: Volume, spacing_mm: Sequence[float], name: str, severity: int
     digest = hashlib.sha256(f"{seed}\0{name}\0{case}".encode("utf-8", "surrogateescape")).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "big"))
     corruption, spacing, image = CORRUPTIONS[name], np.asarray(spacing_mm, np.float64), np.array(image, np.float32)
-    level = corruption.levels[severity - 1]
-    if not corruption.on_signal:
-        return np.asarray(corruption.function(image, spacing, level, rng), np.float32)
+    level, values = corruption.levels[severity - 1], np.concatenate([without_padding(part[None])[0] for part in image])
+    padded = values != image
+    change = partial(_on_signal, corruption) if corruption.on_signal else corruption.function
+    corrupted = np.asarray(change(values, spacing, level, rng), np.float32)
+    corrupted[padded] = image[padded]  # no scanner corrupts what stands for "no image here"
+    return corrupted
+
+
+def _on_signal(
+    corruption: Corruption, image: Volume, spacing: Spacing, level: float, rng: np.random.Generator
+) -> Volume:
+    """A corruption of the signal: zero at no signal and one intensity range wide."""
     flat = image.reshape(len(image), -1)
     ranges = intensity_range(image)
     width: Volume = np.where(ranges > 0, ranges, np.ptp(flat, axis=1)).astype(np.float32)

@@ -78,7 +78,7 @@ class Attacker:
             goal = GOALS[ATTACKS[condition.attack].goal]
         stage = replace(stage, problem=replace(stage.problem, goal=goal))
         result = stage.run(attack, eps)
-        self._check_budget(condition, stage, result.distance, eps)
+        self._check(condition, stage, result, eps)
         count = len(stage.problem)
         return Found(
             perturbed=stage.volume(result.adversarial),
@@ -126,7 +126,7 @@ class Attacker:
             return Found(case.base, eps, PassCount(forwards=1))
         threshold = settings.broken_below * clean
         result = minimal_norm(problem, eps, threshold=threshold, clean_quality=clean, steps=settings.steps, rounds=8)
-        self._check_budget(condition, stage, result.distance, eps)
+        self._check(condition, stage, result, eps)
         size = perturbation_size(problem.difference(result.adversarial), "l2")
         return Found(
             perturbed=result.adversarial,
@@ -144,12 +144,17 @@ class Attacker:
         generator = torch.Generator(self.device).manual_seed(seed)
         return make_stage(case, window, self.threat, budget, precision=self.settings.precision, generator=generator)
 
-    def _check_budget(self, condition: Condition, stage: Stage, size: torch.Tensor, eps: float) -> None:
-        largest, x = float(size.max()), stage.problem.x
+    def _check(self, condition: Condition, stage: Stage, result: AttackResult, eps: float) -> None:
+        largest, x = float(result.distance.max()), stage.problem.x
         # image + perturbation is rounded where the image has large values
         rounding = 2 * torch.finfo(x.dtype).eps * float(x.abs().max())
         if largest > eps * (1 + BUDGET_TOLERANCE) + rounding:
             raise RuntimeError(f"{condition.attack} exceeded its budget: {largest:g} > {eps:g} per voxel")
+        if bool(result.damage.isnan().any()):
+            raise UserError(
+                f"{condition.attack} at {eps:g} per voxel: wherever it looked, the outputs of "
+                f"{stage.case.model.folder} are not finite; try --precision fp32, or a smaller eps"
+            )
 
 
 def _trace(result: AttackResult, stage: Stage) -> list[float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ima_seg.cases.raw import FloatArray, LabelArray
+from ima_seg.cases.raw import FloatArray, LabelArray, intensities
 from ima_seg.evaluate.subject import Case
 from ima_seg.files import replacing
 
@@ -32,7 +32,7 @@ def write_panel(path: Path, case: Case, *, delta: FloatArray, before: LabelArray
     index = int(np.argmax((shown if shown.any() else reference > 0).sum(others)))
     clean, change, *maps = (np.take(volume, index, axis) for volume in (image, delta[0], before, after, reference))
     clean, change = clean.astype(np.float32), change.astype(np.float32)
-    window = _CT_WINDOW if case.shows_hu else tuple(float(value) for value in np.percentile(image, (0.5, 99.5)))
+    window = _CT_WINDOW if case.shows_hu else tuple(map(float, np.percentile(intensities(image), (0.5, 99.5))))
     with replacing(path) as temporary:
         np.savez_compressed(
             temporary,

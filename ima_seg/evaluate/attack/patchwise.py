@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ima_seg.attacks import AttackResult, Problem, pgd
-from ima_seg.attacks.goals import lost_dice
 from ima_seg.attacks.network import full_resolution
 from ima_seg.attacks.problem import attack
+from ima_seg.attacks.result import Best
 from ima_seg.attacks.tiling import Tiling
-from ima_seg.ops import perturbation_size, project
+from ima_seg.ops import project
 from ima_seg.types import Labels, PassCount, Target
 
 
@@ -66,19 +66,12 @@ def patch_pgd(
         passes += hit.passes
         for index, found in zip(batch, tiles.difference(hit.adversarial), strict=True):
             delta[index] = found
+    best = Best(problem, eps, 0)
     whole = problem.supported(delta[(slice(None), slice(None), *inside)])
-    whole = project(whole.contiguous(), eps, problem.threat.norm)
-    adversarial = problem.apply(whole)
-    damage = lost_dice(full_resolution(problem.network(adversarial)), target)
-    return AttackResult(
-        adversarial=adversarial,
-        distance=perturbation_size(whole, problem.threat.norm),
-        damage=damage,
-        zero_gradient=torch.zeros_like(damage),
-        trace=damage[None],
-        # passes over tiles -> over samples
-        passes=PassCount(forwards=len(x), gradients=round(passes.gradients * len(x) / grid.tiles(x.shape))),
-    )
+    best.look(project(whole.contiguous(), eps, problem.threat.norm), 0)
+    # Passes over tiles -> over samples.
+    gradients = round(passes.gradients * len(x) / grid.tiles(x.shape))
+    return replace(best.result(), passes=PassCount(forwards=len(x), gradients=gradients))
 
 
 def _stack(indices: Sequence[Any], volume: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from edt import edt
 
+from ima_seg.cases.raw import without_padding
 from ima_seg.evaluate.measure.statistics import mean
 from ima_seg.evaluate.records import ClassMetrics, ClassState, Size, SliceDice
 from ima_seg.evaluate.run import Budget
@@ -235,9 +236,10 @@ def measure_size(
         squares[channel, z] = np.square(delta).sum()
         largest[channel] = max(largest[channel], np.abs(delta).max())
 
+    pairs = [without_padding(*pair) for pair in zip(clean, adversarial, strict=True)]
     ranges = np.asarray(native_range, float) / factors
     for channel in np.flatnonzero(ranges <= 0):
-        ranges[channel] = float(np.ptp(clean[channel])) or 1.0
+        ranges[channel] = float(np.ptp(pairs[channel][0])) or 1.0
     mean_squares = squares.sum(1) / clean[0].size
     relative = np.sqrt(mean_squares) / ranges
     noise, native = float(np.square(relative).mean()), scale is not None
@@ -250,7 +252,7 @@ def measure_size(
         native_linf=(largest * factors).tolist() if native else [],
         percent_rms=(100 * relative).tolist() if native else [],
         psnr_db=-10 * math.log10(noise) if noise > 0 else None,  # one line, and over all channels: no library's
-        ssim=mean(ssim(*pair, data_range=float(r)) for *pair, r in zip(clean, adversarial, ranges, strict=True)),
+        ssim=mean(ssim(*pair, data_range=float(r)) for pair, r in zip(pairs, ranges, strict=True)),
     )
 
 
