@@ -15,6 +15,7 @@ from ima_seg.files import replacing
 from ima_seg.methods.base import map_heads
 from ima_seg.methods.settings import TrainingSettings, load_settings
 from ima_seg.nnunet import compat
+from ima_seg.nnunet.checkpoint import read_checkpoint
 
 #: So many batches in a row without a single usable patch end the training.
 PATIENCE_NONFINITE = 10
@@ -158,8 +159,9 @@ class AdversarialTrainer(nnUNetTrainer):
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        # nnU-Net's own loading trusts the file, too.
+        state = read_checkpoint(filename_or_checkpoint, trust=True).get(self.training.key)
         super().load_checkpoint(filename_or_checkpoint)
-        state = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False).get(self.training.key)
         if state is None:
             self.training.warn(f"{filename_or_checkpoint} holds {self.training.method.absent()}")
         else:

@@ -194,18 +194,15 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _is_ct(folder: Path) -> bool:
-    """Whether all channels of a model are CT; its files are checked when the model is loaded."""
-    import json
+    """Whether all channels of a model are CT."""
+    if (folder / "configs").is_dir():
+        from ima_seg.monai.config import is_single_ct, read_metadata
 
-    try:
-        if (folder / "configs").is_dir():
-            from ima_seg.monai.config import is_single_ct, read_metadata
+        return is_single_ct(read_metadata(folder))
+    from ima_seg.nnunet.dataset import channel_names
+    from ima_seg.nnunet.description import read_dataset, require_model_folder
 
-            return is_single_ct(read_metadata(folder))
-        dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        return all(str(name).lower() == "ct" for name in dataset_json["channel_names"].values())
-    except (OSError, KeyError, json.JSONDecodeError):
-        return False
+    return all(name.lower() == "ct" for name in channel_names(read_dataset(require_model_folder(folder)[1])))
 
 
 def _list(attacks: bool) -> None:

@@ -64,11 +64,14 @@ def _plans(arguments: argparse.Namespace) -> None:
 
 
 def _margins(arguments: argparse.Namespace) -> None:
-    from ima_seg.nnunet.margins import read_margins, show_margins
+    from ima_seg.nnunet.margins import read_margins, show_margins, unfinished_folds
 
     for fold in read_margins(arguments.model_folder, arguments.folds, trust=arguments.trust_checkpoint):
         output = arguments.output and arguments.output / fold.folder.name
         show_margins(fold, images=arguments.images, output=output)
+    if not arguments.folds:
+        for unfinished in unfinished_folds(arguments.model_folder):
+            print(f"{unfinished} has no checkpoint yet, so no margins are shown of it")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from ima_seg.errors import UserError
+from ima_seg.methods.ledger_state import COLUMNS, STATE_VERSION, LedgerState
+from ima_seg.validation import validated
 
 T = TypeVar("T")
 
@@ -26,15 +28,6 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 #: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
-#: Layout version of :meth:`MarginLedger.state_dict`, and the fields of a record there.
-STATE_VERSION = 1
-COLUMNS: Mapping[str, torch.dtype] = {
-    "margin": torch.float64,
-    "visits": torch.int64,
-    "crossed": torch.int64,
-    "expanding": torch.bool,
-    "seen": torch.int64,
-}
 
 
 @dataclass
@@ -250,27 +243,19 @@ class MarginLedger:
             },
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`. Step, cap and rule stay those of this ledger; margins are clamped to the cap.
 
         Raises:
-            UserError: a state of another layout, or one that lacks a field.
+            UserError: a state of another layout, or a damaged one.
         """
-        if state.get("version") != STATE_VERSION:
-            raise UserError(
-                f"margin ledger of version {state.get('version')!r}, this ima-seg reads version {STATE_VERSION}; "
-                "resume with the ima-seg that wrote it"
-            )
-        try:
-            columns = (state[name].tolist() for name in COLUMNS)
-            self.cases = {
-                str(case): CaseRecord(min(margin, self.eps_max), *counts)
-                for case, margin, *counts in zip(state["cases"], *columns, strict=True)
-            }
-            self.epoch = int(state["epoch"])
-            self._medians = [float(m) for m in state["medians"]]
-        except KeyError as error:
-            raise UserError(f"margin ledger without {error}; the checkpoint is damaged, use an earlier one") from None
+        found = validated(LedgerState, state, source="margin ledger", remedy="use an earlier checkpoint")
+        columns = (getattr(found, name) for name in COLUMNS)
+        self.cases = {
+            case: CaseRecord(min(margin, self.eps_max), *counts)
+            for case, margin, *counts in zip(found.cases, *columns, strict=True)
+        }
+        self.epoch, self._medians = found.epoch, found.medians
         self._pending.clear()
 
     def table(self) -> list[dict[str, Any]]:

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from ima_seg.errors import UserError
 from ima_seg.files import replacing
-from ima_seg.methods.ledger import MarginLedger
-from ima_seg.weights import load_tensors
+from ima_seg.methods.ledger import MarginLedger, Rule
+from ima_seg.types import Norm
+from ima_seg.validation import validated
+from ima_seg.weights import load_tensors, strip_prefixes
 
 #: Key of the state of an IMA training in a checkpoint. Stock nnU-Net ignores keys that it does not know.
 KEY = "ima"
@@ -34,19 +37,72 @@ def _allowed_globals() -> list[Any]:
     return [*functions, np.dtype, np.ndarray, *scalars, *dtypes]
 
 
+History = list[dict[str, bool | int | float | str | None]]
+
+
+class _LedgerSettings(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    norm: Norm
+    delta: float
+    eps_max: float
+    rule: Rule
+
+
+class _IMAState(BaseModel):
+    settings: _LedgerSettings
+    history: History
+    voxels: PositiveInt
+    ledger: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _can_be_gone_on_with(self) -> _IMAState:
+        restore_ledger({"settings": vars(self.settings), "ledger": self.ledger})
+        return self
+
+
+class _MethodState(BaseModel):
+    settings: dict[str, Any]
+    history: History
+    method: str
+    method_state: dict[str, Any]
+
+
+class _InitArgs(BaseModel):
+    configuration: str
+
+
+class _Checkpoint(BaseModel):
+    """What is read in a checkpoint of nnU-Net."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    network_weights: dict[str, torch.Tensor] = Field(min_length=1)
+    trainer_name: str
+    init_args: _InitArgs
+    inference_allowed_mirroring_axes: list[NonNegativeInt] | None = None
+    ima: _IMAState | None = None
+    ima_method: _MethodState | None = None
+
+
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """Load a ``checkpoint_*.pth`` of nnU-Net; see :func:`ima_seg.weights.load_tensors`.
 
+    Weights have the names of the bare network, axes of mirroring are a list or ``None``.
+
     Raises:
-        UserError: no such file, not a checkpoint of nnU-Net, or one that would run code while ``trust`` is not set.
+        UserError: no such file, not a checkpoint of nnU-Net, a damaged one, or one that would run code while ``trust``
+            is not set.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"checkpoint {file} does not exist; train the fold first or name another one")
-    checkpoint: dict[str, Any] = load_tensors(file, trust=trust, allowed=_allowed_globals())
-    if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name"} <= checkpoint.keys():
-        raise UserError(f"{file} is not a checkpoint of nnU-Net v2 (no network_weights, trainer_name)")
-    return checkpoint
+    checkpoint = load_tensors(file, trust=trust, allowed=_allowed_globals())
+    remedy = "it is damaged or not a checkpoint of nnU-Net v2; use another one"
+    found = validated(_Checkpoint, checkpoint, source=file, remedy=remedy)
+    axes = found.inference_allowed_mirroring_axes
+    weights = strip_prefixes(found.network_weights)
+    return {**checkpoint, "network_weights": weights, "inference_allowed_mirroring_axes": axes}
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -59,14 +115,11 @@ def checkpoint_files(model_folder: str | Path) -> list[Path]:
     """All ``fold_*/checkpoint_*.pth`` of a model folder, sorted.
 
     Raises:
-        UserError: the folder does not exist or holds none.
+        UserError: there are none.
     """
-    folder = Path(model_folder)
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist")
-    files = sorted(folder.glob("fold_*/checkpoint_*.pth"))
+    files = sorted(Path(model_folder).glob("fold_*/checkpoint_*.pth"))
     if not files:
-        raise UserError(f"model folder {folder} has no fold_*/checkpoint_*.pth; name the folder that holds plans.json")
+        raise UserError(f"model folder {model_folder} has no fold_*/checkpoint_*.pth; train a fold first")
     return files
 
 

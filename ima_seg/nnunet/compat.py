@@ -8,6 +8,7 @@ and labels, readers, preprocessors, keys of checkpoints) is used there where it 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import math
 from collections.abc import Iterable
@@ -60,6 +61,22 @@ def find_trainer(name: str) -> Any:
 
     with contextlib.redirect_stdout(io.StringIO()):
         return recursive_find_trainer_class_by_name(name)
+
+
+def trainer_class(name: str) -> Any:
+    """The same, or ``None`` where there is none, or something else of that name."""
+    try:
+        return find_trainer(name)
+    except (RuntimeError, TypeError, AssertionError):
+        return None
+
+
+def find_part(folder: str, name: str, *, package: str = "nnunetv2") -> Any:
+    """nnU-Net's own lookup of a class or function by name in a folder of a package; ``None`` where there is none."""
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    where = importlib.import_module(package).__path__[0]
+    return recursive_find_python_class(str(Path(where, *folder.split("."))), name, f"{package}.{folder}")
 
 
 def require_foreground(trainer: Any, cases: Iterable[str]) -> None:

@@ -9,17 +9,6 @@ from typing import Any
 from ima_seg.cases import find
 from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
-from ima_seg.files import read_json
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """Contents of plans.json or dataset.json of a model folder.
-
-    Raises:
-        UserError: there is no such file, or it is not JSON.
-    """
-    missing = "does not exist; copy it from where nnUNetv2_train wrote it"
-    return read_json(path, missing=missing, remedy="copy it again from where it was trained")
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

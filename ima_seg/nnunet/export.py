@@ -8,7 +8,8 @@ from pathlib import Path
 from ima_seg.errors import UserError
 from ima_seg.files import building_folder
 from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, checkpoint_files, read_checkpoint, write_checkpoint
-from ima_seg.nnunet.compat import find_trainer
+from ima_seg.nnunet.compat import trainer_class
+from ima_seg.nnunet.description import require_model_folder
 
 STOCK_TRAINER = "nnUNetTrainer"
 #: What nnU-Net's inference reads from a model folder, beside the checkpoints.
@@ -34,10 +35,8 @@ def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = 
         UserError: something is missing, the output exists, or a trainer with another architecture.
     """
     source, target = Path(model_folder), Path(output)
+    require_model_folder(source)
     files = checkpoint_files(source)
-    for name in _REQUIRED:
-        if not (source / name).is_file():
-            raise UserError(f"model folder {source} has no {name}; name the folder that nnUNetv2_train wrote")
     if target.exists():
         raise UserError(f"{target} exists already; name a new folder with -o")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +58,7 @@ def _check_architecture(trainer_name: str, file: Path) -> None:
         return
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    try:
-        trainer = find_trainer(trainer_name)
-    except RuntimeError:
-        trainer = None
+    trainer = trainer_class(trainer_name)
     # Looked up as nnU-Net does, for the trainers stand above this module.
     if trainer is None or trainer.__module__.partition(".")[0] != "nnunet_trainers":
         raise UserError(

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import pydoc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
 from ima_seg.nnunet import case
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
-from ima_seg.nnunet.compat import check_nnunet_version, find_trainer
-from ima_seg.nnunet.dataset import channel_names, foreground_classes, read_description
+from ima_seg.nnunet.compat import check_nnunet_version
+from ima_seg.nnunet.dataset import channel_names, foreground_classes
+from ima_seg.nnunet.description import read_configuration, read_dataset, require_model_folder
 from ima_seg.nnunet.model import LoadedFolder
+from ima_seg.nnunet.parts import check_architecture, network_builder, require_parts
 from ima_seg.types import Labels
-
-#: Where classes that a plans file names may come from. Any importable name would let a model folder run what it likes.
-_TRUSTED_MODULES = ("dynamic_network_architectures.", "torch.nn.", "nnunetv2.")
+from ima_seg.weights import misfit
 
 
 class SegmentationModel(LoadedFolder):
@@ -52,45 +49,38 @@ def load_model(
     Raises:
         UserError: a missing file or fold, a checkpoint or plans file that would run code, weights that do not fit.
     """
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     check_nnunet_version()
     root = Path(folder)
-    plans_file, dataset_file = (_required(root, name) for name in ("plans.json", "dataset.json"))
+    plans_file, dataset_file = require_model_folder(root)
     checkpoints = _fold_checkpoints(root, folds, checkpoint)
-    plans, dataset_json = read_description(plans_file), read_description(dataset_file)
+    dataset_json = read_dataset(dataset_file)
     read = [read_checkpoint(file, trust=trust) for file in checkpoints]
     first = read[0]
-    name, trainer = str(first["init_args"]["configuration"]), str(first["trainer_name"])
+    name, trainer = first["init_args"]["configuration"], first["trainer_name"]
+    plans = read_configuration(plans_file, name, channels=len(channel_names(dataset_json)))
+    require_parts(plans, plans["configurations"][name], plans_file)
     manager = PlansManager(plans)
-    if name not in plans["configurations"]:
-        raise UserError(f"{plans_file} has no configuration {name!r}, which {checkpoints[0]} was trained for")
     configuration = manager.get_configuration(name)
-    if not trust:
-        _check_architecture(configuration, plans_file)
-    labels = manager.get_label_manager(dataset_json)
-    heads = labels.num_segmentation_heads
-    inputs = determine_num_input_channels(manager, configuration, dataset_json)
-    try:
-        builder = find_trainer(trainer)
-    except RuntimeError:
-        raise UserError(
-            f"{checkpoints[0]} was trained by {trainer}, which this installation does not have; install the package it "
-            "comes from or name its folder in nnUNet_extTrainer"
-        ) from None
+    check_architecture(configuration, plans_file, trust=trust)
+    build, sketch = network_builder(
+        manager, configuration, dataset_json, trainer=trainer, checkpoint=checkpoints[0], file=plans_file
+    )
     networks = []
     for file, state in zip(checkpoints, read, strict=True):
-        network = builder.build_network_architecture(manager, configuration, inputs, heads, False)
-        try:
-            network.load_state_dict(state["network_weights"])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(
-                f"{file} does not fit the network of {plans_file} ({reason}); is it of this folder?"
-            ) from None
+        if wrong := misfit(sketch, state["network_weights"]):
+            raise UserError(f"{file} does not fit the network of {plans_file} ({wrong}); is it of this folder?")
+        network = build()
+        network.load_state_dict(state["network_weights"])
         networks.append(network.to(device).eval().requires_grad_(False))
-    axes = first.get("inference_allowed_mirroring_axes")
+    labels = manager.get_label_manager(dataset_json)
+    axes = first["inference_allowed_mirroring_axes"]
+    if axes is not None and not set(axes) <= set(range(len(configuration.patch_size))):
+        raise UserError(
+            f"{checkpoints[0]}: inference_allowed_mirroring_axes is {axes}, for patches of "
+            f"{len(configuration.patch_size)} axes; it is damaged, or of another configuration"
+        )
     return SegmentationModel(
         folder=root,
         networks=networks,
@@ -98,26 +88,17 @@ def load_model(
         configuration=configuration,
         configuration_name=name,
         dataset_json=dataset_json,
-        labels=Labels(outputs=heads, regions=labels.has_regions, ignore_label=labels.ignore_label),
+        labels=Labels(
+            outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label
+        ),
         classes=foreground_classes(dataset_json),
         channels=channel_names(dataset_json),
-        mirror_axes=None if axes is None else [int(axis) for axis in axes],
+        mirror_axes=axes,
         trainer=trainer,
         files=[plans_file, dataset_file, *checkpoints],
         folds=[file.parent.name.removeprefix("fold_") for file in checkpoints],
         ima=first.get(KEY),
     )
-
-
-def _required(folder: Path, name: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist")
-    if not (folder / name).is_file():
-        raise UserError(
-            f"model folder {folder} has no {name}; name the folder that nnUNetv2_train wrote, or a "
-            "MONAI bundle with its configs"
-        )
-    return folder / name
 
 
 def _fold_checkpoints(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[Path]:
@@ -136,27 +117,3 @@ def _fold_checkpoints(folder: Path, folds: Sequence[str] | None, checkpoint: str
         if name not in found:
             raise UserError(f"fold {name} of {folder} was not trained or has no {checkpoint}; {there}")
     return [folder / f"fold_{name}" / checkpoint for name in folds]
-
-
-def _check_architecture(configuration: Any, plans_file: Path) -> None:
-    """Refuse plans that name code from outside of the packages that networks come from."""
-    arguments = configuration.network_arch_init_kwargs
-    named = [configuration.network_arch_class_name]
-    named += [arguments[key] for key in configuration.network_arch_init_kwargs_req_import if arguments.get(key)]
-    for name in named:
-        if not _is_trusted(str(name)):
-            raise UserError(
-                f"{plans_file} names {name!r} as a part of the network, which is no module of "
-                f"{', '.join(module.rstrip('.') for module in _TRUSTED_MODULES)}; if you trust its origin, pass "
-                "--trust-checkpoint"
-            )
-
-
-def _is_trusted(name: str) -> bool:
-    """Whether ``name`` is a network module of a trusted package, not something that the package itself imports."""
-    if not name.startswith(_TRUSTED_MODULES):
-        return False
-    found = pydoc.locate(name)
-    if found is None:  # moved; nnU-Net looks for the class's name in dynamic_network_architectures
-        return True
-    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(_TRUSTED_MODULES)

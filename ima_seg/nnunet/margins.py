@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,13 +18,40 @@ from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.margins import PROGRESS_FILE, margin_rows
 from ima_seg.methods.plots import plot_progress
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, restore_ledger
-from ima_seg.nnunet.dataset import read_description
+from ima_seg.nnunet.dataset import channel_names
+from ima_seg.nnunet.description import read_configuration, read_dataset, require_model_folder
 from ima_seg.nnunet.intensity import native_scale, shared_native_scale
+from ima_seg.nnunet.parts import require_reader
+from ima_seg.validation import validated
 
 #: The one that training goes on from comes first.
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 #: Of many cases, so many with the smallest and with the largest margins are printed.
 ENDS = 12
+#: What would make a path of a case id.
+_PATH = frozenset("/\\\0")
+
+
+class _Epoch(BaseModel):
+    """What is drawn and printed of an epoch; shares of nothing are NaN."""
+
+    epoch: int
+    equilibrium: bool
+    margin_q05: float
+    margin_q25: float
+    margin_q50: float
+    margin_q75: float
+    margin_q95: float
+    expanding_share: float
+    crossed_share: float
+    below_tau_share: float
+    clean_loss: float
+    adversarial_loss: float
+    passes_per_sample: float
+
+
+class _Course(BaseModel):
+    history: list[_Epoch]
 
 
 @dataclass(frozen=True)
@@ -39,31 +67,42 @@ class FoldMargins:
     configuration: str
 
 
+def _newest(fold: Path) -> str | None:
+    return next((name for name in _CHECKPOINTS if (fold / name).is_file()), None)
+
+
+def unfinished_folds(model_folder: str | Path) -> list[Path]:
+    """The folds of a model folder that have no checkpoint yet."""
+    return [fold for fold in sorted(Path(model_folder).glob("fold_*")) if _newest(fold) is None]
+
+
 def read_margins(
     model_folder: str | Path, folds: Sequence[str] | None = None, *, trust: bool = False
 ) -> list[FoldMargins]:
-    """The margins of every fold of a model folder (or of the ``folds`` named).
+    """The margins of every fold of a model folder that has a checkpoint (or of the ``folds`` named).
 
     Raises:
         UserError: no such folder or fold, or a checkpoint without a margin ledger.
     """
     model = Path(model_folder)
-    if not model.is_dir():
-        raise UserError(f"model folder {model} does not exist")
-    folders = [model / f"fold_{fold}" for fold in folds] if folds else sorted(model.glob("fold_*"))
+    require_model_folder(model)
+    unfinished = unfinished_folds(model)
+    every = [fold for fold in sorted(model.glob("fold_*")) if fold not in unfinished]
+    folders = [model / f"fold_{fold}" for fold in folds] if folds else every
     if not folders:
-        raise UserError(f"model folder {model} has no fold_*; name the folder that holds plans.json")
+        raise UserError(f"model folder {model} has no fold_* with a checkpoint; train a fold first")
     found = []
     for folder in folders:
-        name = next((name for name in _CHECKPOINTS if (folder / name).is_file()), None)
+        name = _newest(folder)
         if name is None:
             raise UserError(f"{folder} has no checkpoint; train the fold first")
         checkpoint = read_checkpoint(folder / name, trust=trust)
         state = checkpoint.get(KEY)
         if state is None:
             raise UserError(f"{folder / name} holds no margin ledger; it was trained by {checkpoint['trainer_name']}")
-        ledger, configuration = restore_ledger(state), str(checkpoint["init_args"]["configuration"])
-        settings, history, voxels = state["settings"], state["history"], int(state["voxels"])
+        ledger, configuration = restore_ledger(state), checkpoint["init_args"]["configuration"]
+        settings, history, voxels = state["settings"], state["history"], state["voxels"]
+        validated(_Course, {"history": history}, source=folder / name, remedy="use an earlier checkpoint")
         found.append(FoldMargins(folder, name, ledger, settings, history, voxels, configuration))
     return found
 
@@ -77,11 +116,16 @@ def show_margins(
     ``ima_progress.png`` and, with ``images``, ``ima_margins_native.csv``; default: the fold's.
     """
     console = console or Console()
-    plans, dataset_json = (read_description(fold.folder.parent / name) for name in ("plans.json", "dataset.json"))
+    plans_file, dataset_file = require_model_folder(fold.folder.parent)
+    dataset_json = read_dataset(dataset_file)
+    plans = read_configuration(plans_file, fold.configuration, channels=len(channel_names(dataset_json)))
     native = shared_native_scale(plans, fold.configuration, dataset_json)
     rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native=native)
     if images is not None:
+        require_reader(plans, plans_file)
         for row in rows:
+            if _PATH & set(row["case"]):
+                raise UserError(f"{fold.folder / fold.checkpoint} has the case {row['case']!r}, a path, not a name")
             scales = native_scale(
                 row["case"], images, plans=plans, configuration=fold.configuration, dataset_json=dataset_json
             )

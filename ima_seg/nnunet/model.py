@@ -87,7 +87,7 @@ class LoadedFolder:
             }  # fmt: skip
         return {
             "trainer": self.trainer,
-            "plans": str(self.plans.plans_name),
+            "plans": str(self.plans.plans.get("plans_name") or ""),
             "configuration": self.configuration_name,
             "folds": self.folds,
             "checkpoint": self.files[-1].name,

@@ -26,6 +26,8 @@ _LEAST_STD = 1e-8
 _FIXED = {"NoNormalization": 1.0, "RGBTo01Normalization": 255.0}
 #: Schemes whose shift and scale come from the image itself.
 _FROM_THE_IMAGE = ("ZScoreNormalization", "RescaleTo01Normalization")
+#: Those that are known here.
+KNOWN_SCHEMES = ("CTNormalization", *_FROM_THE_IMAGE, *_FIXED)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, Field, PositiveInt
 
 from ima_seg.data.naming import folders_with_id
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
 from ima_seg.methods.settings import IMASettings
+from ima_seg.nnunet.description import read_plans
+from ima_seg.validation import validated
+
+
+class _Stages(BaseModel):
+    n_stages: int = Field(ge=1, le=256)
+    features_per_stage: list[PositiveInt] = Field(min_length=1)
+    strides: list[list[PositiveInt]] = Field(min_length=1)
+
+
+class _Architecture(BaseModel):
+    arch_kwargs: _Stages
+
+
+class _Configuration(BaseModel):
+    """What is changed of a configuration."""
+
+    architecture: _Architecture
 
 
 def preprocessed_folder(dataset: str) -> Path:
@@ -79,22 +98,26 @@ def vary_plans(
         if configuration not in known:
             raise UserError(f"configuration {configuration!r} is not in the plans; there are: {', '.join(known)}")
         values = varied["configurations"][configuration]
-        architecture = values["architecture"]["arch_kwargs"]
-        if features or max_features:
-            before = architecture["features_per_stage"]
+        network = None
+        if features or max_features or patch_size is not None:
+            source, remedy = f"plans: configuration {configuration}", "only networks of stages can be changed"
+            network = validated(_Configuration, values, source=source, remedy=remedy).architecture.arch_kwargs
+        if network and (features or max_features):
+            before = network.features_per_stage
             first, most = features or before[0], max_features or max(before)
-            architecture["features_per_stage"] = [min(first * 2**n, most) for n in range(architecture["n_stages"])]
+            varied_features = [min(first * 2**n, most) for n in range(network.n_stages)]
+            values["architecture"]["arch_kwargs"]["features_per_stage"] = varied_features
         if batch_size is not None:
             values["batch_size"] = batch_size
-        if patch_size is not None:
-            strides = [math.prod(steps) for steps in zip(*architecture["strides"], strict=True)]
+        if network and patch_size is not None:
+            strides = [math.prod(steps) for steps in zip(*network.strides, strict=False)]
             if len(patch_size) != len(strides) or any(size % s for size, s in zip(patch_size, strides, strict=True)):
                 raise UserError(
                     f"patch size {list(patch_size)} does not fit {configuration}: axes must be multiples of {strides}"
                 )
             values["patch_size"] = list(patch_size)
     if ima:
-        varied["ima"] = {**varied.get("ima", {}), **ima}
+        varied["ima"] = {**(varied.get("ima") or {}), **ima}
         IMASettings.parse(varied["ima"], source="--set")
     return varied
 
@@ -125,11 +148,11 @@ def write_plans(dataset: str, source: str, name: str, **changes: Any) -> Path:
     """
     folder = preprocessed_folder(dataset)
     origin, target = folder / f"{source}.json", folder / f"{name}.json"
-    if not origin.is_file():
+    if not origin.exists():
         names = sorted(p.stem for p in folder.glob("*lans*.json"))
         raise UserError(f"plans {origin} do not exist; there are: {', '.join(names) or 'none'}")
-    varied = vary_plans(json.loads(origin.read_text(encoding="utf-8")), name, **changes)
-    if target.is_file() and json.loads(target.read_text(encoding="utf-8")) != varied:
+    varied = vary_plans(read_plans(origin), name, **changes)
+    if target.exists() and read_plans(target) != varied:
         raise UserError(f"plans {target} exist with other contents; choose another name with -o, or remove them")
     write_text(target, json.dumps(varied, indent=4) + "\n")
     return target
