@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ima_seg.errors import UserError
 
+_MEMBERS = ("int", "float", "str", "bool", "constrained-int")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -30,8 +31,8 @@ def validated(kind: type[M], contents: Any, *, source: str | Path, remedy: str) 
 
 def _explain(item: Any) -> str:
     """What goes behind the name of the file."""
-    # pydantic adds the member of a union and its own tags to the path.
-    key = ".".join(str(part) for part in item["loc"] if "[" not in str(part) and part not in ("int", "float", "str"))
+    # pydantic adds the members of unions to the path.
+    key = ".".join(str(part) for part in item["loc"] if "[" not in str(part) and part not in _MEMBERS)
     if item["type"] == "missing":
         return f" is without {key!r}"
     message = " ".join(item["msg"].removeprefix("Value error, ").split())

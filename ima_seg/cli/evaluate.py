@@ -199,8 +199,9 @@ def _is_ct(folder: Path) -> bool:
         from ima_seg.monai.config import is_single_ct, read_metadata
 
         return is_single_ct(read_metadata(folder))
+    from ima_seg.nnunet.checkpoint import require_model_folder
     from ima_seg.nnunet.dataset import channel_names
-    from ima_seg.nnunet.description import read_dataset, require_model_folder
+    from ima_seg.nnunet.description import read_dataset
 
     return all(name.lower() == "ct" for name in channel_names(read_dataset(require_model_folder(folder)[1])))
 

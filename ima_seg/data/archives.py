@@ -10,6 +10,8 @@ from ima_seg.errors import UserError
 from ima_seg.files import file_hash
 
 ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz")
+#: gzip can make 1000 of 1; images and label maps that are compressed already make hardly more than they are.
+_LARGEST_RATIO = 200
 
 
 def is_archive(path: Path) -> bool:
@@ -43,9 +45,14 @@ def unpack_single_folder(archive: Path, into: Path) -> Path:
     """
     try:
         with tarfile.open(archive) as tar:
-            members = [member for member in tar.getmembers() if not _is_litter(member.name)]
-            for member in members:
-                _refuse_unsafe(archive, member)
+            members, total = [], 0
+            for member in tar:
+                total += member.size
+                if total > _LARGEST_RATIO * archive.stat().st_size:
+                    raise UserError(f"{archive}: it unpacks to more than {_LARGEST_RATIO} times its size: get it anew")
+                if not _is_litter(member.name):
+                    _refuse_unsafe(archive, member)
+                    members.append(member)
             tops = {PurePosixPath(member.name).parts[0] for member in members if PurePosixPath(member.name).parts}
             if len(tops) != 1:
                 held = ", ".join(sorted(tops)[:4]) or "nothing"

@@ -1,7 +1,8 @@
-"""Reading and amending nnU-Net checkpoints."""
+"""Model folders of nnU-Net and their checkpoints."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,34 @@ def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write ``checkpoint`` to ``path`` in one rename: a reader finds the old file or the new one, never a part."""
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
+
+
+def require_model_folder(folder: Path) -> tuple[Path, Path]:
+    """plans.json and dataset.json of a folder that nnUNetv2_train wrote.
+
+    Raises:
+        UserError: it is none, and which it might be.
+    """
+    files = folder / "plans.json", folder / "dataset.json"
+    if all(file.is_file() for file in files):
+        return files
+    if folder.is_file() and zipfile.is_zipfile(folder):
+        raise UserError(
+            f"{folder} is an archive; unpack it with nnUNetv2_install_pretrained_model_from_zip (or unzip) and name "
+            "the folder in it that holds plans.json"
+        )
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist" + (", it is a file" if folder.is_file() else ""))
+    if (folder.parent / "plans.json").is_file():
+        raise UserError(f"{folder} is a fold of a model; name the model's folder, {folder.parent}, and folds with -f")
+    inside = sorted(str(found.parent) for found in [*folder.glob("*/plans.json"), *folder.glob("*/*/plans.json")])
+    if inside:
+        raise UserError(f"{folder} is no model folder but holds some; name one of them: {', '.join(inside[:8])}")
+    missing = next(file.name for file in files if not file.is_file())
+    raise UserError(
+        f"model folder {folder} has no {missing}; name the folder that nnUNetv2_train wrote, or a MONAI bundle with "
+        "its configs"
+    )
 
 
 def checkpoint_files(model_folder: str | Path) -> list[Path]:

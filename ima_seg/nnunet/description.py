@@ -7,7 +7,6 @@ may hold anything.
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -174,7 +173,7 @@ class _Plans(_Part):
     plans_name: str = ""
     dataset_name: str = ""
     image_reader_writer: str
-    label_manager: str | None = None
+    label_manager: str = "LabelManager"
     transpose_forward: list[int]
     transpose_backward: list[int]
     configurations: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -210,34 +209,6 @@ class _CTIntensities(_Part):
         if self.percentile_00_5 >= self.percentile_99_5:
             raise ValueError(f"percentile_00_5 {self.percentile_00_5} is not below percentile_99_5")
         return self
-
-
-def require_model_folder(folder: Path) -> tuple[Path, Path]:
-    """plans.json and dataset.json of a folder that nnUNetv2_train wrote.
-
-    Raises:
-        UserError: it is none, and which it might be.
-    """
-    files = folder / "plans.json", folder / "dataset.json"
-    if all(file.is_file() for file in files):
-        return files
-    if folder.is_file() and zipfile.is_zipfile(folder):
-        raise UserError(
-            f"{folder} is an archive; unpack it with nnUNetv2_install_pretrained_model_from_zip (or unzip) and name "
-            "the folder in it that holds plans.json"
-        )
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist" + (", it is a file" if folder.is_file() else ""))
-    if (folder.parent / "plans.json").is_file():
-        raise UserError(f"{folder} is a fold of a model; name the model's folder, {folder.parent}, and folds with -f")
-    inside = sorted(str(found.parent) for found in [*folder.glob("*/plans.json"), *folder.glob("*/*/plans.json")])
-    if inside:
-        raise UserError(f"{folder} is no model folder but holds some; name one of them: {', '.join(inside[:8])}")
-    missing = next(file.name for file in files if not file.is_file())
-    raise UserError(
-        f"model folder {folder} has no {missing}; name the folder that nnUNetv2_train wrote, or a MONAI bundle with "
-        "its configs"
-    )
 
 
 def read_dataset(path: Path) -> dict[str, Any]:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 from ima_seg.errors import UserError
 from ima_seg.files import building_folder
-from ima_seg.nnunet.checkpoint import KEY, METHOD_KEY, checkpoint_files, read_checkpoint, write_checkpoint
+from ima_seg.nnunet.checkpoint import (
+    KEY,
+    METHOD_KEY,
+    checkpoint_files,
+    read_checkpoint,
+    require_model_folder,
+    write_checkpoint,
+)
 from ima_seg.nnunet.compat import trainer_class
-from ima_seg.nnunet.description import require_model_folder
 
 STOCK_TRAINER = "nnUNetTrainer"
 #: What nnU-Net's inference reads from a model folder, beside the checkpoints.

@@ -10,10 +10,10 @@ import torch
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
 from ima_seg.nnunet import case
-from ima_seg.nnunet.checkpoint import KEY, read_checkpoint
+from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, require_model_folder
 from ima_seg.nnunet.compat import check_nnunet_version
 from ima_seg.nnunet.dataset import channel_names, foreground_classes
-from ima_seg.nnunet.description import read_configuration, read_dataset, require_model_folder
+from ima_seg.nnunet.description import read_configuration, read_dataset
 from ima_seg.nnunet.model import LoadedFolder
 from ima_seg.nnunet.parts import check_architecture, network_builder, require_parts
 from ima_seg.types import Labels

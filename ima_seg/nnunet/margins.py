@@ -17,9 +17,9 @@ from ima_seg.files import write_csv
 from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.margins import PROGRESS_FILE, margin_rows
 from ima_seg.methods.plots import plot_progress
-from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, restore_ledger
+from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, require_model_folder, restore_ledger
 from ima_seg.nnunet.dataset import channel_names
-from ima_seg.nnunet.description import read_configuration, read_dataset, require_model_folder
+from ima_seg.nnunet.description import read_configuration, read_dataset
 from ima_seg.nnunet.intensity import native_scale, shared_native_scale
 from ima_seg.nnunet.parts import require_reader
 from ima_seg.validation import validated
