@@ -83,13 +83,28 @@ def check_read(files: CaseFiles, image: Array, spacing_mm: Sequence[float]) -> N
 
 
 def check_prepared(case: str, image: Array) -> None:
-    """Check that an image (C, ...) is finite after the pre-processing.
+    """Check that an image (C, ...) is finite after the pre-processing, and still one.
 
     Raises:
         UserError: it is not.
     """
     for index, channel in enumerate(image):
-        _require_finite(channel, f"{case}: channel {index} after the model's pre-processing")
+        what = f"{case}: channel {index} after the model's pre-processing"
+        _require_finite(channel, what)
+        if (low := channel.min()) == channel.max():
+            raise UserError(
+                f"{what}: all voxels have the value {low:g}, so that the model sees nothing; correct the image's "
+                "intensities, which may be of another unit or too large for float32's squares"
+            )
+
+
+def check_segmentation(path: Path) -> None:
+    """Check that a file that is no part of the case, such as a previous stage's segmentation, is whole.
+
+    Raises:
+        UserError: it cannot be read to its end.
+    """
+    _open(path).read()
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ def _require_finite(values: Array, what: str) -> None:
 
 def is_nifti(path: Path) -> bool:
     """By the name."""
-    return path.name.endswith((".nii", ".nii.gz"))
+    return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def _open(path: Path, *, stacked: bool = False) -> _Header:

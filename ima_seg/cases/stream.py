@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ def require_room(path: Path, claimed: int) -> None:
 
     Raises:
         ValueError: it cannot hold them, however well they are compressed.
+        MemoryError: this machine cannot.
     """
     name, size = path.name.lower(), path.stat().st_size
     if name.endswith((".mhd", ".nhdr")):  # the voxels lie in a file beside it
@@ -66,11 +68,13 @@ def require_room(path: Path, claimed: int) -> None:
     most = size * (1 if name.endswith(".nii") else _EXPANSION_TIFF if ".tif" in path.suffix.lower() else _EXPANSION)
     if claimed > most:
         raise ValueError(f"its header claims {claimed} bytes of voxels, it can hold {most} at most")
+    if hasattr(os, "sysconf") and claimed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise MemoryError
 
 
 def nifti_voxels(path: Path, stored: Any) -> npt.NDArray[Any]:
     """The voxels of nibabel's array proxy, with the header's scaling, from a stream that is read to its checksum."""
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
         where = (stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter)
         values: npt.NDArray[Any] = np.asanyarray(type(stored)(stream, where))
         while stream.read(_BLOCK):

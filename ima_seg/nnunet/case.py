@@ -14,7 +14,7 @@ import torch
 
 from ima_seg.attacks.network import full_precision
 from ima_seg.attacks.tiling import Tiling
-from ima_seg.cases.check import check_prepared, check_read
+from ima_seg.cases.check import check_prepared, check_read, check_segmentation
 from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, intensity_range, padding, warn_of_padding
 from ima_seg.errors import UserError
 from ima_seg.nnunet.model import LoadedFolder
@@ -79,6 +79,7 @@ def read_previous_stage(model: LoadedFolder, files: CaseFiles, raw: RawCase) -> 
     path = model.previous_stage / f"{files.case}{model.dataset_json['file_ending']}"
     if not path.is_file():
         raise UserError(f"{path} does not exist; it should be the previous stage's segmentation of {files.case}")
+    check_segmentation(path)
     reader = model.plans.image_reader_writer_class()
     with _reporting(files.case, reader, [path]):
         segmentation, _ = reader.read_seg(str(path))
