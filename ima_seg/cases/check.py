@@ -70,8 +70,10 @@ def check_read(files: CaseFiles, image: Array, spacing_mm: Sequence[float]) -> N
     paths = files.images if len(files.images) == len(image) else files.images[:1] * len(image)
     for path, channel in zip(paths, image, strict=True):
         _require_finite(channel, f"{path}, as the model reads it")
+    if not is_nifti(paths[0]):
+        return
     header = _open(paths[0], stacked=True)
-    if not is_nifti(paths[0]) or len(header.shape) < 3 or 1 in header.shape[:3]:  # slices have no third spacing
+    if len(header.shape) < 3 or 1 in header.shape[:3]:  # slices have no third spacing
         return
     expected = np.sort(np.linalg.norm(header.affine[:3, :3], axis=0))
     if not np.allclose(np.sort(spacing_mm), expected, rtol=0.01):

@@ -133,7 +133,7 @@ def listed_cases(
                 f"{source} names {name}, relative to the data set's folder in nnUNet_raw; set that variable, or name "
                 "the dataset.json in that folder with -i"
             )
-        return Path(os.path.abspath((root or Path()) / expanded))
+        return expanded if expanded.is_absolute() else Path(os.path.abspath((root or Path()) / expanded))
 
     found: list[CaseFiles] = []
     problems: list[CaseProblem] = []
