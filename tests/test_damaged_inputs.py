@@ -245,16 +245,16 @@ def test_cases_that_a_dataset_json_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
-        ({"images": "a.nii.gz", "label": "b"}, "dataset.a.images: Input should be a valid list"),
-        ({"images": [], "label": "b"}, "dataset.a.images: List should have at least 1 item"),
-        ({"images": ["a"]}, "dataset.a.label: Field required"),
-        (None, "dataset.a: Input should be"),
+        ({"images": "a.nii.gz", "label": "b"}, ": dataset.a.images is 'a.nii.gz': input should be a valid list"),
+        ({"images": [], "label": "b"}, ": dataset.a.images is []: list should have at least 1 item"),
+        ({"images": ["a"]}, " is without 'dataset.a.label'"),
+        (None, ": dataset.a is None: input should be"),
     ],
 )
 def test_entries_of_a_dataset_json_that_are_none(tmp_path, entry, text):
     with pytest.raises(UserError) as caught:
         listed_cases(dataset_json(tmp_path, a=entry), tmp_path, channels={1})
-    assert f"{tmp_path / 'dataset.json'}: {text}" in str(caught.value) and "an entry is" in str(caught.value)
+    assert f"{tmp_path / 'dataset.json'}{text}" in str(caught.value) and "an entry is" in str(caught.value)
 
 
 def test_where_cases_may_come_from(tmp_path):

@@ -7,12 +7,13 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field
 
 from ima_seg.cases.check import listed
 from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
 from ima_seg.files import read_json
+from ima_seg.validation import validated
 
 #: Endings of files that hold volumes, and of those that hold slices or are mere pictures beside volumes.
 VOLUMES = (
@@ -97,6 +98,10 @@ class _Entry(BaseModel):
     label: str
 
 
+class _Listing(BaseModel):
+    dataset: dict[str, _Entry]
+
+
 def listed_cases(
     source: Path, root: Path | None, *, channels: Collection[int], limit: int | None = None
 ) -> tuple[list[CaseFiles], list[CaseProblem]]:
@@ -117,14 +122,8 @@ def listed_cases(
     contents = read_json(source, missing=f"does not exist; {remedy}", remedy=remedy)
     if "dataset" not in contents:
         raise UserError(f'{source} names no files (it has no "dataset"); {remedy}')
-    try:
-        entries = TypeAdapter(dict[str, _Entry]).validate_python(contents["dataset"])
-    except ValidationError as error:
-        place, message = error.errors()[0]["loc"], error.errors()[0]["msg"]
-        raise UserError(
-            f'{source}: {".".join(map(str, ("dataset", *place)))}: {message}; an entry is "CASE": {{"images": [one '
-            'file per channel], "label": file}'
-        ) from None
+    form = 'an entry is "CASE": {"images": [one file per channel], "label": file}'
+    entries = validated(_Listing, contents, source=source, remedy=form).dataset
 
     def path(name: str) -> Path:
         expanded = Path(os.path.expandvars(name))
