@@ -1,6 +1,8 @@
 """NIfTI headers with any byte changed: refused in one line, or read alike by the check and by nnU-Net's readers."""
 
+import gzip
 import struct
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -105,6 +107,50 @@ def test_any_byte_of_the_header(files):
                 right += 1
         path.write_bytes(whole)
     assert stopped > 40 and kept > 3 and right > 500  # every way is taken
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, -(2**31), -8, 0, 8, 40])
+def test_extensions_of_any_size(files, size):
+    """They lie between header and voxels, 16 bytes here, and say how long they are."""
+    path = files.images[0]
+    whole = path.read_bytes()
+    data = bytearray(whole[:352] + struct.pack("<ii", size, 6) + bytes(8) + whole[352:])
+    struct.pack_into("<f", data, 108, 368)
+    data[348] = 1
+    path.write_bytes(data)
+    message = refused(files)
+    assert message is None or f"{path} ({len(data)} bytes) cannot be read" in message
+
+
+def test_gzip_under_the_wrong_name(files):
+    plain, packed = files.images[0], files.images[0].with_suffix(".nii.gz")
+    data = plain.read_bytes()
+    packed.write_bytes(data)
+    assert f"{packed} ({len(data)} bytes) cannot be read" in refused(replace(files, images=(packed,)))
+    plain.write_bytes(gzip.compress(data))
+    assert f"{plain} ({plain.stat().st_size} bytes) cannot be read" in refused(files)
+    packed.write_bytes(gzip.compress(data))
+    assert refused(replace(files, images=(packed,))) is None
+    capital = packed.rename(packed.with_name("CASE_0000.NII.GZ"))
+    assert refused(replace(files, images=(capital,))) is None
+    capital.write_bytes(capital.read_bytes()[:-6])
+    assert "cannot be read" in refused(replace(files, images=(capital,)))
+
+
+def test_pairs_of_header_and_voxels(files, tmp_path):
+    values = np.arange(200_000, dtype=np.int16).reshape(50, 50, 80)
+    nib.save(nib.Nifti1Pair(values, AFFINE), tmp_path / "pair.hdr")
+    nib.save(nib.Nifti1Image((values % 3).astype(np.uint8), AFFINE), files.label)
+    for ending in (".hdr", ".img"):
+        assert refused(replace(files, images=(tmp_path / f"pair{ending}",))) is None
+    (tmp_path / "pair.img").write_bytes(b"few")
+    for ending in (".hdr", ".img"):
+        assert "cannot be read" in refused(replace(files, images=(tmp_path / f"pair{ending}",)))
+
+
+def test_more_than_this_machine_has(files, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 10)
+    assert f"{files.label} does not fit into memory" in refused(files)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 347, 348, 352, 353, -1])

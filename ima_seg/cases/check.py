@@ -215,6 +215,7 @@ def _open_itk(path: Path) -> tuple[_Header, str]:
     affine = np.eye(dimension + 1)
     affine[:-1, :-1] = np.reshape(handle.GetDirection(), (dimension, dimension)) * np.asarray(handle.GetSpacing())
     affine[:-1, -1] = handle.GetOrigin()
+    affine[:2] *= -1  # ITK's axes point to left and back, NIfTI's to right and front
     complex_ids = (SimpleITK.sitkComplexFloat32, SimpleITK.sitkComplexFloat64)
     components = handle.GetNumberOfComponents()
     kind = "complex" if handle.GetPixelID() in complex_ids else f"{components}-component" if components > 1 else ""

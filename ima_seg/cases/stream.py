@@ -63,7 +63,7 @@ def require_room(path: Path, claimed: int) -> None:
         MemoryError: this machine cannot.
     """
     name, size = path.name.lower(), path.stat().st_size
-    if name.endswith((".mhd", ".nhdr")):  # the voxels lie in a file beside it
+    if name.endswith((".mhd", ".nhdr", ".hdr")):  # the voxels lie in a file beside it
         size = sum(file.stat().st_size for file in path.parent.iterdir() if file.name.startswith(path.stem))
     most = size * (1 if name.endswith(".nii") else _EXPANSION_TIFF if ".tif" in path.suffix.lower() else _EXPANSION)
     if claimed > most:
