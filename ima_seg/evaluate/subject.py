@@ -111,3 +111,6 @@ class Model(Loaded, Protocol):
 
     def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> Case:
         """Read and pre-process a case."""
+
+    def training_cases(self, images: Path) -> dict[str, str] | None:
+        """Case id -> how it is known to the training, ``images`` being evaluated; ``None`` where nothing tells."""

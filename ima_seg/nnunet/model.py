@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class LoadedFolder:
         trainer: name of the trainer class.
         folds: names of the folds.
         ima: our state in the first fold's checkpoint; ``None`` for other trainers.
+        ledgers: fold -> the same of each fold that has it.
         previous_stage: folder with the previous stage's segmentations, of a cascade.
     """
 
@@ -53,6 +54,7 @@ class LoadedFolder:
     files: list[Path]
     folds: list[str]
     ima: dict[str, Any] | None
+    ledgers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     previous_stage: Path | None = None
 
     @property

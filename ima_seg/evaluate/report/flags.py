@@ -93,6 +93,12 @@ SENTENCES = {
         "All {number} folders have equal versions and devices.",
         "There is only one run.json.",
     ),
+    "No case is of the training set": (
+        "{share} cases have the ids of cases that a model was trained on, or that lie in its training set; their "
+        "numbers say little about new cases",
+        "None of {total} cases is known to be of a model's training set.",
+        "Nothing tells which cases the models were trained on.",
+    ),
     "Enough cases": ("Intervals are wide", "{number}.", ""),
     "All cases are complete": (
         "Records are missing in {share} pairs of case and model",
@@ -274,6 +280,17 @@ def _same_versions(evaluation: Evaluation) -> _Found:
     return _Found(len(evaluation.others), list(different), str(len(evaluation.others) + 1))
 
 
+def _leaks(evaluation: Evaluation) -> _Found:
+    known: dict[str, list[str]] = defaultdict(list)
+    models = [model for run in (evaluation.run, *evaluation.others) for model in run.models]
+    for model in models:
+        for case, reason in (model.training_cases or {}).items():
+            known[case].append(f"{model.name}: {reason}")
+    told = any(model.training_cases is not None for model in models)
+    bad = [f"{case} ({', '.join(dict.fromkeys(reasons))})" for case, reasons in known.items()]
+    return _Found(len(evaluation.run.cases) if told else 0, bad)
+
+
 def _enough_cases(summary: Summary) -> _Found:
     n = min((c.n for c in summary.conditions if c.kind == "clean"), default=0)
     few = [f"{n} cases, and {FEW_CASES} or more are needed to rank models"] if n < FEW_CASES else []
@@ -305,6 +322,7 @@ def check(evaluation: Evaluation, summary: Summary) -> list[Flag]:
             evaluation.duplicates, [", ".join(map(str, key[:3])) for key in evaluation.differing]
         ),
         "All parts ran on the same software and device": _same_versions(evaluation),
+        "No case is of the training set": _leaks(evaluation),
         "Enough cases": _enough_cases(summary),
         "All cases are complete": _complete(summary),
         "No case failed": _Found(summary.cases, list(dict.fromkeys(f.case for f in evaluation.failures))),
