@@ -15,10 +15,10 @@ import torch
 from ima_seg.attacks.network import full_precision
 from ima_seg.attacks.tiling import Tiling
 from ima_seg.cases.check import check_prepared, check_read, check_segmentation
-from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, intensity_range, padding, warn_of_padding
+from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, intensity_range
 from ima_seg.errors import UserError
 from ima_seg.nnunet.model import LoadedFolder
-from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, channel_scales
+from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, before_clipping, channel_scales
 from ima_seg.types import Target
 
 #: No volume has voxels so many times larger or smaller than those of the training.
@@ -39,9 +39,7 @@ def read_case(model: LoadedFolder, case: str, images: Sequence[Path], label: Pat
         raise UserError(f"{label} has the shape {reference.shape[1:]}, its image {image.shape[1:]}; they must be equal")
     check_read(CaseFiles(case, tuple(images), label), image, properties["spacing"])
     _require_usual_spacing(model, images[0], properties["spacing"])
-    raw = RawCase(case, image.astype(np.float32, copy=False), properties, np.rint(reference[0]).astype(np.int16))
-    warn_of_padding(raw)
-    return raw
+    return RawCase(case, image.astype(np.float32, copy=False), properties, np.rint(reference[0]).astype(np.int16))
 
 
 @contextmanager
@@ -266,11 +264,7 @@ def prepare_case(
     for index, scale in enumerate(scales):
         if scale.bounds is None:
             continue
-        unclipped = (cropped[index : index + 1] - scale.shift) / scale.scale
-        if padding(cropped[index]) is not None:
-            # As far out as no budget reaches: from 1e36 the interpolation would reach into the body.
-            width = scale.bounds[1] - scale.bounds[0]
-            unclipped = np.clip(unclipped, scale.bounds[0] - 10 * width, scale.bounds[1] + 10 * width)
+        unclipped = before_clipping(cropped[index : index + 1], scale)
         if resampled:
             unclipped = _resample(model, properties, unclipped, data.shape[1:])
             extra.append(data[index] - np.clip(unclipped[0], *scale.bounds))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ima_seg.cases.raw import FloatArray
+from ima_seg.cases.raw import FloatArray, padding
 from ima_seg.errors import UserError
 
 #: As in nnU-Net's normalisation schemes.
@@ -39,6 +39,18 @@ class ChannelScale:
     scale: float
     bounds: tuple[float, float] | None = None  # network units
     masked: bool = False
+
+
+def before_clipping(channel: FloatArray, scale: ChannelScale) -> FloatArray:
+    """A ``channel`` of original intensities in network units, whose :func:`~ima_seg.cases.raw.padding` lies near.
+
+    Padding goes as far out as no budget reaches: from 1e36 a resampling would reach into the body.
+    """
+    values: FloatArray = (channel - scale.shift) / scale.scale
+    if scale.bounds is None or padding(channel) is None:
+        return values
+    low, high = scale.bounds
+    return np.clip(values, low - 10 * (high - low), high + 10 * (high - low))
 
 
 def channel_scales(
