@@ -48,12 +48,16 @@ class RawCase:
         image: (C, Z, Y, X) float32.
         properties: ``spacing`` along (Z, Y, X) in mm, and whatever else the reader's model needs to write it.
         reference: (Z, Y, X) label map.
+        limits: (C, 2) lowest and highest intensity that files of its kind can hold; None: any.
+        colour: whether its channels are red, green and blue of one picture.
     """
 
     case: str
     image: npt.NDArray[np.float32]
     properties: dict[str, Any]
     reference: LabelArray
+    limits: FloatArray | None = None
+    colour: bool = False
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

@@ -148,6 +148,10 @@ class BundleCase:
         values = onto(delta.detach().float().cpu(), self._affine(), self.affine, shape)
         return values.numpy().transpose(0, 3, 2, 1) * self.scale.reshape(-1, 1, 1, 1)
 
+    def within(self, perturbed: torch.Tensor) -> torch.Tensor:
+        """Adversarial files of bundles hold any number."""
+        return perturbed
+
     def from_native(self, delta: FloatArray) -> torch.Tensor:
         """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
         assert self.scale is not None
