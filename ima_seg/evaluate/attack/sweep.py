@@ -288,4 +288,5 @@ class Sweep:
             rms=float(np.sqrt(np.square(change).sum() / (len(change) * case.image_voxels))),
             linf=float(np.abs(change).max()),
             resampled=case.resampled,
+            rounded=case.raw.limits is not None and bool(np.isfinite(case.raw.limits).all()),
         )

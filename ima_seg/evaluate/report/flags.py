@@ -240,24 +240,29 @@ def _budget(records: Sequence[Record]) -> _Found:
     return _largest(ratios, 1 + 1e-3, "%.4f")
 
 
+def _same_numbers(disk: Disk) -> bool:
+    """Whether the file can hold the very perturbation that was found."""
+    return not (disk.resampled or disk.rounded)
+
+
 def _disk_size(records: Sequence[Record]) -> _Found:
     errors = [
         (100 * abs(_size(r, r.disk) / size - 1), r)
         for r in records
-        if r.disk is not None and not r.disk.resampled and r.size is not None and (size := _size(r, r.size))
+        if r.disk is not None and _same_numbers(r.disk) and r.size is not None and (size := _size(r, r.size))
     ]
     return _largest(errors, 1.0, "%.2f %%")
 
 
 def _disk_dice(records: Sequence[Record]) -> _Found:
     saved = [(r, r.disk) for r in records if r.disk is not None]
-    resampled = sum(disk.resampled for _, disk in saved)
+    others = sum(not _same_numbers(disk) for _, disk in saved)
     errors = [
         (abs(disk.dice - r.dice), r)
         for r, disk in saved
-        if not disk.resampled and disk.dice is not None and r.dice is not None
+        if _same_numbers(disk) and disk.dice is not None and r.dice is not None
     ]
-    note = f"; {resampled} records of resampled images are not compared" if resampled else ""
+    note = f"; {others} records of images that were resampled or rounded are not compared" if others else ""
     return _largest(errors, TOLERANCE, "%.4f", note)
 
 
