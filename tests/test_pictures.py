@@ -40,13 +40,14 @@ def eyes(tmp_path_factory):
     return make_model(root / "model", images, labels), images, labels
 
 
-@pytest.fixture
-def saved(eyes, tmp_path):
+@pytest.fixture(scope="module")
+def saved(eyes, tmp_path_factory):
     """An evaluation of one case with saved files."""
+    out = tmp_path_factory.mktemp("saved")
     settings = {"limit": 1, "attacks": ["pgd", "gaussian"], "eps": [1.0], "save_adversarial": True}
-    records, failures = run(*eyes, tmp_path / "out", corruptions=["blur", "low_resolution", "gamma"], **settings)
+    records, failures = run(*eyes, out, corruptions=["blur", "low_resolution", "gamma"], **settings)
     assert not failures and {r["attack"] for r in records} >= {"clean", "pgd", "gaussian", "corruption:gamma"}
-    return tmp_path / "out", records
+    return out, records
 
 
 def test_colours_are_evaluated_and_saved_as_such(eyes, saved):
@@ -180,8 +181,9 @@ def test_values_that_the_normalisation_of_colours_does_not_take(tmp_path):
     images, labels = make_pictures(tmp_path, **options)
     model = make_model(tmp_path / "model", images, labels, ending=".tif", names=["rgb_to_0_1"], steps=0,
                        scheme="RGBTo01Normalization")  # fmt: skip
-    records, (failure,) = run(model, images, labels, tmp_path / "out")
-    assert not records and "nnU-Net demands 0 to 255; correct the image" in failure["message"]
+    (files,), _ = load_model(model).find_cases(images, labels)
+    with pytest.raises(UserError, match="from 0 to 3000.*nnU-Net demands 0 to 255; correct the image"):
+        load_model(model).prepare(files)
 
 
 def test_margins_in_native_units(eyes):

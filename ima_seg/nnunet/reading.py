@@ -61,7 +61,8 @@ def read_image(plans: Any, files: Sequence[Path], *, channels: int) -> ImageFile
         )
     limits = picture_limits(pixels, channels) if pictures else None
     colour = pictures and len(files) == 1 and channels == 3
-    return ImageFile(values.astype(np.float32, copy=False), properties, limits, colour)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused by those who know the case
+        return ImageFile(values.astype(np.float32, copy=False), properties, limits, colour)
 
 
 def read_label(plans: Any, file: Path) -> tuple[npt.NDArray[Any], dict[str, Any]]:
