@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import sys
 import types
@@ -71,6 +72,16 @@ def test_missing_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match=r'not installed.*pip install "nnunetv2>=2.8,<2.9"'):
         check_nnunet_version()
+
+
+def test_monais_wrapper_is_noted_where_it_calls_nnunet_in_the_old_way() -> None:
+    from monai.apps.nnunet import nnunet_bundle
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    old = "configuration_manager.network_arch_class_name" in inspect.getsource(nnunet_bundle.ModelnnUNetWrapper)
+    new = next(iter(inspect.signature(nnUNetTrainer.build_network_architecture).parameters)) == "plans_manager"
+    noted = [finding for finding in doctor.examine() if finding.name == "nnunet_bundle"]
+    assert len(noted) == (old and new) and all(finding.state == "note" for finding in noted)
 
 
 def test_fine_environment_gives_zero(folders: Path, trainers: type, monkeypatch: pytest.MonkeyPatch) -> None:

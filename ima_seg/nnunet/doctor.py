@@ -96,6 +96,24 @@ def _versions() -> Iterator[Finding]:
         found, _, remedy = str(error).partition("; ")
         yield Finding("nnU-Net", found, "wrong", remedy)
     yield _version_of("monai", 'pip install "monai>=1.4"')
+    yield from _wrapper()
+
+
+def _wrapper() -> Iterator[Finding]:
+    """MONAI's bundles of nnU-Net models build the network as nnU-Net before 2.8 did, which took other arguments."""
+    monai, nnunet = importlib.util.find_spec("monai"), importlib.util.find_spec("nnunetv2")
+    if monai is None or monai.origin is None or nnunet is None or nnunet.origin is None:
+        return
+    wrapper = Path(monai.origin).parent / "apps" / "nnunet" / "nnunet_bundle.py"
+    trainer = Path(nnunet.origin).parent / "training" / "nnUNetTrainer" / "nnUNetTrainer.py"
+    sources = [file.read_text(encoding="utf-8") if file.is_file() else "" for file in (wrapper, trainer)]
+    texts = ["".join(source.split()) for source in sources]
+    calls = ("build_network_architecture(configuration_manager.", "build_network_architecture(plans_manager")
+    if all(call in text for call, text in zip(calls, texts, strict=True)):
+        value = (
+            "MONAI's wrapper of nnU-Net models (monai.apps.nnunet) does not work with this nnU-Net; use nnU-Net itself"
+        )
+        yield Finding("nnunet_bundle", value, "note")
 
 
 def _version_of(distribution: str, remedy: str) -> Finding:
