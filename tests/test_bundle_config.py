@@ -88,7 +88,7 @@ def truncate(folder):
 BAD = {
     "no metadata": (lambda f: (f / "configs" / "metadata.json").unlink(), {}, "metadata.json does not exist"),
     "no config": (lambda f: (f / "configs" / "inference.json").unlink(), {}, "has no configs/inference.json"),
-    "half a config": (lambda f: (f / "configs" / "inference.json").write_text('{"a": '), {}, "cannot be built"),
+    "half a config": (lambda f: (f / "configs" / "inference.json").write_text('{"a": '), {}, "not valid JSON"),
     "no weights": (lambda f: (f / "models" / "model.pt").unlink(), {}, "model.pt does not exist"),
     "other weights": (lambda f: torch.save({"a": torch.ones(2)}, f / "models" / "model.pt"), {}, "does not fit"),
     "no state": (lambda f: torch.save([torch.ones(2)], f / "models" / "model.pt"), {}, "holds list"),

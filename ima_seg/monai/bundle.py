@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.monai.config import Parts, data_format, is_single_ct, load_parts, read_metadata
+from ima_seg.monai.config import data_format, is_single_ct, load_parts, read_metadata
 from ima_seg.monai.model import LoadedBundle
+from ima_seg.monai.steps import Output, check_steps, image_key, output_of
 from ima_seg.types import Labels
-from ima_seg.weights import load_tensors
+from ima_seg.weights import load_tensors, strip_prefixes
 
 if TYPE_CHECKING:  # it imports MONAI, which takes seconds
     from ima_seg.monai.case import BundleCase
-
-Output = Literal["softmax", "sigmoid"]
 
 #: Under which a checkpoint may hold the weights, beside lying there openly.
 _KEYS = ("model", "network", "state_dict", "model_state_dict", "net")
@@ -34,10 +33,6 @@ class BundleModel(LoadedBundle):
         from ima_seg.monai.case import prepare_case
 
         return prepare_case(self, files)
-
-    def training_cases(self, images: Path) -> dict[str, str] | None:
-        """Nothing in a bundle tells."""
-        return None
 
 
 def load_bundle(
@@ -68,18 +63,26 @@ def load_bundle(
     parts = load_parts(root, device=place, trust=trust)
     if checkpoint is not None:
         parts = replace(parts, weights=root / "models" / checkpoint)
+    elif not trust and not parts.weights.resolve().is_relative_to(root):
+        raise UserError(
+            f"{parts.config}: the weights are outside the bundle, {parts.weights.resolve()}; name a file of its folder "
+            "models with -chk, or copy the bundle with what its links lead to (cp -rL); if you trust it, pass "
+            "--trust-checkpoint"
+        )
     _load_weights(parts.network, parts.weights, trust=trust)
     parts.network.to(place).eval().requires_grad_(False)
-    sigmoid = (output or _output(parts)) == "sigmoid"
+    sigmoid = (output or output_of(parts)) == "sigmoid"
     outputs, classes = _classes(metadata, {name: tuple(v) for name, v in (labels or {}).items()}, root, sigmoid=sigmoid)
     image = data_format(metadata, "inputs", "image")
     count, names = _count(image, root) or 1, image.get("channel_def")
+    key = image_key(parts)
+    check_steps(parts, channels=count)
     names = names if isinstance(names, dict) else {}
     return BundleModel(
         **vars(parts),
         folder=root,
         title=f"{metadata.get('name') or root.name} {metadata.get('version') or 'without version'}",
-        image_key=_image_key(parts),
+        image_key=key,
         labels=Labels(outputs=outputs, regions=sigmoid),
         classes=classes,
         channels=[str(names.get(str(index), f"channel {index}" if count > 1 else "image")) for index in range(count)],
@@ -95,49 +98,13 @@ def _count(format_: Mapping[str, Any], root: Path) -> int | None:
     return count
 
 
-def _image_key(parts: Parts) -> str:
-    """The key of the one image that the first transform reads."""
-    from monai.transforms import LoadImaged, RandomizableTrait
-
-    steps = parts.preprocessing.transforms
-    keys = list(getattr(steps[0], "keys", ())) if steps and isinstance(steps[0], LoadImaged) else []
-    if len(keys) != 1:
-        raise UserError(
-            f"{parts.config}: the first transform of 'preprocessing' must be LoadImaged with the key of one image; it "
-            f"is {type(steps[0]).__name__ if steps else 'missing'} with the keys {keys}"
-        )
-    steps = parts.preprocessing.flatten().transforms
-    if random := [type(step).__name__ for step in steps if isinstance(step, RandomizableTrait)]:
-        raise UserError(f"{parts.config}: {', '.join(random)} in 'preprocessing' is random; inference must not be")
-    return str(keys[0])
-
-
-def _output(parts: Parts) -> Output:
-    """How outputs are read: the activation, or else the discretisation, of the post-processing."""
-    steps = parts.postprocessing.flatten().transforms
-
-    def has(attribute: str) -> bool:
-        values = [getattr(step, attribute, None) for step in steps]
-        return any(v not in (None, False) for value in values if isinstance(value, tuple | list) for v in value)
-
-    for softmax, sigmoid in (("softmax", "sigmoid"), ("argmax", "threshold")):
-        if has(softmax) != has(sigmoid):
-            return "softmax" if has(softmax) else "sigmoid"
-        if has(softmax):
-            break
-    raise UserError(
-        f"{parts.config}: 'postprocessing' does not tell whether outputs are read by softmax or by sigmoid; say it "
-        "with --bundle-output"
-    )
-
-
 def _classes(
     metadata: Mapping[str, Any], given: dict[str, tuple[int, ...]], root: Path, *, sigmoid: bool
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Number of outputs, and foreground class -> label values in their order."""
     format_ = data_format(metadata, "outputs", "pred")
     path = root / "configs" / "metadata.json"
-    definition = format_.get("channel_def")
+    definition = format_.get("channel_def") or format_.get("label_def")  # both are in use, with the same contents
     if not definition:
         if not given:
             raise UserError(
@@ -183,6 +150,8 @@ def _load_weights(network: nn.Module, file: Path, *, trust: bool) -> None:
         state = next((state[key] for key in _KEYS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict):
         raise UserError(f"{file} holds {type(state).__name__}, not the weights of a network (a state_dict)")
+    if not state.keys() <= network.state_dict().keys():
+        state = strip_prefixes(state)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:

@@ -17,7 +17,16 @@ from torch import nn
 
 from ima_seg.attacks.network import full_precision
 from ima_seg.cases.check import check_prepared, check_read
-from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, only_turned, same_grid, shifted
+from ima_seg.cases.raw import (
+    CaseFiles,
+    FloatArray,
+    LabelArray,
+    RawCase,
+    only_turned,
+    same_grid,
+    shifted,
+    warn_of_padding,
+)
 from ima_seg.errors import UserError
 from ima_seg.monai.model import LoadedBundle
 from ima_seg.monai.units import native_units, onto
@@ -148,10 +157,6 @@ class BundleCase:
         values = onto(delta.detach().float().cpu(), self._affine(), self.affine, shape)
         return values.numpy().transpose(0, 3, 2, 1) * self.scale.reshape(-1, 1, 1, 1)
 
-    def within(self, perturbed: torch.Tensor) -> torch.Tensor:
-        """Adversarial files of bundles hold any number."""
-        return perturbed
-
     def from_native(self, delta: FloatArray) -> torch.Tensor:
         """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
         assert self.scale is not None
@@ -219,12 +224,14 @@ def prepare_case(model: LoadedBundle, files: CaseFiles) -> BundleCase:
     affine = np.asarray(label.affine, np.float64)
     # The reader that the bundle names may take its header differently.
     check_read(files, channels, np.linalg.norm(np.asarray(image.affine, np.float64)[:3, :3], axis=0).tolist())
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
     raw = RawCase(
         files.case,
         np.ascontiguousarray(channels.transpose(0, 3, 2, 1), np.float32),
-        {"spacing": np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()},
+        {"spacing": [float(value) for value in spacing]},
         np.ascontiguousarray(reference.transpose(2, 1, 0)),
     )
+    warn_of_padding(raw)
     return _prepare(model, raw, loaded, affine)
 
 
@@ -237,7 +244,7 @@ def _prepare(model: LoadedBundle, raw: RawCase, loaded: dict[str, Any], affine: 
         found = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
         raise UserError(
             f"{raw.case}: the pre-processing of {model.folder} gives {found}; expected a MetaTensor "
-            f"({len(model.channels)}, X, Y, Z)"
+            f"({len(model.channels)}, X, Y, Z), whose first axis EnsureChannelFirstd makes"
         )
     device = next((parameter.device for parameter in model.network.parameters()), torch.device("cpu"))
     grid, original = np.asarray(image.affine, np.float64), raw.reference.shape[::-1]

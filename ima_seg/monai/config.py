@@ -1,39 +1,31 @@
 """A bundle's config: the parts that inference needs, built without running code of the bundle's own.
 
 ``_target_`` and ``$`` expressions can run any Python. Unless the bundle is trusted, only what inference needs is looked
-at (so that no import statement runs): targets must be networks, transforms or inferers of ``monai`` or layers of
-``torch.nn``, and expressions of the few plain kinds that bundles are full of, such as ``$@network_def.to(@device)``.
+at (so that no import statement runs), and built of what only computes, by :mod:`ima_seg.monai.untrusted`.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import pydoc
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ima_seg.errors import UserError
 from ima_seg.files import read_json
+from ima_seg.monai.configfile import Refused, find_config, read_config, shown
 
-_CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
-_FUNCTIONS = {"abs", "bool", "dict", "float", "int", "len", "list", "max", "min", "range", "round", "str", "sum",
-              "tuple"}  # fmt: skip
-_LIBRARY_FUNCTIONS = {"torch.device", "torch.cuda.is_available", "os.path.join"}
-_METHODS = {"eval", "to"}
-_PLAIN = (
-    ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.List, ast.Tuple, ast.Dict,
-    ast.Subscript, ast.Slice, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context,
-)  # fmt: skip
-#: Stands for an ``@reference`` in a parsed expression; the name under which the weights' path is resolved.
-_REFERENCE, _WEIGHTS = "ima_seg_reference", "ima_seg_weights"
+#: Under which the path of the weights is resolved.
+_WEIGHTS, _DEFAULT_WEIGHTS = "ima_seg_weights", "models/model.pt"
+#: MONAI's wrapper around a predictor of nnU-Net, as configs write it.
+_WRAPPER = re.compile(r"monai\.apps\.nnunet|get_nnunet_monai_predictor|ModelnnUNetWrapper")
+_SAVERS = re.compile(r"(^|\.)(SaveImage|SaveClassification|WriteFileMapping)(d|D|Dict)?$")
 
 
 @dataclass(frozen=True)
@@ -77,47 +69,84 @@ def load_parts(root: Path, *, device: torch.device, trust: bool) -> Parts:
     """Build network, transforms and inferer of a bundle.
 
     In its config, ``root`` takes the place of ``bundle_root`` and ``device`` that of ``device``. If it is trusted
-    (``trust``), it runs what it likes, with modules of the bundle.
+    (``trust``), it runs what it likes, with modules of the bundle. Savers of the post-processing are left out.
 
     Raises:
-        UserError: a file or part is missing or cannot be built, or it would run code while ``trust`` is not set.
+        UserError: a file or part is missing or cannot be built, or it would run code, write files or read others than
+            its own while ``trust`` is not set.
     """
-    from monai.bundle import ConfigParser
-
-    file = next((found for name in _CONFIGS if (found := root / "configs" / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{root} has no configs/{', '.join(_CONFIGS)}; name the folder of a MONAI bundle")
+    file = find_config(root)
     with _reporting(file, "it"):
-        parser = ConfigParser(globals={"os": "os"})
-        parser.read_config(str(file))
-        parser.resolve_macro_and_relative_ids()
-        config = dict(parser.get())
-    config |= {"bundle_root": str(root.resolve()), "device": device, _WEIGHTS: _weights_item(config, root)}
-    network = "network" if "network" in config else "network_def"
-    wanted = [network, "preprocessing", "postprocessing", "inferer", _WEIGHTS]
-    if missing := [name for name in wanted if config.get(name) is None]:
+        contents = read_config(file)
+    if wrapper := next((text for _, text in _items(contents) if isinstance(text, str) and _WRAPPER.search(text)), None):
+        raise UserError(
+            f"{file} wraps an nnU-Net model, {shown(wrapper)}, by its predictor, which computes without gradients and "
+            "cannot be attacked; evaluate the nnU-Net model itself, -m with the folder that has its plans.json"
+        )
+    network = "network" if "network" in contents else "network_def"
+    wanted = [network, "preprocessing", "postprocessing", "inferer"]
+    if missing := [name for name in wanted if contents.get(name) is None]:
         raise UserError(
             f"{file} has no {', '.join(repr(name) for name in missing)}; bundles name these so, rename yours"
         )
-    config["postprocessing"] = _without_saving(config["postprocessing"])
-    if not trust:
-        config = {name: config[name] for name in _reachable(config, wanted) if name in config}
-        for part in config.values():
-            _refuse_code(part, parser, file)
-    parser.set(config)
+    contents |= {"bundle_root": str(root), "device": device}
+    with _reporting(file, "it"):
+        build = _by_monai(file, contents) if trust else _by_us(file, contents, root, device)
     built = {}
     with _modules_of(root) if trust else contextlib.nullcontext():
-        for name in wanted:
+        for name in (*wanted, _WEIGHTS):
             with _reporting(file, repr(name)):
-                built[name] = parser.get_parsed_content(name)
+                built[name] = build(name)
     if not isinstance(built[network], nn.Module):
         kind = type(built[network]).__name__
         raise UserError(f"{file}: {network!r} is {kind}, not a torch.nn.Module; a scripted network cannot be attacked")
     for name in ("preprocessing", "postprocessing"):
         if not hasattr(built[name], "transforms"):
             raise UserError(f"{file}: {name!r} is {type(built[name]).__name__}; it must be a Compose of transforms")
-    weights = root.resolve() / str(built[_WEIGHTS])
+    weights = root / str(built[_WEIGHTS])
     return Parts(built[network], built["preprocessing"], built["postprocessing"], built["inferer"], weights, file)
+
+
+def _by_us(file: Path, contents: Mapping[str, Any], root: Path, device: torch.device) -> Callable[[str], Any]:
+    """What builds the items of a bundle that is not trusted."""
+    from ima_seg.monai.allowed import leads_out
+    from ima_seg.monai.untrusted import UntrustedConfig, unsaved
+
+    for read in (file, file.with_name("metadata.json")):
+        if leads_out(str(read), root):
+            raise Refused(f"would read {read.resolve()} in the place of its {read.name}, by a link")
+    if odd := next((key for key in contents if str(key).startswith("+") or re.search("#|::", str(key))), None):
+        raise UserError(
+            f"{file}: the key {shown(odd)} is for several configs in one; write it into the item that it changes"
+        )
+    config = UntrustedConfig(contents, root=root, device=device)
+    loader = _loader(contents)
+
+    def build(name: str) -> Any:
+        if name == _WEIGHTS:
+            return config.get(f"{loader}::load_path") if loader else str(root / _DEFAULT_WEIGHTS)
+        built = config.get(name)
+        if name != "postprocessing" and (left_out := unsaved(built)):
+            raise Refused(f"would write files outside its post-processing, by {left_out[0].name}")
+        return built
+
+    return build
+
+
+def _by_monai(file: Path, contents: Mapping[str, Any]) -> Callable[[str], Any]:
+    """What builds the items of a bundle that is trusted: MONAI's parser."""
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser(globals={"os": "os"})
+    parser.read_config(str(file))
+    parser.resolve_macro_and_relative_ids()
+    config = {**parser.get(), **{key: contents[key] for key in ("bundle_root", "device")}}
+    config["postprocessing"] = _without_saving(config["postprocessing"])
+    loader = _loader(config)
+    config[_WEIGHTS] = parser[f"{loader}::load_path"] if loader else f"{contents['bundle_root']}/{_DEFAULT_WEIGHTS}"
+    parser.set(config)
+    build: Callable[[str], Any] = parser.get_parsed_content
+    return build
 
 
 @contextlib.contextmanager
@@ -125,9 +154,11 @@ def _reporting(file: Path, part: str) -> Iterator[None]:
     """Say which part of a config could not be built; MONAI passes on whatever its components raise."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, Refused):
+            raise UserError(f"{file} {error}; if you trust its origin, pass --trust-checkpoint") from None
         cause: BaseException = error
         while isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
@@ -149,119 +180,26 @@ def _modules_of(root: Path) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def _is_named(item: Any, *names: str) -> bool:
-    """Whether an item of a config is a component of one of these names."""
-    return isinstance(item, dict) and str(item.get("_target_", "")).endswith(names)
+def _loader(config: Mapping[str, Any]) -> str | None:
+    """The id of the first CheckpointLoader with a path."""
+
+    def loads(item: Any) -> bool:
+        return isinstance(item, dict) and str(item.get("_target_")).endswith("CheckpointLoader") and "load_path" in item
+
+    return next((ids for ids, item in _items(config) if loads(item)), None)
 
 
-def _weights_item(config: Any, root: Path) -> Any:
-    """The path that the first CheckpointLoader of a config loads, not yet evaluated."""
-    loader = next((item for item in _items(config) if _is_named(item, "CheckpointLoader")), None)
-    return str(root / "models" / "model.pt") if loader is None else loader.get("load_path")
+def _without_saving(item: Any) -> Any:
+    """Transforms in a config without those that save, at any depth, and so without the folder they would write to."""
+    if isinstance(item, list):
+        kept = [x for x in item if not (isinstance(x, dict) and _SAVERS.search(str(x.get("_target_"))))]
+        return [_without_saving(x) for x in kept]
+    return {key: _without_saving(value) for key, value in item.items()} if isinstance(item, dict) else item
 
 
-def _without_saving(compose: Any) -> Any:
-    """A Compose in a config without SaveImaged, and so without the folder that it would write to."""
-    if not isinstance(compose, dict) or not isinstance(compose.get("transforms"), list):
-        return compose
-    kept = [item for item in compose["transforms"] if not _is_named(item, "SaveImaged", "SaveImageD")]
-    return {**compose, "transforms": kept}
-
-
-def _items(config: Any) -> Iterator[Any]:
-    """``config`` and everything in it."""
-    yield config
-    if isinstance(config, dict | list):
-        for value in config.values() if isinstance(config, dict) else config:
-            yield from _items(value)
-
-
-def _reachable(config: Mapping[str, Any], wanted: list[str]) -> list[str]:
-    """The ids at the top of ``config`` that ``wanted`` need."""
-    from monai.bundle.reference_resolver import ReferenceResolver
-
-    found = list(wanted)
-    for name in found:  # which grows
-        for item in _items(config.get(name)):
-            references = ReferenceResolver.match_refs_pattern(item) if isinstance(item, str) else ()
-            needed = dict.fromkeys(ReferenceResolver.split_id(reference)[0] for reference in references)
-            found += [other for other in needed if other not in found]
-    return found
-
-
-def _refuse_code(part: Any, parser: Any, file: Path) -> None:
-    for item in _items(part):
-        code, plain = item, True
-        if isinstance(item, str) and item.startswith("$"):
-            plain = _is_plain_expression(item)
-        elif isinstance(item, dict) and "_target_" in item:
-            code, mode = item["_target_"], item.get("_mode_", "default")
-            plain = mode in ("default", "callable") and _names_no_code(item) and _is_trusted_target(code, parser)
-        if not plain:
-            raise UserError(
-                f"{file} would run code beyond the networks, transforms and inferers of monai and torch: {code!r}; if "
-                "you trust its origin, pass --trust-checkpoint"
-            )
-
-
-def _names_no_code(item: Mapping[str, Any]) -> bool:
-    """Whether the readers of a transform are MONAI's: it would call whatever else has that name, with any arguments."""
-    from monai.transforms.io.array import SUPPORTED_READERS
-
-    reader = item.get("reader")
-    readers = reader if isinstance(reader, list) else [] if reader is None else [reader]
-    known = all(isinstance(name, str) and name.lower() in SUPPORTED_READERS for name in readers)
-    return known and not {"writer", "merger_cls"} & set(item)
-
-
-def _is_trusted_target(target: Any, parser: Any) -> bool:
-    """Whether a ``_target_`` is a network, transform or inferer of MONAI, or a layer of torch.
-
-    Where a class is defined counts, not where it is found. Other modules of MONAI, such as losses, run downloaded code.
-    """
-    from monai.inferers import Inferer
-    from monai.transforms import Transform
-
-    if not isinstance(target, str):
-        return False
-    module = parser.locator.get_component_module_name(target)
-    module = module[0] if isinstance(module, list) else module
-    name = f"{module}.{target}" if module else target
-    if not name.startswith(("monai.", "torch.nn.")):
-        return False
-    found = pydoc.locate(name)
-    kinds = {"networks": nn.Module, "transforms": Transform, "inferers": Inferer}
-    places = {"torch.nn.": nn.Module, **{f"monai.{package}.": kind for package, kind in kinds.items()}}
-    return isinstance(found, type) and any(
-        issubclass(found, kind) and found.__module__.startswith(place) for place, kind in places.items()
-    )
-
-
-def _is_plain_expression(text: str) -> bool:
-    from monai.bundle.reference_resolver import ReferenceResolver
-
-    source = ReferenceResolver.id_matcher.sub(_REFERENCE, ReferenceResolver.normalize_id(text[1:])).strip()
-    try:
-        return _is_plain(ast.parse(source, mode="eval").body)
-    except (SyntaxError, RecursionError):
-        return False
-
-
-def _is_plain(node: ast.AST) -> bool:
-    """Arithmetic on constants and references, a data type, or a call of one of a few harmless functions."""
-    if isinstance(node, ast.Name):
-        return node.id == _REFERENCE
-    if isinstance(node, ast.Constant):
-        # MONAI puts references into strings too, with quotes of its own.
-        return not (isinstance(node.value, str) and _REFERENCE in node.value)
-    if isinstance(node, ast.Attribute):
-        library, _, name = ast.unparse(node).partition(".")
-        if library in ("np", "numpy"):
-            found = getattr(np, name, None)
-            return isinstance(found, type) and issubclass(found, np.generic)
-        return library == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-    if isinstance(node, ast.Call):
-        function = ast.unparse(node.func)
-        known = function in _FUNCTIONS | _LIBRARY_FUNCTIONS | {f"{_REFERENCE}.{name}" for name in _METHODS}
-        return known and all(map(_is_plain, [*node.args, *(keyword.value for keyword in node.keywords)]))
-    return isinstance(node, _PLAIN) and all(map(_is_plain, ast.iter_child_nodes(node)))
+def _items(item: Any, ids: str = "") -> Iterator[tuple[str, Any]]:
+    """``item`` and everything in it, with their ids."""
+    yield ids, item
+    if isinstance(item, dict | list):
+        for key, inner in item.items() if isinstance(item, dict) else enumerate(item):
+            yield from _items(inner, f"{ids}::{key}" if ids else str(key))
