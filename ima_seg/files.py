@@ -69,10 +69,22 @@ def file_hash(path: Path, kind: str = "sha256") -> str:
 
 
 def read_json(path: Path, *, missing: str, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file, UTF-8.
+    """The object in a JSON file; see :func:`load_json`.
 
     Raises:
-        UserError: there is no such file (the message goes on with ``missing``), or not an object in JSON (``remedy``),
+        UserError: it holds something else, or what :func:`load_json` refuses.
+    """
+    contents = load_json(path, missing=missing, remedy=remedy)
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds no JSON object; {remedy}")
+    return contents
+
+
+def load_json(path: Path, *, missing: str, remedy: str) -> Any:
+    """What a JSON file holds, UTF-8.
+
+    Raises:
+        UserError: there is no such file (the message goes on with ``missing``), or no JSON (``remedy``),
             or one that is too large or nested too deeply to be meant.
     """
     require_regular(path)
@@ -85,9 +97,7 @@ def read_json(path: Path, *, missing: str, remedy: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path} is not valid JSON ({reason}); {remedy}") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds no JSON object; {remedy}")
-    level: list[Any] = [contents]
+    level: list[Any] = [contents] if _holds(contents) else []
     for _ in range(DEEPEST_JSON):  # what is deeper cannot be copied or printed either
         level = [x for item in level for x in (item.values() if isinstance(item, dict) else item) if _holds(x)]
     if level:

@@ -4,6 +4,8 @@ import copy
 import json
 import random
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +87,21 @@ def write_model(folder):
     }  # fmt: skip
     torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
     return folder
+
+
+def write_cases(folder, *names):
+    """CT cases of 10 voxels an edge, for that model; the folders of images and labels."""
+    images, labels = folder / "images", folder / "labels"
+    for path in (images, labels):
+        path.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in names:
+        reference = np.zeros((10, 10, 10), np.uint8)
+        reference[2:6, 2:7, 2:5], reference[6:8, 3:6, 3:6] = 1, 2
+        image = rng.normal(30 * reference, 10).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), images / f"{name}_0000.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(reference, np.eye(4)), labels / f"{name}.nii.gz")
+    return images, labels
 
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"

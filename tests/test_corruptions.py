@@ -167,8 +167,9 @@ def test_movement_does_not_shift_the_image():
 
 
 def test_defaults_fit_the_modality():
-    assert set(default_corruptions(True)) == {"blur", "low_resolution", "dose_noise", "hu_shift"}
-    assert set(default_corruptions(False)) == {*MR_NAMES, "blur", "low_resolution"}
+    assert set(default_corruptions("ct")) == {"blur", "low_resolution", "dose_noise", "hu_shift"}
+    assert set(default_corruptions("any")) == {"blur", "low_resolution"}
+    assert set(default_corruptions("mr")) == {*MR_NAMES, "blur", "low_resolution"}
     assert {item.modality for item in CORRUPTIONS.values()} == {"mr", "ct", "any"}
     assert all(item.description.endswith(".") and item.unit for item in CORRUPTIONS.values())
 

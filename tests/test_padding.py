@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ima_seg.cases.raw import RawCase, intensity_range, padding, warn_of_padding
+from ima_seg.cases.raw import intensity_range, padding, warn_of_padding
 from ima_seg.evaluate.attack.corruptions import CORRUPTIONS, corrupt
 from ima_seg.evaluate.measure.metrics import measure_size
 from ima_seg.nnunet.case import prepare_case
@@ -62,11 +62,10 @@ def test_corruptions_leave_the_padding_alone(name):
 
 def test_case_and_value_are_named(caplog):
     volume, inside = image()
-    raw = RawCase("Müller 1", np.where(inside, volume, LOWEST), {"spacing": [1, 1, 1]}, inside[0])
-    warn_of_padding(raw)
+    warn_of_padding("Müller 1", np.where(inside, volume, LOWEST))
     (message,) = caplog.messages
     assert message.startswith("Müller 1: the image holds -3.40282e+38 in ") and "taken for padding" in message
-    warn_of_padding(replace(raw, image=volume))
+    warn_of_padding("Müller 1", volume)
     assert len(caplog.messages) == 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ima_seg.cases.raw import CaseFiles
+from ima_seg.cases.raw import CaseFiles, warn_of_padding
 from ima_seg.cases.stream import nifti_voxels, reading, require_room, require_whole_stream
 from ima_seg.errors import UserError
 from ima_seg.files import require_regular
@@ -57,7 +57,7 @@ def check_case(
 
 
 def check_read(files: CaseFiles, image: Array, spacing_mm: Sequence[float]) -> None:
-    """Check what a model's own reader made of files that :func:`check_case` accepts.
+    """Check what a model's own reader made of files that :func:`check_case` accepts, and warn of padding.
 
     Args:
         files: the case.
@@ -70,6 +70,7 @@ def check_read(files: CaseFiles, image: Array, spacing_mm: Sequence[float]) -> N
     paths = files.images if len(files.images) == len(image) else files.images[:1] * len(image)
     for path, channel in zip(paths, image, strict=True):
         _require_finite(channel, f"{path}, as the model reads it")
+    warn_of_padding(files.case, image)
     if not is_nifti(paths[0]):
         return
     header = _open(paths[0], stacked=True)

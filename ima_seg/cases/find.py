@@ -30,6 +30,7 @@ def find_cases(
     channels: int,
     endings: Sequence[str],
     one_name: bool = False,
+    one_file: bool = False,
     limit: int | None = None,
 ) -> tuple[list[CaseFiles], list[CaseProblem]]:
     """The complete cases of two folders and the incomplete ones, both sorted by name.
@@ -43,6 +44,7 @@ def find_cases(
         endings: of the files, such as ``.nii.gz``.
         one_name: an image may also be named like its label, as in the Decathlon; it may hold its channels along a
             fourth axis.
+        one_file: the first file of an image may hold all of its channels, as a picture in colour does.
         limit: stop after so many complete cases.
 
     Raises:
@@ -72,7 +74,7 @@ def find_cases(
         if double := [images / name for name in names if name in images_twice] or (case in labels_twice and [label]):
             message = f"{double[0]} is there with two endings ({', '.join(endings)}); remove the file that is not meant"
             problems.append(CaseProblem(case, message))
-        elif case in labelled and names and names in ([case], split):
+        elif case in labelled and names and (names in ([case], split) or (one_file and names == split[:1])):
             found.append(CaseFiles(case, tuple(there[name] for name in names), label))
         elif case in passed:
             problems.append(CaseProblem(case, _other_names(passed[case], endings[0], one_name=one_name)))

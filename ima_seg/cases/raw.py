@@ -48,12 +48,16 @@ class RawCase:
         image: (C, Z, Y, X) float32.
         properties: ``spacing`` along (Z, Y, X) in mm, and whatever else the reader's model needs to write it.
         reference: (Z, Y, X) label map.
+        limits: (C, 2) lowest and highest intensity that files of its kind can hold; None: any.
+        colour: whether its channels are red, green and blue of one picture.
     """
 
     case: str
     image: npt.NDArray[np.float32]
     properties: dict[str, Any]
     reference: LabelArray
+    limits: FloatArray | None = None
+    colour: bool = False
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -86,15 +90,15 @@ def without_padding(channel: FloatArray, *others: FloatArray) -> list[FloatArray
     return [np.where(there, image, nearest(image[there])) for image in (channel, *others)]
 
 
-def warn_of_padding(raw: RawCase) -> None:
-    """Log which value of which case is taken for padding."""
-    for channel, values in enumerate(raw.image):
+def warn_of_padding(case: str, image: FloatArray) -> None:
+    """Log which value of which channel of (C, *S) is taken for padding."""
+    for channel, values in enumerate(image):
         value = padding(values)
         if value is not None:
-            where = f"channel {channel} of " if len(raw.image) > 1 else ""
+            where = f"channel {channel} of " if len(image) > 1 else ""
             _log.warning(
-                f"{raw.case}: {where}the image holds {value:g} in {np.mean(values == value):.1%} of its voxels, far "
-                "from all other values; that is taken for padding, and left out of its intensity range"
+                f"{case}: {where}the image holds {value:g} in {np.mean(values == value):.1%} of its voxels, far from "
+                "all other values; that is taken for padding, and left out of its intensity range"
             )
 
 

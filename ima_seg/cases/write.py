@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from ima_seg.cases.check import is_nifti
 from ima_seg.cases.find import without_ending
+from ima_seg.cases.pictures import difference_name, is_picture, spacing_file, write_picture
 from ima_seg.cases.raw import FloatArray
 from ima_seg.files import replacing
 
@@ -32,7 +34,7 @@ def save_adversarial(
     """Write the adversarial image and the difference of each channel, each in one rename.
 
     Geometry and header are those of the source; the data are float32, or float64 where float32 could not hold the
-    source's values.
+    source's values. Pictures keep their format and dtype: what they cannot hold is rounded and clipped.
 
     Args:
         sources: original image of each channel, or a single one with the channels along its last axis.
@@ -46,11 +48,16 @@ def save_adversarial(
     """
     names = [_name(source, case, index) for index, source in enumerate(sources)]
     images, differences = ([folder / kind / name for name in names] for kind in ("images", "difference"))
+    differences = [path.with_name(difference_name(path)) if is_picture(path) else path for path in differences]
     changes = delta if len(sources) > 1 else [delta]
     for source, change, *paths in zip(sources, changes, images, differences, strict=True):
         for path, add in zip(paths, (True, False), strict=True):
             with replacing(path) as temporary:
                 _write(source, change, temporary, add=add)
+    aside = spacing_file(sources[0])
+    if is_picture(sources[0]) and aside.is_file():
+        with replacing(spacing_file(images[0])) as temporary:
+            shutil.copyfile(aside, temporary)
     return images, differences
 
 
@@ -62,6 +69,9 @@ def _name(source: Path, case: str, index: int) -> str:
 
 
 def _write(source: Path, change: FloatArray, path: Path, *, add: bool) -> None:
+    if is_picture(source):
+        write_picture(source, change.reshape(-1, *change.shape[-3:]), path, add=add)
+        return
     if is_nifti(source):
         import nibabel
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ima_seg.errors import UserError
 
@@ -132,7 +132,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     models = _models(arguments)
     if given.get("corruptions") == []:
-        given["corruptions"] = default_corruptions(_is_ct(next(iter(models.values()))))
+        given["corruptions"] = default_corruptions(_modality(next(iter(models.values()))))
     given["bundle_labels"] = _label_values(arguments.bundle_labels)
     report, failed = evaluate(
         models,
@@ -193,17 +193,21 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     return next((found for found in (trainers, names) if len(set(found)) == len(found)), paths)
 
 
-def _is_ct(folder: Path) -> bool:
-    """Whether all channels of a model are CT."""
+def _modality(folder: Path) -> Literal["mr", "ct", "any"]:
+    """That of a model by its channels; ``any`` by the format of pictures."""
     if (folder / "configs").is_dir():
         from ima_seg.monai.config import is_single_ct, read_metadata
 
-        return is_single_ct(read_metadata(folder))
+        return "ct" if is_single_ct(read_metadata(folder)) else "mr"
+    from ima_seg.cases.pictures import is_picture
     from ima_seg.nnunet.checkpoint import require_model_folder
     from ima_seg.nnunet.dataset import channel_names
     from ima_seg.nnunet.description import read_dataset
 
-    return all(name.lower() == "ct" for name in channel_names(read_dataset(require_model_folder(folder)[1])))
+    description = read_dataset(require_model_folder(folder)[1])
+    if is_picture(Path(f"case{description['file_ending']}")):
+        return "any"
+    return "ct" if all(name.lower() == "ct" for name in channel_names(description)) else "mr"
 
 
 def _list(attacks: bool) -> None:

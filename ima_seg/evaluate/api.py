@@ -113,6 +113,9 @@ def evaluate(
             loaded, settings, cases, images=images, labels=labels, device=place, dtype=dtype, command=command
         )
         _claim(out, run, share, resume=resume)
+        console = console or Console(stderr=True)
+        if share.rank == 0:
+            _name_leaks(run, console)
         records, failures = (out / f"{name}{share.suffix}.jsonl" for name in ("records", "failures"))
         drop_half_line(records)
         records.touch()
@@ -129,7 +132,6 @@ def evaluate(
                 sweep.fail(problem.case, problem.message)
         mine, whole = cases[share.index :: share.count], complete(run, there)
         todo = [case for case in mine if not whole.issuperset((case.case, name) for name in loaded)]
-        console = console or Console(stderr=True)
         if len(todo) < len(mine):
             console.print(f"{len(mine) - len(todo)} of {len(mine)} cases are done already")
         _work(sweep, todo, console)
@@ -191,6 +193,16 @@ def _require_native(loaded: Mapping[str, Model], settings: EvaluationSettings, c
                 continue
             native_scale(case)
             break
+
+
+def _name_leaks(run: Run, console: Console) -> None:
+    """Say which cases are known to the training of a model."""
+    for info in run.models:
+        if info.training_cases:
+            names, reason = list(info.training_cases), next(iter(info.training_cases.values()))
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            known = f"{len(names)} of {len(run.cases)} cases are known to the training of {info.name}"
+            console.print(escape(f"{known}: {', '.join(names[:4])}{more} ({reason})"), soft_wrap=True)
 
 
 def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:

@@ -77,6 +77,7 @@ class Disk(Strict):
     rms: float  # of the perturbation between the files on disk, per voxel, network units
     linf: float
     resampled: bool  # whether the preprocessing of this case resamples (then dice may differ from the record's)
+    rounded: bool = False  # whether the file holds whole numbers only (the same)
 
 
 class Record(Strict):

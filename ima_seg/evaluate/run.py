@@ -86,6 +86,8 @@ class ModelInfo(Strict):
     #: Of nnUNetTrainerIMA's models: "norm", "delta", "eps_max", "margins" (case -> margin), "history" (rows of
     #: ima_history.csv); None for others.
     ima: dict[str, Any] | None = None
+    #: Cases of the run that the training knew, by their ids -> how that is known; None where nothing tells.
+    training_cases: dict[str, str] | None = None
 
 
 class Run(Strict):

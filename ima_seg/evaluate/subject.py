@@ -102,6 +102,9 @@ class Case(Protocol):
     def from_native(self, delta: FloatArray) -> torch.Tensor:
         """The inverse of :meth:`native_delta`."""
 
+    def within(self, perturbed: torch.Tensor) -> torch.Tensor:
+        """A perturbed image in the layout of :attr:`base`, its values as far as a file of its kind can hold them."""
+
     def altered(self, image: Any) -> Case:
         """The same case with another image (C, Z, Y, X) float32, original intensities: a corrupted one."""
 
@@ -111,3 +114,6 @@ class Model(Loaded, Protocol):
 
     def prepare(self, files: CaseFiles, *, device: torch.device | str = "cpu") -> Case:
         """Read and pre-process a case."""
+
+    def training_cases(self, images: Path) -> dict[str, str] | None:
+        """Case id -> how it is known to the training, ``images`` being evaluated; ``None`` where nothing tells."""

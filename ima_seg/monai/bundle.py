@@ -34,6 +34,10 @@ class BundleModel(LoadedBundle):
 
         return prepare_case(self, files)
 
+    def training_cases(self, images: Path) -> dict[str, str] | None:
+        """Nothing in a bundle tells."""
+        return None
+
 
 def load_bundle(
     folder: str | Path,

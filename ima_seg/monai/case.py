@@ -17,16 +17,7 @@ from torch import nn
 
 from ima_seg.attacks.network import full_precision
 from ima_seg.cases.check import check_prepared, check_read
-from ima_seg.cases.raw import (
-    CaseFiles,
-    FloatArray,
-    LabelArray,
-    RawCase,
-    only_turned,
-    same_grid,
-    shifted,
-    warn_of_padding,
-)
+from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, only_turned, same_grid, shifted
 from ima_seg.errors import UserError
 from ima_seg.monai.model import LoadedBundle
 from ima_seg.monai.units import native_units, onto
@@ -157,6 +148,10 @@ class BundleCase:
         values = onto(delta.detach().float().cpu(), self._affine(), self.affine, shape)
         return values.numpy().transpose(0, 3, 2, 1) * self.scale.reshape(-1, 1, 1, 1)
 
+    def within(self, perturbed: torch.Tensor) -> torch.Tensor:
+        """Adversarial files of bundles hold any number."""
+        return perturbed
+
     def from_native(self, delta: FloatArray) -> torch.Tensor:
         """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
         assert self.scale is not None
@@ -224,14 +219,12 @@ def prepare_case(model: LoadedBundle, files: CaseFiles) -> BundleCase:
     affine = np.asarray(label.affine, np.float64)
     # The reader that the bundle names may take its header differently.
     check_read(files, channels, np.linalg.norm(np.asarray(image.affine, np.float64)[:3, :3], axis=0).tolist())
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
     raw = RawCase(
         files.case,
         np.ascontiguousarray(channels.transpose(0, 3, 2, 1), np.float32),
-        {"spacing": [float(value) for value in spacing]},
+        {"spacing": np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist()},
         np.ascontiguousarray(reference.transpose(2, 1, 0)),
     )
-    warn_of_padding(raw)
     return _prepare(model, raw, loaded, affine)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ import torch
 from ima_seg.attacks.network import full_precision
 from ima_seg.attacks.tiling import Tiling
 from ima_seg.cases.check import check_prepared, check_read, check_segmentation
-from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, intensity_range, padding, warn_of_padding
+from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, intensity_range
 from ima_seg.errors import UserError
+from ima_seg.nnunet.limits import Within, network_limits
 from ima_seg.nnunet.model import LoadedFolder
-from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, channel_scales
+from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, before_clipping, channel_scales
+from ima_seg.nnunet.reading import read_image, read_label
 from ima_seg.types import Target
 
 #: No volume has voxels so many times larger or smaller than those of the training.
@@ -31,30 +32,15 @@ def read_case(model: LoadedFolder, case: str, images: Sequence[Path], label: Pat
     Raises:
         UserError: a file that this reader does not accept, although others may; different shapes.
     """
-    reader = model.plans.image_reader_writer_class()
-    with _reporting(case, reader, [*images, label]):
-        image, properties = reader.read_images([str(file) for file in images])
-        reference, _ = reader.read_seg(str(label))
-    if reference.shape[1:] != image.shape[1:]:
-        raise UserError(f"{label} has the shape {reference.shape[1:]}, its image {image.shape[1:]}; they must be equal")
-    check_read(CaseFiles(case, tuple(images), label), image, properties["spacing"])
-    _require_usual_spacing(model, images[0], properties["spacing"])
-    raw = RawCase(case, image.astype(np.float32, copy=False), properties, np.rint(reference[0]).astype(np.int16))
-    warn_of_padding(raw)
-    return raw
-
-
-@contextmanager
-def _reporting(case: str, reader: Any, files: Sequence[Path]) -> Iterator[None]:
-    """Say which files nnU-Net's reader did not accept; it passes on whatever its library raises, and asserts."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[-200:] or type(error).__name__
-        raise UserError(
-            f"{case}: nnU-Net's {type(reader).__name__} cannot read {', '.join(map(str, files))} ({reason}); correct "
-            "the files, for nnU-Net will not predict them either"
-        ) from None
+    image = read_image(model.plans, images, channels=len(model.channels))
+    reference, _ = read_label(model.plans, label)
+    shape, spacing = image.values.shape[1:], image.properties["spacing"]
+    if reference.shape[1:] != shape:
+        raise UserError(f"{label} has the shape {reference.shape[1:]}, its image {shape}; they must be equal")
+    check_read(CaseFiles(case, tuple(images), label), image.values, spacing)
+    _require_usual_spacing(model, images[0], spacing)
+    found: LabelArray = np.rint(reference[0]).astype(np.int16)
+    return RawCase(case, image.values, image.properties, found, limits=image.limits, colour=image.colour)
 
 
 def _require_usual_spacing(model: LoadedFolder, file: Path, spacing: Sequence[float]) -> None:
@@ -80,9 +66,7 @@ def read_previous_stage(model: LoadedFolder, files: CaseFiles, raw: RawCase) -> 
     if not path.is_file():
         raise UserError(f"{path} does not exist; it should be the previous stage's segmentation of {files.case}")
     check_segmentation(path)
-    reader = model.plans.image_reader_writer_class()
-    with _reporting(files.case, reader, [path]):
-        segmentation, _ = reader.read_seg(str(path))
+    segmentation, _ = read_label(model.plans, path)
     if segmentation.shape[1:] != raw.reference.shape:
         raise UserError(f"{path} has the shape {segmentation.shape[1:]}, the image {raw.reference.shape}")
     rounded: LabelArray = np.rint(segmentation[0]).astype(np.int16)
@@ -100,6 +84,7 @@ class PreparedCase:
         nonzero: that region of the cropped image on its own grid; ``None`` with ``support``.
         reference: (1, 1, *S) label map on the network's grid.
         scales: normalisation per channel.
+        limits: (2, C) lowest and highest value of a perturbed image, in network units; ``None``: any.
         offsets: see :class:`Renormalise`.
         properties: of nnU-Net's preprocessing, for the export.
         previous_stage: (Z, Y, X) segmentation of the previous stage, of a cascade.
@@ -114,6 +99,7 @@ class PreparedCase:
     nonzero: npt.NDArray[np.bool_] | None
     reference: torch.Tensor
     scales: list[ChannelScale]
+    limits: torch.Tensor | None
     native_range: FloatArray
     offsets: list[int]
     properties: dict[str, Any]
@@ -141,8 +127,11 @@ class PreparedCase:
         return self.scales[0].scheme == "CTNormalization"
 
     def altered(self, image: npt.NDArray[np.float32]) -> PreparedCase:
-        """The same case with another image (a corrupted one), of the same shape."""
+        """The same case with another image (a corrupted one), of the same shape, as far as its files can hold it."""
         device, previous = self.base.device, self.previous_stage
+        if self.raw.limits is not None:
+            low, high = self.raw.limits.T.reshape(2, -1, 1, 1, 1)
+            image = np.clip(image, low, high).astype(np.float32)
         return prepare_case(self.raw, self.model, device=device, image=image, previous_stage=previous)
 
     def target(self, *, slices: bool = False) -> Target:
@@ -158,8 +147,15 @@ class PreparedCase:
 
     def network(self, window: Tiling, *, whole: bool) -> torch.nn.Sequential:
         """Perturbed image in the layout of :attr:`base` (or a batch of its slices) -> logits: normalisation, window."""
-        renormalise = Renormalise(self.scales, self.clean, self.support, whole=whole, offsets=self.offsets)
-        return torch.nn.Sequential(renormalise, window).eval()
+        normalise: torch.nn.Module
+        normalise = Renormalise(self.scales, self.clean, self.support, whole=whole, offsets=self.offsets)
+        if self.limits is not None:
+            normalise = torch.nn.Sequential(Within(self.limits), normalise)
+        return torch.nn.Sequential(normalise, window).eval()
+
+    def within(self, perturbed: torch.Tensor) -> torch.Tensor:
+        """The perturbed image, its values as far as its files can hold them."""
+        return perturbed if self.limits is None else Within(self.limits)(perturbed)
 
     @torch.no_grad()
     def predict(self, window: Tiling, perturbed: torch.Tensor) -> LabelArray:
@@ -237,7 +233,8 @@ def prepare_case(
     """Preprocess a case as nnU-Net's inference does, or with another ``image`` of its shape (a corrupted one).
 
     Raises:
-        UserError: an image without contrast, a normalisation that is not known, a missing previous stage.
+        UserError: an image without contrast or out of range, a normalisation that is not known, a missing previous
+            stage.
     """
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -249,15 +246,15 @@ def prepare_case(
         if previous_stage is None:
             raise model.no_previous_stage()
         first_stage = previous_stage[None].astype(np.float32)
+    earlier = None if first_stage is None else _turned(first_stage, forward).copy()
+    cropped, region, box = crop_to_nonzero(_turned(image, forward).astype(np.float32), earlier)
+    nonzero = region[0] >= 0
+    scales = channel_scales(cropped, nonzero, plans=plans, configuration=configuration, case=raw.case)
     data, segmentation, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
         image, first_stage, dict(raw.properties), plans, configuration, model.dataset_json
     )
     data, segmentation = np.asarray(data, dtype=np.float32), np.asarray(segmentation)
     check_prepared(raw.case, data)
-    earlier = None if first_stage is None else _turned(first_stage, forward).copy()
-    cropped, region, box = crop_to_nonzero(_turned(image, forward).astype(np.float32), earlier)
-    nonzero = region[0] >= 0
-    scales = channel_scales(cropped, nonzero, plans=plans, configuration=configuration, case=raw.case)
     resampled = data.shape[1:] != cropped.shape[1:]
     reference = _turned(raw.reference[None], forward)[(slice(None), *_box(box))]
     if resampled:
@@ -266,17 +263,14 @@ def prepare_case(
     for index, scale in enumerate(scales):
         if scale.bounds is None:
             continue
-        unclipped = (cropped[index : index + 1] - scale.shift) / scale.scale
-        if padding(cropped[index]) is not None:
-            # As far out as no budget reaches: from 1e36 the interpolation would reach into the body.
-            width = scale.bounds[1] - scale.bounds[0]
-            unclipped = np.clip(unclipped, scale.bounds[0] - 10 * width, scale.bounds[1] + 10 * width)
+        unclipped = before_clipping(cropped[index : index + 1], scale)
         if resampled:
             unclipped = _resample(model, properties, unclipped, data.shape[1:])
             extra.append(data[index] - np.clip(unclipped[0], *scale.bounds))
             offsets.append(index)
         base[index] = unclipped[0]
     check_prepared(raw.case, base)
+    limits = network_limits(raw.limits, scales, base)
     masks = []
     if first_stage is not None:
         masks = list(convert_labelmap_to_one_hot(segmentation[0], model.label_manager.foreground_labels, data.dtype))
@@ -296,6 +290,7 @@ def prepare_case(
         nonzero=nonzero if masked else None,
         reference=tensor(reference, np.int16),
         scales=scales,
+        limits=None if limits is None else torch.from_numpy(limits).to(device),
         native_range=intensity_range(cropped),
         offsets=offsets,
         properties=properties,

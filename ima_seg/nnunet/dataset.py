@@ -45,11 +45,11 @@ def foreground_classes(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, 
 
 
 def find_cases(
-    images: Path, labels: Path, dataset_json: Mapping[str, Any], *, limit: int | None = None
+    images: Path, labels: Path, dataset_json: Mapping[str, Any], *, limit: int | None = None, one_file: bool = False
 ) -> tuple[list[CaseFiles], list[CaseProblem]]:
     """:func:`ima_seg.cases.find.find_cases` in the naming of a data set."""
     ending = dataset_json.get("file_ending")
     if not isinstance(ending, str) or not ending:
         raise UserError('dataset.json has no "file_ending"; add it, for example "file_ending": ".nii.gz"')
     channels = len(channel_names(dataset_json))
-    return find.find_cases(images, labels, channels=channels, endings=[ending], limit=limit)
+    return find.find_cases(images, labels, channels=channels, endings=[ending], one_file=one_file, limit=limit)

@@ -9,7 +9,7 @@ import torch
 
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.errors import UserError
-from ima_seg.nnunet import case
+from ima_seg.nnunet import case, leaks
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, require_model_folder
 from ima_seg.nnunet.compat import check_nnunet_version
 from ima_seg.nnunet.dataset import channel_names, foreground_classes
@@ -27,6 +27,10 @@ class SegmentationModel(LoadedFolder):
         """Read and preprocess a case, with its segmentation by the previous stage if there is one."""
         raw = case.read_case(self, files.case, files.images, files.label)
         return case.prepare_case(raw, self, device=device, previous_stage=case.read_previous_stage(self, files, raw))
+
+    def training_cases(self, images: Path) -> dict[str, str] | None:
+        """See :func:`ima_seg.nnunet.leaks.training_cases`."""
+        return leaks.training_cases(self, images)
 
 
 def load_model(
@@ -67,6 +71,7 @@ def load_model(
     build, sketch = network_builder(
         manager, configuration, dataset_json, trainer=trainer, checkpoint=checkpoints[0], file=plans_file
     )
+    names = [file.parent.name.removeprefix("fold_") for file in checkpoints]
     networks = []
     for file, state in zip(checkpoints, read, strict=True):
         if wrong := misfit(sketch, state["network_weights"]):
@@ -96,8 +101,9 @@ def load_model(
         mirror_axes=axes,
         trainer=trainer,
         files=[plans_file, dataset_file, *checkpoints],
-        folds=[file.parent.name.removeprefix("fold_") for file in checkpoints],
+        folds=names,
         ima=first.get(KEY),
+        ledgers={fold: state[KEY] for fold, state in zip(names, read, strict=True) if state.get(KEY)},
     )
 
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ima_seg.errors import UserError
 from ima_seg.nnunet.dataset import channel_names
-from ima_seg.nnunet.normalisation import channel_scales
+from ima_seg.nnunet.normalisation import FIXED, channel_scales
+from ima_seg.nnunet.reading import image_files, read_image
 
 
 def native_scale(
@@ -21,25 +20,24 @@ def native_scale(
 
     Args:
         case: case id.
-        images: folder with ``CASE_0000.nii.gz`` and so on.
+        images: folder with ``CASE_0000.nii.gz`` and so on, or pictures in colour.
         plans: contents of the plans file.
         configuration: whose normalisation is meant.
         dataset_json: contents of dataset.json.
 
     Raises:
-        UserError: a channel's file is missing, or a channel is constant.
+        UserError: a channel's file is missing or cannot be read, or a channel is constant.
     """
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    columns = native_columns(plans, configuration, dataset_json)
-    files = [images / f"{case}_{index:04d}{dataset_json['file_ending']}" for index in range(len(columns))]
+    columns, manager = native_columns(plans, configuration, dataset_json), PlansManager(dict(plans))
+    files = image_files(manager, images, case, channels=len(columns), ending=dataset_json["file_ending"])
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist; name the folder of the training images with --images")
-    manager = PlansManager(dict(plans))
-    image, _ = manager.image_reader_writer_class().read_images([str(file) for file in files])
-    cropped, region, _ = crop_to_nonzero(image.astype(np.float32))
+    image = read_image(manager, files, channels=len(columns))
+    cropped, region, _ = crop_to_nonzero(image.values)
     chosen = manager.get_configuration(configuration)
     scales = channel_scales(cropped, region[0] >= 0, plans=manager, configuration=chosen, case=case)
     return {column: scale.scale for column, scale in zip(columns, scales, strict=True)}
@@ -50,15 +48,17 @@ def shared_native_scale(
 ) -> dict[str, float]:
     """:func:`native_scale` of each channel whose normalisation is the same for all cases.
 
-    That is CT normalisation (one standard deviation of the training set's foreground, in HU) and none at all. Z-scored
-    channels have another scale in each case, which only the raw image tells.
+    That is CT normalisation (one standard deviation of the training set's foreground, in HU), that of colours, and none
+    at all. Z-scored channels have another scale in each case, which only the raw image tells.
     """
     columns = native_columns(plans, configuration, dataset_json)
     properties = plans["foreground_intensity_properties_per_channel"]
     scale = {}
     for index, (column, scheme) in enumerate(zip(columns, _schemes(plans, configuration), strict=True)):
-        if scheme in ("CTNormalization", "NoNormalization"):
-            scale[column] = float(properties[str(index)]["std"]) if scheme == "CTNormalization" else 1.0
+        if scheme == "CTNormalization":
+            scale[column] = float(properties[str(index)]["std"])
+        elif scheme in FIXED:
+            scale[column] = FIXED[scheme]
     return scale
 
 

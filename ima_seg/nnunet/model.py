@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
 from ima_seg.nnunet.checkpoint import restore_ledger
 from ima_seg.nnunet.dataset import allowed_labels, find_cases, ignore_value
+from ima_seg.nnunet.reading import check_pictures, one_file
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.types import Labels
 
-#: Readers of nnU-Net whose arrays are the stored voxels with the axes reversed.
-_READERS = ("SimpleITKIO", "NibabelIO")
+#: Readers of nnU-Net whose arrays can be put back into files: pictures, and stored voxels with the axes reversed.
+_PICTURES = ("NaturalImage2DIO", "Tiff3DIO")
+_READERS = ("SimpleITKIO", "NibabelIO", *_PICTURES)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class LoadedFolder:
         trainer: name of the trainer class.
         folds: names of the folds.
         ima: our state in the first fold's checkpoint; ``None`` for other trainers.
+        ledgers: fold -> the same of each fold that has it.
         previous_stage: folder with the previous stage's segmentations, of a cascade.
     """
 
@@ -53,12 +56,18 @@ class LoadedFolder:
     files: list[Path]
     folds: list[str]
     ima: dict[str, Any] | None
+    ledgers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     previous_stage: Path | None = None
 
     @property
     def label_manager(self) -> Any:
         """nnU-Net's LabelManager."""
         return self.plans.get_label_manager(self.dataset_json)
+
+    @property
+    def reader(self) -> str:
+        """Name of nnU-Net's reader of its images."""
+        return str(self.plans.image_reader_writer_class.__name__)
 
     @property
     def is_2d(self) -> bool:
@@ -106,10 +115,9 @@ class LoadedFolder:
         """
         if self.configuration.previous_stage_name is not None and self.previous_stage is None:
             raise self.no_previous_stage()
-        reader = self.plans.image_reader_writer_class().__class__.__name__
-        if writing and reader not in _READERS:
+        if writing and self.reader not in _READERS:
             raise UserError(
-                f"{self.folder} reads images with {reader}, for which adversarial files cannot be written; "
+                f"{self.folder} reads images with {self.reader}, for which adversarial files cannot be written; "
                 f"leave --save-adversarial out (supported: {', '.join(_READERS)})"
             )
 
@@ -138,15 +146,22 @@ class LoadedFolder:
         Without ``labels``, ``images`` is a dataset.json that names files (``dataset``); default: the model's own, whose
         relative paths start from the data set's folder in ``nnUNet_raw``.
         """
+        single = one_file(self.plans)
         if labels is None:
             raw = os.environ.get("nnUNet_raw")
             root = images.parent if images else Path(raw, self.dataset) if raw else None
             source = images or self.folder / "dataset.json"
-            return listed_cases(source, root, channels={len(self.channels)}, limit=limit)
+            channels = {len(self.channels)} | ({1} if single else set())
+            return listed_cases(source, root, channels=channels, limit=limit)
         if images is None:
             raise UserError(f"{labels} has the labels; name the folder of the images, too, with -i")
-        return find_cases(images, labels, self.dataset_json, limit=limit)
+        return find_cases(images, labels, self.dataset_json, limit=limit, one_file=single)
 
     def check_case(self, files: CaseFiles) -> None:
         """Refuse files that cannot be evaluated."""
-        check_case(files, labels_allowed=allowed_labels(self.dataset_json), ignore=ignore_value(self.dataset_json))
+        allowed, ignore = allowed_labels(self.dataset_json), ignore_value(self.dataset_json)
+        if self.reader in _PICTURES:
+            channels = len(self.channels)
+            check_pictures(self.plans, files, channels=channels, labels_allowed=allowed, ignore=ignore)
+        else:
+            check_case(files, labels_allowed=allowed, ignore=ignore)

@@ -17,17 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ima_seg.cases.raw import FloatArray
+from ima_seg.cases.raw import FloatArray, padding
 from ima_seg.errors import UserError
 
 #: As in nnU-Net's normalisation schemes.
 _LEAST_STD = 1e-8
 #: Schemes that divide by the same number in every case.
-_FIXED = {"NoNormalization": 1.0, "RGBTo01Normalization": 255.0}
+FIXED = {"NoNormalization": 1.0, "RGBTo01Normalization": 255.0}
 #: Schemes whose shift and scale come from the image itself.
 _FROM_THE_IMAGE = ("ZScoreNormalization", "RescaleTo01Normalization")
 #: Those that are known here.
-KNOWN_SCHEMES = ("CTNormalization", *_FROM_THE_IMAGE, *_FIXED)
+KNOWN_SCHEMES = ("CTNormalization", *_FROM_THE_IMAGE, *FIXED)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ class ChannelScale:
     scale: float
     bounds: tuple[float, float] | None = None  # network units
     masked: bool = False
+
+
+def before_clipping(channel: FloatArray, scale: ChannelScale) -> FloatArray:
+    """A ``channel`` of original intensities in network units, whose :func:`~ima_seg.cases.raw.padding` lies near.
+
+    Padding goes as far out as no budget reaches: from 1e36 a resampling would reach into the body.
+    """
+    values: FloatArray = (channel - scale.shift) / scale.scale
+    if scale.bounds is None or padding(channel) is None:
+        return values
+    low, high = scale.bounds
+    return np.clip(values, low - 10 * (high - low), high + 10 * (high - low))
 
 
 def channel_scales(
@@ -54,7 +66,7 @@ def channel_scales(
         case: for messages.
 
     Raises:
-        UserError: a scheme that is not known here, or a channel without contrast.
+        UserError: a scheme that is not known here or does not take the values, or a channel without contrast.
     """
     properties = plans.foreground_intensity_properties_per_channel
     scales = []
@@ -72,8 +84,13 @@ def channel_scales(
             found = ChannelScale(scheme, shift, scale, bounds=(low, high))
         elif scheme == "RescaleTo01Normalization":
             found = ChannelScale(scheme, float(values.min()), float(values.max() - values.min()))
-        elif scheme in _FIXED:
-            found = ChannelScale(scheme, 0.0, _FIXED[scheme])
+        elif scheme in FIXED:
+            if scheme == "RGBTo01Normalization" and not (values.min() >= 0 and values.max() <= 255):
+                raise UserError(
+                    f"{case}: channel {index} has values from {values.min():g} to {values.max():g}, but the plans "
+                    "normalise it with rgb_to_0_1, for which nnU-Net demands 0 to 255; correct the image"
+                )
+            found = ChannelScale(scheme, 0.0, FIXED[scheme])
         else:
             raise UserError(f"normalisation scheme {scheme!r} is not known to ima-seg, so {case} has no network units")
         if found.scale <= _LEAST_STD:

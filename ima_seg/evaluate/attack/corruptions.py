@@ -64,10 +64,12 @@ def _corruption(
     return register
 
 
-def default_corruptions(modality_is_ct: bool) -> list[str]:
-    """Names of the corruptions that happen to CT, or to all other modalities, in the order of ``CORRUPTIONS``."""
-    fitting = ("any", "ct") if modality_is_ct else ("any", "mr")
-    return [name for name, corruption in CORRUPTIONS.items() if corruption.modality in fitting]
+def default_corruptions(modality: Modality) -> list[str]:
+    """Names of the corruptions that happen to images of a modality, in the order of ``CORRUPTIONS``.
+
+    Photographs and other pictures are ``any``: what belongs to scanners does not happen to them.
+    """
+    return [name for name, corruption in CORRUPTIONS.items() if corruption.modality in ("any", modality)]
 
 
 def corrupt(image: Volume, spacing_mm: Sequence[float], name: str, severity: int, seed: int, case: str) -> Volume:

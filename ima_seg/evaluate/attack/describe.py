@@ -36,7 +36,7 @@ def describe_run(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Run(
         settings=settings,
-        models=[_model_info(name, model) for name, model in loaded.items()],
+        models=[_model_info(name, model, Path(images), cases) for name, model in loaded.items()],
         dataset=first.dataset or Path(images).resolve().parent.name,
         classes=list(first.classes),
         images=str(Path(images).resolve()),
@@ -68,9 +68,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _model_info(name: str, model: Model) -> ModelInfo:
-    root = model.folder
+def _model_info(name: str, model: Model, images: Path, cases: Sequence[CaseFiles]) -> ModelInfo:
+    root, known = model.folder, model.training_cases(images)
+    if known is not None:
+        known = {files.case: known[files.case] for files in cases if files.case in known}
     hashes = {
         str(file.relative_to(root) if file.is_relative_to(root) else file): file_hash(file) for file in model.files
     }
-    return ModelInfo(name=name, folder=str(root), sha256=hashes, **model.card())
+    return ModelInfo(name=name, folder=str(root), sha256=hashes, training_cases=known, **model.card())

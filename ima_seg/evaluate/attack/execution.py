@@ -81,7 +81,7 @@ class Attacker:
         self._check(condition, stage, result, eps)
         count = len(stage.problem)
         return Found(
-            perturbed=stage.volume(result.adversarial),
+            perturbed=case.within(stage.volume(result.adversarial)),
             eps_network=eps,
             trace=[] if condition.kind == "targeted" else _trace(result, stage),
             # A targeted loss has no gradient once all of its voxels have flipped, or where there are none.
@@ -112,7 +112,7 @@ class Attacker:
         batch = project(batch.contiguous(), stage.problem.budgets(eps), self.threat.norm)
         perturbed = case.base.clone()
         perturbed[:, : case.image_channels] += stage.volume(batch)
-        return Found(perturbed, eps, made.passes)
+        return Found(case.within(perturbed), eps, made.passes)
 
     def _minimal(self, condition: Condition, case: Case, window: Window) -> Found:
         """The smallest breaking perturbation of the whole volume, up to the largest budget of the run."""
@@ -127,9 +127,10 @@ class Attacker:
         threshold = settings.broken_below * clean
         result = minimal_norm(problem, eps, threshold=threshold, clean_quality=clean, steps=settings.steps, rounds=8)
         self._check(condition, stage, result, eps)
-        size = perturbation_size(problem.difference(result.adversarial), "l2")
+        perturbed = case.within(result.adversarial)
+        size = perturbation_size(problem.difference(perturbed), "l2")
         return Found(
-            perturbed=result.adversarial,
+            perturbed=perturbed,
             eps_network=eps,
             breaking_rms=float(size) if bool(result.broken[0]) else None,
             trace=_trace(result, stage),

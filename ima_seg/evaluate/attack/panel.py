@@ -12,6 +12,8 @@ from ima_seg.files import replacing
 
 #: Soft-tissue window of CT, HU.
 _CT_WINDOW = (-160.0, 240.0)
+#: Colours of 8 bits are shown as they are.
+_COLOURS = (0.0, 255.0)
 
 
 def write_panel(path: Path, case: Case, *, delta: FloatArray, before: LabelArray, after: LabelArray) -> None:
@@ -25,14 +27,19 @@ def write_panel(path: Path, case: Case, *, delta: FloatArray, before: LabelArray
         after: prediction of the perturbed one.
     """
     before, after = _label_map(before, case), _label_map(after, case)
-    spacing, reference, image = case.raw.spacing_mm, case.raw.reference, case.raw.image[0]
+    spacing, reference = case.raw.spacing_mm, case.raw.reference
+    # Colours come last, as in pictures.
+    colour, both = case.raw.colour, (case.raw.image, delta)
+    image, change = (values.transpose(1, 2, 3, 0) if colour else values[0] for values in both)
     axis = int(np.argmax(spacing))
     others = tuple(other for other in range(3) if other != axis)
     shown = before != after
     index = int(np.argmax((shown if shown.any() else reference > 0).sum(others)))
-    clean, change, *maps = (np.take(volume, index, axis) for volume in (image, delta[0], before, after, reference))
+    clean, change, *maps = (np.take(volume, index, axis) for volume in (image, change, before, after, reference))
     clean, change = clean.astype(np.float32), change.astype(np.float32)
     window = _CT_WINDOW if case.shows_hu else tuple(map(float, np.percentile(intensities(image), (0.5, 99.5))))
+    if colour and case.raw.limits is not None and (case.raw.limits == _COLOURS).all():
+        window = _COLOURS
     with replacing(path) as temporary:
         np.savez_compressed(
             temporary,

@@ -202,7 +202,7 @@ class Sweep:
         case, threshold = subject.case, self.settings.broken_below * (subject.clean_dice or 0)
         delta = found.perturbed - case.base
         image = delta[:, : case.image_channels]
-        length, rms = float(perturbation_size(image, self.settings.norm)), image.square().mean().sqrt()
+        length = float(perturbation_size(image, self.settings.norm))
 
         def broken() -> bool:
             return metrics.dice is not None and metrics.dice < threshold
@@ -210,8 +210,9 @@ class Sweep:
         for factor in _LARGER:
             if broken() or factor * length > found.eps_network:
                 break
-            larger = case.base + factor * delta
-            found = replace(found, perturbed=larger, breaking_rms=float(factor * rms))
+            larger = case.within(case.base + factor * delta)
+            rms = case.delta(larger).square().mean().sqrt()
+            found = replace(found, perturbed=larger, breaking_rms=float(rms))
             after = case.predict(subject.contestant.window, larger)
             metrics, _ = self._metrics(case, after)
         return found if broken() else replace(found, breaking_rms=None), after, metrics
@@ -287,4 +288,5 @@ class Sweep:
             rms=float(np.sqrt(np.square(change).sum() / (len(change) * case.image_voxels))),
             linf=float(np.abs(change).max()),
             resampled=case.resampled,
+            rounded=case.raw.limits is not None and bool(np.isfinite(case.raw.limits).all()),
         )

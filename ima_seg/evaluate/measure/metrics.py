@@ -229,17 +229,15 @@ def measure_size(
             f"clean {clean.shape}, adversarial {adversarial.shape}, scale ({len(factors)}) and native range "
             f"({len(native_range)}) do not fit together as (C, Z, Y, X), twice (C,)"
         )
-    squares = np.zeros(clean.shape[:2])  # summed over each slice
-    largest = np.zeros(channels)
+    squares, largest = np.zeros(clean.shape[:2]), np.zeros(channels)  # summed over each slice; of each channel
     for channel, z in np.ndindex(*clean.shape[:2]):
         delta = np.subtract(adversarial[channel, z], clean[channel, z], dtype=np.float64)
         squares[channel, z] = np.square(delta).sum()
         largest[channel] = max(largest[channel], np.abs(delta).max())
 
     pairs = [without_padding(*pair) for pair in zip(clean, adversarial, strict=True)]
-    ranges = np.asarray(native_range, float) / factors
-    for channel in np.flatnonzero(ranges <= 0):
-        ranges[channel] = float(np.ptp(pairs[channel][0])) or 1.0
+    widths = zip(np.asarray(native_range, float) / factors, pairs, strict=True)
+    ranges = [float(width) if width > 0 else float(np.ptp(pair[0])) or 1.0 for width, pair in widths]
     mean_squares = squares.sum(1) / clean[0].size
     relative = np.sqrt(mean_squares) / ranges
     noise, native = float(np.square(relative).mean()), scale is not None
@@ -252,7 +250,7 @@ def measure_size(
         native_linf=(largest * factors).tolist() if native else [],
         percent_rms=(100 * relative).tolist() if native else [],
         psnr_db=-10 * math.log10(noise) if noise > 0 else None,  # one line, and over all channels: no library's
-        ssim=mean(ssim(*pair, data_range=float(r)) for pair, r in zip(pairs, ranges, strict=True)),
+        ssim=mean(ssim(*pair, data_range=r) for pair, r in zip(pairs, ranges, strict=True)),
     )
 
 

@@ -114,6 +114,7 @@ class Saved(Strict):
     eps: float | None
     n: int
     resampled: int  # files of which the plans resample the image; there the two Dice may differ
+    rounded: int = 0  # files that hold whole numbers only; the same
     dice: float | None  # mean in network space, as everywhere else in the report
     disk_dice: float | None  # of the files, predicted anew
     rms: float | None  # mean size in network space, network units per voxel
@@ -319,6 +320,7 @@ def _saved(records: Iterable[Record]) -> list[Saved]:
                 eps=eps,
                 n=len(members),
                 resampled=sum(disk.resampled for _, disk in members),
+                rounded=sum(disk.rounded for _, disk in members),
                 dice=mean(dice for dice, _ in both),
                 disk_dice=mean(dice for _, dice in both),
                 rms=mean(r.size.rms for r, _ in members if r.size is not None),

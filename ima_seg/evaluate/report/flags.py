@@ -93,6 +93,12 @@ SENTENCES = {
         "All {number} folders have equal versions and devices.",
         "There is only one run.json.",
     ),
+    "No case is of the training set": (
+        "{share} cases have the ids of cases that a model was trained on, or that lie in its training set; their "
+        "numbers say little about new cases",
+        "None of {total} cases is known to be of a model's training set.",
+        "Nothing tells which cases the models were trained on.",
+    ),
     "Enough cases": ("Intervals are wide", "{number}.", ""),
     "All cases are complete": (
         "Records are missing in {share} pairs of case and model",
@@ -234,24 +240,29 @@ def _budget(records: Sequence[Record]) -> _Found:
     return _largest(ratios, 1 + 1e-3, "%.4f")
 
 
+def _same_numbers(disk: Disk) -> bool:
+    """Whether the file can hold the very perturbation that was found."""
+    return not (disk.resampled or disk.rounded)
+
+
 def _disk_size(records: Sequence[Record]) -> _Found:
     errors = [
         (100 * abs(_size(r, r.disk) / size - 1), r)
         for r in records
-        if r.disk is not None and not r.disk.resampled and r.size is not None and (size := _size(r, r.size))
+        if r.disk is not None and _same_numbers(r.disk) and r.size is not None and (size := _size(r, r.size))
     ]
     return _largest(errors, 1.0, "%.2f %%")
 
 
 def _disk_dice(records: Sequence[Record]) -> _Found:
     saved = [(r, r.disk) for r in records if r.disk is not None]
-    resampled = sum(disk.resampled for _, disk in saved)
+    others = sum(not _same_numbers(disk) for _, disk in saved)
     errors = [
         (abs(disk.dice - r.dice), r)
         for r, disk in saved
-        if not disk.resampled and disk.dice is not None and r.dice is not None
+        if _same_numbers(disk) and disk.dice is not None and r.dice is not None
     ]
-    note = f"; {resampled} records of resampled images are not compared" if resampled else ""
+    note = f"; {others} records of images that were resampled or rounded are not compared" if others else ""
     return _largest(errors, TOLERANCE, "%.4f", note)
 
 
@@ -272,6 +283,17 @@ def _same_versions(evaluation: Evaluation) -> _Found:
             if pair[0] != pair[1]:
                 different[f"{package} {' and '.join(pair)}".strip()] = None
     return _Found(len(evaluation.others), list(different), str(len(evaluation.others) + 1))
+
+
+def _leaks(evaluation: Evaluation) -> _Found:
+    known: dict[str, list[str]] = defaultdict(list)
+    models = [model for run in (evaluation.run, *evaluation.others) for model in run.models]
+    for model in models:
+        for case, reason in (model.training_cases or {}).items():
+            known[case].append(f"{model.name}: {reason}")
+    told = any(model.training_cases is not None for model in models)
+    bad = [f"{case} ({', '.join(dict.fromkeys(reasons))})" for case, reasons in known.items()]
+    return _Found(len(evaluation.run.cases) if told else 0, bad)
 
 
 def _enough_cases(summary: Summary) -> _Found:
@@ -305,6 +327,7 @@ def check(evaluation: Evaluation, summary: Summary) -> list[Flag]:
             evaluation.duplicates, [", ".join(map(str, key[:3])) for key in evaluation.differing]
         ),
         "All parts ran on the same software and device": _same_versions(evaluation),
+        "No case is of the training set": _leaks(evaluation),
         "Enough cases": _enough_cases(summary),
         "All cases are complete": _complete(summary),
         "No case failed": _Found(summary.cases, list(dict.fromkeys(f.case for f in evaluation.failures))),

@@ -20,7 +20,8 @@ Floats = npt.NDArray[np.floating[Any]]
 LONGEST = 384
 #: Colours of the classes, well apart on grey, also for colour-blind readers.
 CLASS_COLOURS = ((86, 180, 233), (240, 228, 66), (230, 90, 60), (0, 200, 140), (214, 126, 190), (255, 160, 50))
-_ARRAYS = ("clean", "delta", "adversarial", "before", "after", "truth")
+_MAPS = ("before", "after", "truth")
+_ARRAYS = ("clean", "delta", "adversarial", *_MAPS)  # the first three may have colours along a third axis
 
 
 class Picture(NamedTuple):
@@ -42,6 +43,7 @@ class Panel:
     factor: float  # by which the perturbation was multiplied for its picture
     window: tuple[float, float]  # intensities shown as black and white
     length: int  # characters of all pictures
+    colour: bool = False  # whether image and perturbation are in colour
 
 
 def _round_factor(value: float) -> float:
@@ -65,9 +67,9 @@ def _picture(values: Floats, caption: str) -> Picture:
     return Picture(f"data:image/png;base64,{data}", caption, image.width, image.height)
 
 
-def _overlay(grey: Floats, filled: npt.NDArray[Any], outlined: npt.NDArray[Any]) -> Floats:
-    """Prediction as a translucent area, truth as a white outline, two wide."""
-    colour = np.repeat(grey[..., None], 3, axis=2)
+def _overlay(shown: Floats, filled: npt.NDArray[Any], outlined: npt.NDArray[Any]) -> Floats:
+    """Prediction as a translucent area on grey or colours, truth as a white outline, two wide."""
+    colour = np.repeat(shown[..., None], 3, axis=2) if shown.ndim == 2 else shown.copy()
     for label in np.unique(filled[filled > 0]):
         paint = np.array(CLASS_COLOURS[(int(label) - 1) % len(CLASS_COLOURS)], np.float32)
         colour[filled == label] = 0.5 * colour[filled == label] + 0.5 * paint
@@ -77,8 +79,11 @@ def _overlay(grey: Floats, filled: npt.NDArray[Any], outlined: npt.NDArray[Any])
 
 
 def _diverging(values: Floats) -> Floats:
-    """-1 blue, 0 white, 1 red."""
-    v = np.clip(np.nan_to_num(values), -1, 1)[..., None]
+    """-1 blue, 0 white, 1 red; colours about grey."""
+    v = np.clip(np.nan_to_num(values), -1, 1)
+    if v.ndim == 3:
+        return np.asarray(127.5 * (v + 1))
+    v = v[..., None]
     end = np.where(v < 0, np.array([33.0, 102.0, 172.0]), np.array([178.0, 24.0, 43.0]))
     # 64 steps of colour keep the file small: noise does not compress.
     colour: Floats = 247.0 + (end - 247.0) * np.round(np.abs(v) * 32) / 32
@@ -92,8 +97,9 @@ def read_panel(path: Path) -> Panel | None:
             data = {name: np.asarray(file[name]) for name in (*_ARRAYS, "spacing", "window", "index", "axis")}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-    shape = data["clean"].shape
-    if len(shape) != 2 or any(data[name].shape != shape for name in _ARRAYS) or 0 in shape:
+    shape, colours = data["clean"].shape[:2], data["clean"].shape[2:]
+    shapes = {name: shape if name in _MAPS else (*shape, *colours) for name in _ARRAYS}
+    if len(shape) != 2 or colours not in ((), (3,)) or any(data[n].shape != shapes[n] for n in _ARRAYS) or 0 in shape:
         return None
     spacing = [max(float(value), 1e-6) for value in data["spacing"].ravel()[:2]]
     mm = [n * s for n, s in zip(shape, spacing, strict=True)]
@@ -114,7 +120,7 @@ def read_panel(path: Path) -> Panel | None:
     delta = data["delta"].astype(np.float32)
     size = float(np.quantile(np.abs(delta), 0.995))
     factor = _round_factor(0.5 * width / size) if size > 0 else 1.0
-    before, after, truth = (data[name][at] for name in ("before", "after", "truth"))
+    before, after, truth = (data[name][at] for name in _MAPS)
     pictures = [
         _picture(clean, "clean image"),
         _picture(_diverging(factor * delta[at] / (0.5 * width)), f"perturbation × {factor:g}"),
@@ -123,4 +129,4 @@ def read_panel(path: Path) -> Panel | None:
         _picture(_overlay(adversarial.round(), after, truth), "prediction after"),
     ]
     length = sum(len(picture.source) for picture in pictures)
-    return Panel(pictures, int(data["index"]), int(data["axis"]), factor, (low, high), length)
+    return Panel(pictures, int(data["index"]), int(data["axis"]), factor, (low, high), length, colour=bool(colours))
