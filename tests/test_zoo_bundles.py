@@ -142,6 +142,12 @@ def test_what_the_zoo_is_made_of_is_read_without_trust(tmp_path, monkeypatch, na
     assert None not in model.preprocessing.transforms and len(model.preprocessing.transforms) >= 2
 
 
+@pytest.mark.parametrize("name", ["a#1", "%b @c $d", "ä ö"])
+def test_the_folder_of_a_bundle_may_have_any_name(tmp_path, name):
+    folder = write_bundle(tmp_path / name)
+    assert load_bundle(folder).weights == folder.resolve() / "models" / "model.pt"
+
+
 #: What monai.transforms has and no inference of a stranger gets: it runs or imports other code, waits, prints, wants a
 #: batch or a whole data set, or is for signals and not for images.
 OTHERS = """

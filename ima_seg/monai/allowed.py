@@ -20,7 +20,7 @@ from monai.transforms import Compose, LoadImage, LoadImaged, Transform
 from monai.transforms.io.array import SUPPORTED_READERS
 from torch import nn
 
-from ima_seg.monai.configfile import Refused, shown
+from ima_seg.monai.configfile import MOST_ITEMS, Refused, shown
 
 #: Transforms of monai.transforms that compute, and no more; also as NAMEd, on dictionaries, and as RandNAME.
 _TRANSFORMS = """
@@ -128,6 +128,8 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], root: Path) -> Non
             remedy = "" if name in arguments else f"; write {name}: false"
             raise Refused(f"{kind.__name__} would fetch or read other weights, by {name}={shown(value)}{remedy}")
     for name, value in arguments.items():
+        if _size(value, {}) > MOST_ITEMS:
+            raise Refused(f"{kind.__name__} would get more than {MOST_ITEMS} values as {name}, {shown(value)}")
         for inner in _contents(value):
             if isinstance(inner, Unsaved) and not issubclass(kind, Compose):
                 raise Refused(f"{inner.name} writes files, and {kind.__name__} would get it as {name}")
@@ -155,12 +157,21 @@ def leads_out(text: str, root: Path) -> bool:
     return not (root / text.replace("\\", "/")).resolve().is_relative_to(root)
 
 
+def _items_of(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return [*value] if isinstance(value, list | tuple) else []
+
+
+def _size(value: Any, sizes: dict[int, int]) -> int:
+    """How many values it is, counting those that lists share as often as they are met."""
+    if id(value) not in sizes:
+        sizes[id(value)] = 1 + sum(_size(item, sizes) for item in _items_of(value))
+    return sizes[id(value)]
+
+
 def _contents(value: Any) -> Iterator[Any]:
-    """A value and what it holds, each list once, however often it is in others."""
-    waiting, seen = [value], set()
-    while waiting:
-        item = waiting.pop()
-        yield item
-        if isinstance(item, dict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
-            waiting += [*item.keys(), *item.values()] if isinstance(item, dict) else item
+    """A value and what it holds."""
+    yield value
+    for item in _items_of(value):
+        yield from _contents(item)

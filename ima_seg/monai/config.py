@@ -89,9 +89,8 @@ def load_parts(root: Path, *, device: torch.device, trust: bool) -> Parts:
         raise UserError(
             f"{file} has no {', '.join(repr(name) for name in missing)}; bundles name these so, rename yours"
         )
-    contents |= {"bundle_root": str(root), "device": device}
     with _reporting(file, "it"):
-        build = _by_monai(file, contents) if trust else _by_us(file, contents, root, device)
+        build = _by_monai(file, root, device) if trust else _by_us(file, contents, root, device)
     built = {}
     with _modules_of(root) if trust else contextlib.nullcontext():
         for name in (*wanted, _WEIGHTS):
@@ -133,17 +132,17 @@ def _by_us(file: Path, contents: Mapping[str, Any], root: Path, device: torch.de
     return build
 
 
-def _by_monai(file: Path, contents: Mapping[str, Any]) -> Callable[[str], Any]:
+def _by_monai(file: Path, root: Path, device: torch.device) -> Callable[[str], Any]:
     """What builds the items of a bundle that is trusted: MONAI's parser."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser(globals={"os": "os"})
     parser.read_config(str(file))
     parser.resolve_macro_and_relative_ids()
-    config = {**parser.get(), **{key: contents[key] for key in ("bundle_root", "device")}}
+    config = {**parser.get(), "bundle_root": str(root), "device": device}
     config["postprocessing"] = _without_saving(config["postprocessing"])
     loader = _loader(config)
-    config[_WEIGHTS] = parser[f"{loader}::load_path"] if loader else f"{contents['bundle_root']}/{_DEFAULT_WEIGHTS}"
+    config[_WEIGHTS] = parser[f"{loader}::load_path"] if loader else str(root / _DEFAULT_WEIGHTS)
     parser.set(config)
     build: Callable[[str], Any] = parser.get_parsed_content
     return build

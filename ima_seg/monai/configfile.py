@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import yaml
@@ -20,8 +21,10 @@ class Refused(Exception):
 
 
 def shown(value: Any) -> str:
-    """A value of a config in a message."""
-    return " ".join(repr(value).split())[:200]
+    """A value of a config in a message; the beginning of lists in lists, which may repeat each other without end."""
+    brief = Repr()
+    brief.maxlevel, brief.maxstring, brief.maxother = 2, 200, 200
+    return " ".join(brief.repr(value).split())
 
 
 def find_config(root: Path) -> Path:

@@ -30,14 +30,14 @@ class UntrustedConfig:
 
     Args:
         contents: of the config, by MONAI's rules for ids, references, ``%`` macros of its own and expressions.
-        root: with all links resolved.
-        device: in the place of every ``torch.device`` that the config makes.
+        root: with all links resolved, in the place of ``bundle_root``.
+        device: in the place of ``device``, and of every ``torch.device`` that the config makes.
     """
 
     def __init__(self, contents: Mapping[str, Any], *, root: Path, device: torch.device) -> None:
         self.contents, self.root = contents, root
         self._functions = {"torch.device": lambda *_, **__: device, "torch.load": self._load}
-        self._built: dict[str, Any] = {}
+        self._built: dict[str, Any] = {"bundle_root": str(root), "device": device}
         self._open: list[str] = []
         self._items = 0
 
