@@ -270,10 +270,13 @@ def test_where_cases_may_come_from(tmp_path):
 
 
 def test_the_models_own_dataset_json_stands_in_for_folders(tmp_path, monkeypatch):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
     from ima_seg.nnunet.model import LoadedFolder
 
     dataset_json(tmp_path, a={"images": ["a.nii.gz"], "label": "l/a.nii.gz"})
-    model = SimpleNamespace(folder=tmp_path, dataset="Dataset001_A", channels=["CT"])
+    plans = SimpleNamespace(image_reader_writer_class=SimpleITKIO)
+    model = SimpleNamespace(folder=tmp_path, dataset="Dataset001_A", channels=["CT"], plans=plans)
     monkeypatch.setenv("nnUNet_raw", "/raw")
     raw = Path("/raw/Dataset001_A")
     assert LoadedFolder.find_cases(model, None, None)[0] == [CaseFiles("a", (raw / "a.nii.gz",), raw / "l/a.nii.gz")]
