@@ -21,7 +21,7 @@ def disc(rng, size=SIZE):
 
 
 def picture(label, rng, *, top=255, dtype=np.uint8, channels=3):
-    """(Y, X[, C]) or (Z, Y, X): black above and below, the disc bright."""
+    """(Y, X[, C]) or (Z, Y, X): black at the left and right, the disc bright."""
     gain = np.array([0.9, 0.6, 0.3])[:channels]
     light = (0.35 + 0.45 * label)[..., None] * gain + rng.normal(0, 0.03, (*label.shape, channels))
     light[..., :3, :] = light[..., -3:, :] = 0
