@@ -1,6 +1,7 @@
 """Bundles as MONAI's model zoo has them: what they are made of is read without trust, and small slips are named."""
 
 import importlib
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import UNet
+from monai.networks.nets import SwinUNETR, UNet
 from torch import nn
 
 from ima_seg.errors import UserError
@@ -35,6 +36,8 @@ def compose(*steps):
     return {"_target_": "Compose", "transforms": list(steps)}
 
 
+#: MONAI 1.4 asks for the size of the patch.
+OLD_SWIN = {"img_size": 96} if "img_size" in inspect.signature(SwinUNETR).parameters else {}
 #: What sets a bundle of the zoo apart from another, with networks made small.
 ZOO = {
     "spleen_ct_segmentation": {
@@ -80,7 +83,7 @@ ZOO = {
     },
     "swin_unetr_btcv_segmentation": {
         "network_def": {"_target_": "SwinUNETR", "spatial_dims": 3, "in_channels": 1, "out_channels": 3,
-                        "feature_size": 12, "use_checkpoint": False, "depths": [1, 1, 1, 1]},
+                        "feature_size": 12, "use_checkpoint": False, "depths": [1, 1, 1, 1], **OLD_SWIN},
         "preprocessing": compose(transform("LoadImaged", reader="NibabelReader"), *BEFORE[1:], SPACING, CT),
     },
     "prostate_mri_anatomy": {
