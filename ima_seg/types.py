@@ -1,8 +1,9 @@
 """Shared types: threat model, label semantics, results.
 
-The canonical size of a perturbation is measured **per voxel in network units** (the standard deviations of a z-scored
-image): the root mean square over channels and voxels for L2, the largest absolute value for L-infinity. One number then
-carries over between 2D, 3D and patch sizes; :meth:`ThreatModel.to_total` and :meth:`ThreatModel.from_total` convert.
+The canonical size of a perturbation is measured **per voxel in network units**, of which one should be a standard
+deviation (SD) of each channel of the network's input, as of a z-scored image (trainings and evaluations see to that):
+the root mean square over channels and voxels for L2, the largest absolute value for L-infinity. One number then carries
+over between 2D, 3D and patch sizes; :meth:`ThreatModel.to_total` and :meth:`ThreatModel.from_total` convert.
 """
 
 from __future__ import annotations

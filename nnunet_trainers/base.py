@@ -63,6 +63,7 @@ class AdversarialTrainer(nnUNetTrainer):
             )
         cases = self.do_split()[0]
         compat.require_foreground(self, cases)
+        compat.set_unit(self, cases)
         self.training.enter_cases(cases)
         if self.local_rank == 0:
             self.training.guard(Path(self.output_folder))

@@ -174,7 +174,8 @@ class Organs:
                 crop = (slice(None), slice(None), *(slice(0, length) for length in size))
                 cut = type(case)(**{**case.__dict__, "reference": case.reference[crop]})
                 optimiser.zero_grad()
-                dice_ce_loss(network(case.base[crop]), cut.target()).mean().backward()
+                x = case.network(torch.nn.Identity(), whole=False)(case.base)  # network units
+                dice_ce_loss(network(x[crop]), cut.target()).mean().backward()
                 optimiser.step()
             torch.save({"model": network.state_dict()}, folder / "models" / "model.pt")
         return self._made[key]

@@ -139,7 +139,10 @@ def test_native_units_are_measured_and_perturbations_go_there_and_back(organs, p
     model = load_bundle(organs.bundle(preprocessing))
     case = model.prepare(organs.files())
     image = read(organs.files().images[0]).astype(float)
-    assert case.scale == pytest.approx([image.std() if preprocessing == "plain" else 300.0], rel=1e-5)
+    assert case.scale == pytest.approx([image.std() if preprocessing == "plain" else 300.0 * case.sd[0]], rel=1e-5)
+    values = case.padded[0][(slice(None), *case.box)]
+    assert case.sd == pytest.approx([float(values[values != 0].std())], rel=1e-4)
+    assert case.sd == pytest.approx([1.0], rel=1e-3) or preprocessing == "coarse"
     assert case.native_range == pytest.approx([np.subtract(*np.percentile(image, (99.5, 0.5)))])
     assert case.resampled == (preprocessing == "coarse")
     assert np.array_equal(case.raw.image[0].T, image) and case.image_voxels == image.size
@@ -157,7 +160,7 @@ def test_native_units_are_measured_and_perturbations_go_there_and_back(organs, p
     else:
         smooth = np.ones_like(case.raw.image) * 60
         inside = case.from_native(smooth)[0, 2:-2, 2:-2, 2:-2]
-        assert torch.allclose(inside, torch.tensor(0.2), atol=1e-5)
+        assert torch.allclose(inside, torch.tensor(0.2 / case.sd[0]), atol=1e-5)
 
 
 def test_only_the_image_is_perturbed_and_not_its_padding(organs):
@@ -168,7 +171,7 @@ def test_only_the_image_is_perturbed_and_not_its_padding(organs):
     before = (torch.tensor(case.padded.shape[2:]) - torch.tensor(x.shape[2:])) // 2
     index = (..., *(slice(int(b), int(b) + size) for b, size in zip(before, x.shape[2:], strict=True)))
     framed = case.padded.clone()
-    framed[index] = x
+    framed[index] = x * case.sd[0]
     expected = model.inferer(framed, model.network)[index]
     outer = torch.randn_like(expected)
     logits = case.network(window, whole=True)(x)
@@ -212,8 +215,8 @@ def test_an_evaluation_and_its_report(organs, tmp_path):
     assert np.sqrt((change**2).mean()) == pytest.approx(pgd.disk.rms * std, rel=1e-3)
     assert by["corruption:blur", None, 5].dice != clean.dice
     text = report.read_text()
-    for words in ("Phantom organs 0.3.1", "SlidingWindowInferer", "16 × 16 × 16", "network units", "models/model.pt",
-                  file_hash(folder / "models" / "model.pt")):  # fmt: skip
+    for words in ("Phantom organs 0.3.1", "SlidingWindowInferer", "16 × 16 × 16", "models/model.pt",
+                  "T1: 1 network units in the median case", file_hash(folder / "models" / "model.pt")):  # fmt: skip
         assert words in text
     assert "mirroring" not in text.split("Attacked system")[1][:600]
 
@@ -351,7 +354,7 @@ def test_a_bundle_beside_an_nnunet_model(phantoms, tmp_path):
     }  # fmt: skip
     for record in found.values():
         assert record.size is None or max(record.size.percent_rms) <= 3.0 * 1.001
-    assert "network units" in report.read_text()
+    assert "1 SD, bundle" in report.read_text() and "1 SD, nnU-Net" not in report.read_text()
     other = write_bundle(tmp_path / "other", metadata=altered(METADATA, *PRED, "channel_def", "2", value="tumour"))
     with pytest.raises(UserError, match="only models of one task"):
         evaluated({**models, "other": other}, (images, labels), tmp_path / "third", chosen)
@@ -384,6 +387,7 @@ def test_hu_of_a_ct_bundle(organs, tmp_path):
     chosen = settings(attacks=["gaussian"], eps=[30.0], unit="hu", limit=1)
     evaluated({"a": folder}, organs.data, tmp_path / "out", chosen)
     noise = next(r for r in records(tmp_path / "out").values() if r.attack == "gaussian")
-    assert noise.eps_network == pytest.approx(0.1, rel=1e-5) and noise.size.native_rms == pytest.approx(
+    case = load_bundle(folder).prepare(organs.files())
+    assert noise.eps_network == pytest.approx(0.1 / case.sd[0], rel=1e-5) and noise.size.native_rms == pytest.approx(
         [30.0], rel=1e-3
     )

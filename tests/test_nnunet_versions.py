@@ -27,13 +27,14 @@ ATTRIBUTES = {
     "utilities.label_handling.label_handling.LabelManager": "num_segmentation_heads has_regions ignore_label "
     "foreground_labels",
     "preprocessing.preprocessors.default_preprocessor.DefaultPreprocessor": "run_case_npy",
+    "training.dataloading.nnunet_dataset.nnUNetBaseDataset": "load_case",
 }
 #: Class -> what its source must mention: attributes that its objects get, and keys of the files that it writes.
 MENTIONED = {
     TRAINER: "self.configuration_manager self.label_manager self.plans_manager self.configuration_name "
     "self.dataset_json self.num_epochs self.num_iterations_per_epoch self.num_val_iterations_per_epoch "
-    "self.print_to_log_file self.preprocessed_dataset_folder self.output_folder network_weights init_args trainer_name "
-    "inference_allowed_mirroring_axes",
+    "self.print_to_log_file self.preprocessed_dataset_folder self.dataset_class self.output_folder network_weights "
+    "init_args trainer_name inference_allowed_mirroring_axes",
     f"{PLANS}PlansManager": "self.plans",
     "preprocessing.preprocessors.default_preprocessor.DefaultPreprocessor": "class_locations",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -36,6 +36,48 @@ def full_resolution(output: Any) -> torch.Tensor:
             "largest first"
         )
     return output
+
+
+class Scale(nn.Module):
+    """(B, C, *S) in standard deviations (SD) of each channel -> network units.
+
+    Args:
+        sd: network units per SD of the first channels; the others pass through.
+        like: a batch of that kind.
+
+    Raises:
+        UserError: more values than channels.
+    """
+
+    factor: torch.Tensor
+
+    def __init__(self, sd: Sequence[float], like: torch.Tensor) -> None:
+        super().__init__()
+        if len(sd) > like.shape[1]:
+            raise UserError(f"there are {len(sd)} standard deviations for the {like.shape[1]} channels of a batch")
+        values = [*sd, *[1.0] * (like.shape[1] - len(sd))]
+        self.register_buffer("factor", like.new_tensor(values).view(-1, *(1,) * (like.ndim - 2)), persistent=False)
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` has its channels, dimensions, dtype and device."""
+        same = self.factor.shape == (x.shape[1], *(1,) * (x.ndim - 2))
+        return same and (self.factor.dtype, self.factor.device) == (x.dtype, x.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Network units."""
+        return x * self.factor
+
+
+class Scaled(nn.Module):
+    """A network of batches in SDs."""
+
+    def __init__(self, network: Network, scale: Scale) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """What the network returns."""
+        return self.network(self.scale(x))
 
 
 def _writing_views(model: nn.Module) -> list[nn.Module]:

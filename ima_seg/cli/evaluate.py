@@ -73,8 +73,8 @@ def add_parsers(commands: Any) -> None:
     attack.add_argument("--eps", type=float, nargs="+", help="budgets (default: 0.02 0.05 0.1 0.2 rms)")
     attack.add_argument(
         "--unit", choices=["rms", "l2", "linf", "hu", "percent"],
-        help="of --eps: rms, linf: per voxel in network units; l2: of the whole volume or slice; hu, percent (of the "
-        "0.5-99.5 percentile range): original intensities (default: rms with l2, linf with linf)",
+        help="of --eps: rms, linf: per voxel in SD of its input; l2: of the whole volume or slice; hu, percent "
+        "(of the 0.5-99.5 percentile range): original intensities (default: rms with l2, linf with linf)",
     )  # fmt: skip
     attack.add_argument("--budget", choices=["volume", "slice"], help="slice: 2D models only (default: volume)")
     attack.add_argument("--steps", type=int, help="gradient steps (default: 20)")

@@ -231,6 +231,7 @@ def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
         f"{what} are others"
         for what, new, old in (
             ("the models", [(m.name, m.sha256) for m in run.models], [(m.name, m.sha256) for m in there.models]),
+            ("the units of sizes", [m.sd for m in run.models], [m.sd for m in there.models]),
             ("the cases", run.cases, there.cases),
             ("the folders of images and labels", (run.images, run.labels), (there.images, there.labels)),
             ("the versions", *({k: r.versions[k] for k in decisive} for r in (run, there))),

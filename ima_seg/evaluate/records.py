@@ -57,10 +57,10 @@ class SliceDice(Strict):
 class Size(Strict):
     """Size of a perturbation."""
 
-    rms: float  # per voxel, network units
-    l2: float  # of the whole volume, network units
-    linf: float  # network units
-    l2_slice: float | None = None  # largest L2 of one slice (slice budgets), network units
+    rms: float  # per voxel, SD
+    l2: float  # of the whole volume, SD
+    linf: float  # SD
+    l2_slice: float | None = None  # largest L2 of one slice (slice budgets), SD
     native_rms: list[float]  # per channel, original intensities (HU for CT); empty where there is no way to them
     native_linf: list[float]
     percent_rms: list[float]  # per channel, % of the image's 0.5-99.5 percentile range
@@ -74,7 +74,7 @@ class Disk(Strict):
     image: list[str]  # paths relative to the output folder, one per channel
     difference: list[str]
     dice: float | None
-    rms: float  # of the perturbation between the files on disk, per voxel, network units
+    rms: float  # of the perturbation between the files on disk, per voxel, SD
     linf: float
     resampled: bool  # whether the preprocessing of this case resamples (then dice may differ from the record's)
     rounded: bool = False  # whether the file holds whole numbers only (the same)
@@ -90,7 +90,7 @@ class Record(Strict):
     norm: Norm | None = None
     unit: Unit | None = None  # of eps
     eps: float | None = None  # budget as asked for, in ``unit``; None without a budget
-    eps_network: float | None = None  # budget per voxel in network units
+    eps_network: float | None = None  # budget per voxel in SD
     budget: Budget | None = None
     severity: int | None = None  # 1-5, corruptions
     classes: dict[str, ClassMetrics]
@@ -98,6 +98,7 @@ class Record(Strict):
     nsd: float | None
     hd95_mm: float | None
     slice_dice: SliceDice | None = None
+    sd: list[float] = Field(default_factory=list)  # clean record: network units per SD of each channel
     size: Size | None = None
     breaking_rms: float | None = None  # minimal: smallest breaking perturbation found; None: the case was not broken
     disk: Disk | None = None

@@ -26,9 +26,10 @@ class EvaluationSettings(Strict):
         attacks: names as on the command line.
         norm: of all attacks.
         eps: budgets in ``unit``, ascending.
-        unit: ``rms``: root mean square per voxel in network units; ``l2``: L2 norm of the whole volume (or slice);
-            ``linf``: largest absolute value in network units; ``hu``: original intensities (RMS or largest value,
-            by norm); ``percent``: the same, % of the image's 0.5-99.5 percentile range.
+        unit: ``rms``: root mean square per voxel, in standard deviations (SD) of each channel of the network's input;
+            ``l2``: L2 norm of the whole volume (or slice), ``linf``: largest absolute value, both in the same;
+            ``hu``: original intensities (RMS or largest value, by norm); ``percent``: the same, % of the image's
+            0.5-99.5 percentile range.
         budget: per ``volume`` or per ``slice`` (2D models).
         steps: gradient steps of iterative attacks (queries of Square: ten times as many).
         restarts: restarts of randomly started attacks; the worst counts, per case.
@@ -83,6 +84,9 @@ class ModelInfo(Strict):
     spacing: list[float] = []  # of the network's grid, mm, in its axis order
     mirror_axes: list[int] | None = None
     parameters: int
+    #: Network units per SD of each channel's network input, the unit of sizes; None: measured in each case. Empty: the
+    #: normalisation makes it 1.
+    sd: list[float | None] = []
     #: Of nnUNetTrainerIMA's models: "norm", "delta", "eps_max", "margins" (case -> margin), "history" (rows of
     #: ima_history.csv); None for others.
     ima: dict[str, Any] | None = None

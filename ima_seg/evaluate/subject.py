@@ -66,15 +66,17 @@ class Case(Protocol):
     @property
     def model(self) -> Loaded: ...
     @property
-    def base(self) -> torch.Tensor: ...  # (1, C + extra, *S) network units; extra channels are never perturbed
+    def base(self) -> torch.Tensor: ...  # (1, C + extra, *S) in SDs; extra channels are never perturbed
     @property
     def image_channels(self) -> int: ...  # C
     @property
     def support(self) -> torch.Tensor | None: ...  # (1, 1, *S) bool where a perturbation may be; None: everywhere
     @property
-    def scale(self) -> FloatArray | None: ...  # (C,) original units per network unit; None: no line connects them
+    def scale(self) -> FloatArray | None: ...  # (C,) original units per SD; None: no line connects them
     @property
-    def native_range(self) -> FloatArray: ...  # (C,) 0.5 to 99.5 percentile, original units; without a scale, network
+    def sd(self) -> list[float]: ...  # (C,) network units per SD of the channel's network input
+    @property
+    def native_range(self) -> FloatArray: ...  # (C,) 0.5 to 99.5 percentile, original units; without a scale, SDs
     @property
     def resampled(self) -> bool: ...  # whether the network's grid is not the image's
     @property
@@ -94,10 +96,10 @@ class Case(Protocol):
         """The segmentation in the original geometry: (Z, Y, X) label map, or one mask per class (classes, Z, Y, X)."""
 
     def delta(self, perturbed: torch.Tensor) -> torch.Tensor:
-        """The perturbation (C, *S) in network units of an image in the layout of :attr:`base`."""
+        """The perturbation (C, *S) in SDs of an image in the layout of :attr:`base`."""
 
     def native_delta(self, delta: torch.Tensor) -> FloatArray:
-        """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities; needs a scale."""
+        """A perturbation (C, *S) in SDs -> (C, Z, Y, X) in original intensities; needs a scale."""
 
     def from_native(self, delta: FloatArray) -> torch.Tensor:
         """The inverse of :meth:`native_delta`."""

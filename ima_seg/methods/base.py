@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
-from ima_seg.attacks.network import inner_module
+from ima_seg.attacks.network import Scale, Scaled, inner_module
 from ima_seg.errors import UserError
 from ima_seg.files import write_csv
 from ima_seg.methods.settings import TrainingSettings
@@ -85,6 +85,10 @@ class MethodReport:
     training: int
     patches: int
 
+    def rescaled(self, scale: Scale) -> Self:
+        """The same with images in network units, which were in SDs."""
+        return self
+
 
 class Method(ABC, Generic[S, R]):
     """A way to train for robustness.
@@ -95,11 +99,16 @@ class Method(ABC, Generic[S, R]):
         patch_voxels: image channels x voxels of a training patch; not needed with sizes per voxel.
         epochs: length of the training.
         image_channels: the first this many input channels may be perturbed; None means all.
+        channel_sd: network units per standard deviation (SD) of each image channel of the network's input, where the
+            normalisation does not make it 1. Sizes are in SDs.
 
     Raises:
         UserError: ``labels`` of classifiers, for a method that is for segmentations.
     """
 
+    #: Network units per standard deviation (SD) of each image channel of the network's input: what sizes are in units
+    #: of. None: 1, as normalised to.
+    channel_sd: Sequence[float] | None
     #: How logs and files call it.
     name: ClassVar[str]
     settings_class: ClassVar[type[TrainingSettings]]
@@ -121,6 +130,7 @@ class Method(ABC, Generic[S, R]):
         patch_voxels: int | None = None,
         epochs: int = 1,
         image_channels: int | None = None,
+        channel_sd: Sequence[float] | None = None,
     ) -> None:
         if isinstance(labels, Classes) and not self.classifies:
             raise UserError(f"{self.name} is for segmentations; train a classifier by another method, such as PGDAT")
@@ -128,9 +138,10 @@ class Method(ABC, Generic[S, R]):
             raise UserError(
                 f"{self.name}: unit 'l2' is of a whole patch; give patch_voxels, its image channels x voxels, as well"
             )
-        self.settings, self.labels, self.epochs = settings, labels, epochs
+        self.settings, self.labels, self.epochs, self.channel_sd = settings, labels, epochs, channel_sd
+        self._scaled: Scaled | None = None
         self.threat = ThreatModel(settings.norm, image_channels)
-        #: Turns a size of the settings into one per voxel in network units.
+        #: Turns a size of the settings into one per voxel in SDs.
         self.per_voxel = settings.per_voxel(patch_voxels or 1)
         #: Share of the training that is over, in [0, 1].
         self.progress = 0.0
@@ -193,7 +204,21 @@ class Method(ABC, Generic[S, R]):
             update=update or (lambda: None),
             generator=generator,
         )
-        return self._step(calls, x.detach(), Target.from_raw(y, self.labels), case_ids)
+        target, x = Target.from_raw(y, self.labels), x.detach()
+        if self.channel_sd is None:
+            return self._step(calls, x, target, case_ids)
+        calls, scale = self._in_sd(calls, x)
+        return self._step(calls, x / scale.factor, target, case_ids).rescaled(scale)
+
+    def _in_sd(self, calls: Calls, x: torch.Tensor) -> tuple[Calls, Scale]:
+        """``calls`` whose networks take batches like ``x`` in SDs, and what makes network units of those."""
+        assert self.channel_sd is not None
+        # Kept from step to step, for CUDA graphs are those of one network.
+        scaled = self._scaled
+        if scaled is None or scaled.network is not calls.network or not scaled.scale.fits(x):
+            scaled = self._scaled = Scaled(calls.network, Scale(self.channel_sd, x))
+        forward, scale = calls.forward, scaled.scale
+        return replace(calls, network=scaled, forward=lambda model, batch: forward(model, scale(batch))), scale
 
     @abstractmethod
     def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> R: ...
@@ -222,7 +247,7 @@ class Method(ABC, Generic[S, R]):
 
     @abstractmethod
     def sizes(self) -> dict[str, float]:
-        """The settings that are sizes, per voxel in network units."""
+        """The settings that are sizes, per voxel in SDs."""
 
     def enter_cases(self, cases: Iterable[str]) -> list[str]:
         """Meet the training cases; returns what is to be said about them."""
@@ -253,8 +278,8 @@ class Method(ABC, Generic[S, R]):
             folder: where to.
             history: rows, one for each epoch.
             voxels: image channels x voxels of a training patch.
-            native: native intensity units (HU, scanner units) per network unit of each channel, where they are the same
-                for all cases.
+            native: native intensity units (HU, scanner units) per SD of each channel, where they are the same for all
+                cases.
         """
         write_csv(folder / f"{self.name.lower()}_history.csv", history)
 

@@ -52,7 +52,7 @@ class Course:
     Args:
         method: the method, which knows the length of the training.
         voxels: image channels x voxels of a training patch.
-        native: native intensity units per network unit of each channel, where they are the same for all cases.
+        native: native intensity units per SD of each channel, where they are the same for all cases.
         log: prints a line to the log of the training.
         warn: prints what is wrong.
     """
@@ -114,7 +114,9 @@ class Course:
 
     def described(self) -> dict[str, Any]:
         """The settings with everything automatic resolved: what makes two trainings comparable."""
-        return {**self.method.settings.model_dump(mode="json"), **self.method.sizes()}
+        sd = self.method.channel_sd
+        unit = {} if sd is None else {"channel_sd": [float(value) for value in sd]}
+        return {**self.method.settings.model_dump(mode="json"), **self.method.sizes(), **unit}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and JSON types, which ``torch.load(weights_only=True)`` reads."""

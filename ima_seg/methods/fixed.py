@@ -43,7 +43,7 @@ class FixedBudget(Method[F, MethodReport]):
 
     @property
     def eps(self) -> float:
-        """Budget per voxel in network units."""
+        """Budget per voxel in SDs."""
         return self.settings.eps * self.per_voxel
 
     @override

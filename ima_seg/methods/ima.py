@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, Problem, boundary_search, pgd
 from ima_seg.attacks.boundary import start_radius
-from ima_seg.attacks.network import full_resolution
+from ima_seg.attacks.network import Scale, full_resolution
 from ima_seg.attacks.passes import as_attacked
 from ima_seg.attacks.quality import class_quality, hard_quality, loss_quality
 from ima_seg.attacks.rows import assign, chosen
@@ -53,7 +54,7 @@ class StepReport(MethodReport):
         searched: (B,) bool, patches whose boundary was searched: with foreground, and not below the criterion's
             threshold without perturbation.
         crossed: (B,) bool.
-        distance: (B,) size of the perturbation, per voxel in network units.
+        distance: (B,) size of the perturbation, per voxel in SDs.
         background: (B,) bool, patches without foreground; none for classifiers.
         below: (B,) bool, patches that have crossed without perturbation, images that are classified wrongly.
         nonfinite: (B,) bool, patches left out of the margins for a NaN or infinite gradient.
@@ -73,6 +74,10 @@ class StepReport(MethodReport):
     nonfinite: torch.Tensor
     stalled: torch.Tensor
 
+    @override
+    def rescaled(self, scale: Scale) -> StepReport:
+        return self if self.adversarial is None else replace(self, adversarial=scale(self.adversarial))
+
 
 class IMA(WithMargins[StepReport]):
     """IMA training of one network: settings, margins, and the step.
@@ -85,6 +90,7 @@ class IMA(WithMargins[StepReport]):
         patch_voxels: image channels x voxels of a training patch; not needed with sizes per voxel.
         epochs: length of the training; not needed with a ledger.
         image_channels: the first this many input channels may be perturbed; None means all.
+        channel_sd: see :class:`ima_seg.methods.base.Method`.
 
     One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``; of a classifier only the images that are
     right without perturbation count in the second term, and the loss must be a mean over images. The gradient is
@@ -101,14 +107,16 @@ class IMA(WithMargins[StepReport]):
         patch_voxels: int | None = None,
         epochs: int | None = None,
         image_channels: int | None = None,
+        channel_sd: Sequence[float] | None = None,
     ) -> None:
         if isinstance(labels, Classes):
             settings.check_classes()
         # A ledger has its sizes per voxel.
         voxels = patch_voxels if ledger is None else patch_voxels or 1
         super().__init__(
-            settings, labels=labels, patch_voxels=voxels, epochs=epochs or 1, image_channels=image_channels
-        )
+            settings, labels=labels, patch_voxels=voxels, epochs=epochs or 1, image_channels=image_channels,
+            channel_sd=channel_sd,
+        )  # fmt: skip
         if ledger is None:
             if epochs is None:
                 raise UserError(

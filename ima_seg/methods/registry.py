@@ -40,7 +40,7 @@ def make_method(settings: str | TrainingSettings, **given: Any) -> Method[Any, A
 
     Args:
         settings: of the method, or its name.
-        given: labels, patch_voxels, epochs and image_channels, as for :meth:`Method.from_settings`.
+        given: labels, patch_voxels, epochs, image_channels and channel_sd, as for :meth:`Method.from_settings`.
 
     Raises:
         UserError: no such method, or one that is not for such labels.

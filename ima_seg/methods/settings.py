@@ -44,8 +44,8 @@ class TrainingSettings(BaseModel):
 
     Attributes:
         norm: ``"l2"`` or ``"linf"``.
-        unit: of sizes. ``"voxel"``: per voxel in network units, RMS for l2 and largest absolute value for linf.
-            ``"l2"``: L2 norm of the perturbation of a whole training patch.
+        unit: of sizes. ``"voxel"``: per voxel in SDs of the network's input, RMS for l2 and largest absolute value for
+            linf. ``"l2"``: L2 norm of the perturbation of a whole training patch.
         precision: arithmetic of the attack; ``"auto"`` is bfloat16 where the device computes in it natively.
         epochs, iterations_per_epoch, val_iterations_per_epoch, save_every: replace nnU-Net's own where given.
     """
@@ -210,7 +210,7 @@ class IMASettings(TrainingSettings):
                 )
 
     def resolve_sizes(self, *, patch_voxels: int, epochs: int) -> tuple[float, float]:
-        """``(delta, eps_max)`` per voxel in network units, for patches of so many values and this many epochs."""
+        """``(delta, eps_max)`` per voxel in SDs, for patches of so many values and this many epochs."""
         per_voxel = self.per_voxel(patch_voxels)
         eps_max = DEFAULT_EPS_MAX if self.eps_max == "auto" else self.eps_max * per_voxel
         delta = eps_max / min(max(epochs / 3, 10), 50) if self.delta == "auto" else self.delta * per_voxel

@@ -15,12 +15,13 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from ima_seg.attacks.network import full_precision
+from ima_seg.attacks.network import Scale, full_precision
 from ima_seg.cases.check import check_prepared, check_read
 from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, only_turned, same_grid, shifted
 from ima_seg.errors import UserError
 from ima_seg.monai.model import LoadedBundle
-from ima_seg.monai.units import native_units, onto
+from ima_seg.monai.units import channel_sd, native_units, onto
+from ima_seg.monai.window import Cut, Frame
 from ima_seg.types import Target
 
 _PREDICTION = "pred"
@@ -31,12 +32,14 @@ class BundleCase:
     """A case as a bundle sees it; what :class:`ima_seg.evaluate.subject.Case` has, and:
 
     Perturbations are added to the pre-processed image, where it is image: what the pre-processing padded is in no file.
+    Their unit is the standard deviation (SD) of the pre-processed image, of each channel of the case.
 
     Attributes:
         loaded: what the bundle's LoadImaged returned.
         data: what its pre-processing returned, with the image's MetaTensor.
         padded: (1, C, *P) the pre-processed image, the input of the inferer.
-        box: where the image lies in it; :attr:`base` (1, C, *S) is the image without its padding.
+        box: where the image lies in it; :attr:`base` (1, C, *S) is the image without its padding, in SDs.
+        sd: (C,) network units per SD.
         reference: (1, 1, *S) label map on the same grid.
         affine: (4, 4) voxels of the original image to mm.
         resampled: whether the network's grid is not the image's, cropped, padded or turned.
@@ -49,6 +52,7 @@ class BundleCase:
     padded: torch.Tensor
     box: tuple[slice, ...]
     base: torch.Tensor
+    sd: list[float]
     reference: torch.Tensor
     affine: FloatArray
     scale: FloatArray | None
@@ -89,8 +93,11 @@ class BundleCase:
     def network(self, window: nn.Module, *, whole: bool) -> nn.Sequential:
         """(1, C, *S) -> logits (1, K, *S) through the padded image; a part of it (not ``whole``) as it is."""
         if not whole:
-            return nn.Sequential(nn.Identity(), window).eval()
-        return nn.Sequential(_Frame(self.padded, self.box), window, _Cut(self.padded, self.box)).eval()
+            return nn.Sequential(Scale(self.sd, self.base), window).eval()
+        return nn.Sequential(self._frame(), window, Cut(self.padded, self.box)).eval()
+
+    def _frame(self) -> nn.Sequential:
+        return nn.Sequential(Scale(self.sd, self.base), Frame(self.padded, self.box))
 
     @torch.no_grad()
     def predict(self, window: nn.Module, perturbed: torch.Tensor) -> LabelArray:
@@ -100,7 +107,7 @@ class BundleCase:
             UserError: the post-processing fails, leaves another grid, or leaves no labels.
         """
         with full_precision():
-            logits = window(_Frame(self.padded, self.box)(perturbed))
+            logits = window(self._frame()(perturbed))
         model, image = self.model, self.data[self.model.image_key]
         meta, applied = deepcopy(image.meta), deepcopy(image.applied_operations)
         prediction = MetaTensor(logits[0], meta=meta, applied_operations=applied)
@@ -138,11 +145,11 @@ class BundleCase:
         )
 
     def delta(self, perturbed: torch.Tensor) -> torch.Tensor:
-        """The perturbation (C, *S) in network units."""
+        """The perturbation (C, *S) in SDs."""
         return (perturbed - self.base)[0]
 
     def native_delta(self, delta: torch.Tensor) -> FloatArray:
-        """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities and geometry."""
+        """A perturbation (C, *S) in SDs -> (C, Z, Y, X) in original intensities and geometry."""
         assert self.scale is not None
         shape = self.raw.reference.shape[::-1]
         values = onto(delta.detach().float().cpu(), self._affine(), self.affine, shape)
@@ -153,7 +160,7 @@ class BundleCase:
         return perturbed
 
     def from_native(self, delta: FloatArray) -> torch.Tensor:
-        """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
+        """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in SDs."""
         assert self.scale is not None
         values = torch.from_numpy((delta / self.scale.reshape(-1, 1, 1, 1)).transpose(0, 3, 2, 1).astype(np.float32))
         return onto(values, self.affine, self._affine(), self.base.shape[2:]).to(self.base.device)
@@ -169,28 +176,6 @@ class BundleCase:
         stored = _from_channels_first(image.transpose(0, 3, 2, 1), before.shape, self.raw.reference.shape[::-1])
         changed = MetaTensor(torch.from_numpy(stored.copy()).to(before), meta=deepcopy(before.meta))
         return _prepare(self.model, self.raw, {**self.loaded, key: changed}, self.affine)
-
-
-class _Frame(nn.Module):
-    """Puts an image (B, C, *S) into its padded one (1, C, *P), at ``box``."""
-
-    def __init__(self, padded: torch.Tensor, box: tuple[slice, ...]) -> None:
-        super().__init__()
-        self.padded, self.index = padded, (slice(None), slice(None), *box)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[2:] == self.padded.shape[2:]:
-            return x
-        framed = self.padded.repeat(len(x), *(1,) * (x.ndim - 1))
-        framed[self.index] = x
-        return framed
-
-
-class _Cut(_Frame):
-    """The part of the logits that belongs to the image."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.index]
 
 
 def prepare_case(model: LoadedBundle, files: CaseFiles) -> BundleCase:
@@ -251,6 +236,9 @@ def _prepare(model: LoadedBundle, raw: RawCase, loaded: dict[str, Any], affine: 
     plain = torch.as_tensor(image.as_tensor()).detach().float()
     check_prepared(raw.case, plain.cpu().numpy())
     scale, native_range, image_voxels = native_units(plain.cpu(), raw.image, affine, grid)
+    shown = plain[(slice(None), *box)][None].contiguous()
+    sd = channel_sd(shown[0])
+    each = np.array(sd)
     return BundleCase(
         raw=raw,
         model=model,
@@ -258,11 +246,12 @@ def _prepare(model: LoadedBundle, raw: RawCase, loaded: dict[str, Any], affine: 
         data=data,
         padded=plain[None].contiguous().to(device),
         box=box,
-        base=plain[(slice(None), *box)][None].contiguous().to(device),
+        base=shown.to(device) / shown.new_tensor(sd, device=device).view(-1, 1, 1, 1),
+        sd=sd,
         reference=reference[None].to(device),
         affine=affine,
-        scale=scale,
-        native_range=native_range,
+        scale=None if scale is None else scale * each,
+        native_range=native_range / each if scale is None else native_range,
         resampled=not only_turned(np.linalg.inv(affine) @ grid),
         image_voxels=image_voxels,
     )

@@ -31,7 +31,7 @@ class TrainingHandler:
             every epoch by rank 0; None for none.
         cases: ids of the training cases, so that those that have not been drawn yet are in the tables. Without a
             ``case_key`` the ids are ``ima_seg.monai.case_name`` of the image files.
-        native: native intensity units per network unit, by the name of a column to add, for images that all share one
+        native: native intensity units per unit of sizes, by the name of a column to add, for images that all share one
             scale: ``{"hu": 250.0}`` after ``ScaleIntensityRanged(a_min=-500, a_max=500, b_min=-2, b_max=2)``.
         method: the method, where the engine is another. That engine's step must put its report into
             ``engine.state.SECTION_report``, and the number of values of a patch into ``engine.state.SECTION_voxels``,

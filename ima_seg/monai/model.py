@@ -52,6 +52,7 @@ class LoadedBundle(Parts):
             "configuration": type(self.inferer).__name__,
             "checkpoint": self.weights.name,
             "patch_size": patch_size(self.inferer),
+            "sd": [None] * len(self.channels),
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
         }
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
@@ -23,8 +24,11 @@ from ima_seg.monai.batch import case_ids, plain, reference, with_meta
 from ima_seg.monai.handler import TrainingHandler
 from ima_seg.monai.network import AsUsed, numbered
 from ima_seg.monai.passes import Passes
+from ima_seg.monai.units import channel_sd
 from ima_seg.types import Labels
 
+#: A unit of sizes of more SDs than this, or of less than one over it, is warned about.
+FAR = 2
 #: Settings of nnU-Net's trainers, and what says the same here.
 _MONAI_NAMES = {
     "epochs": "the trainer's max_epochs",
@@ -55,14 +59,12 @@ def make_method(
     labels = values.pop("labels")
     if isinstance(labels, Mapping | int):
         labels = Labels(**labels) if isinstance(labels, Mapping) else Labels(labels)
-    image_channels, voxels = values.pop("image_channels", None), values.pop("patch_voxels", None)
+    more = {key: values.pop(key, None) for key in ("image_channels", "patch_voxels", "channel_sd")}
     for setting in values.keys() & _MONAI_NAMES.keys():
         raise UserError(f"{name}: {setting} is a setting of nnU-Net's trainers; here it is {_MONAI_NAMES[setting]}")
     base = registry.preset(name)
     settings = type(base).parse(values, source=name, base=base)
-    return registry.make_method(
-        settings, labels=labels, patch_voxels=voxels, epochs=epochs, image_channels=image_channels
-    )
+    return registry.make_method(settings, labels=labels, epochs=epochs, **more)
 
 
 class AdversarialSupervisedTrainer(SupervisedTrainer):
@@ -75,11 +77,13 @@ class AdversarialSupervisedTrainer(SupervisedTrainer):
             - ``labels``: an :class:`ima_seg.Labels` or :class:`ima_seg.Classes`, arguments of the former as a mapping,
               or the number of output channels, of which 0 is background;
             - ``image_channels``: the first this many input channels may be perturbed (default: all);
-            - ``patch_voxels``: image channels x voxels of a patch, needed with ``unit = "l2"``.
+            - ``patch_voxels``: image channels x voxels of a patch, needed with ``unit = "l2"``;
+            - ``channel_sd``: standard deviation (SD) of each image channel, in whose units sizes are (default: 1).
         case_key: key of the batch, or of the images' metadata, that holds the case ids, which IMA needs. Default: the
             file that the images' metadata name, as ``LoadImaged`` notes it; the id is its folder and name.
 
-    Images (B, C, *S) must be in network units, as normalised. The reference may be a label map, one-hot, or regions.
+    Images (B, C, *S) must be in network units, as normalised; the log says what SD those of the first batch have. The
+    reference may be a label map, one-hot, or regions.
 
     Each iteration accumulates the gradient of the method's training passes, of IMA that of the clean and of the
     perturbed batch, then steps the optimiser. ``FORWARD_COMPLETED`` and ``LOSS_COMPLETED`` fire once, in the first pass
@@ -122,7 +126,7 @@ class AdversarialSupervisedTrainer(SupervisedTrainer):
         self.training = next((h for h in handlers if isinstance(h, TrainingHandler)), None) or TrainingHandler()
         # Margins have moved before any other handler looks at them, or saves them, at the end of an epoch.
         given["train_handlers"] = [self.training, *(handler for handler in handlers if handler is not self.training)]
-        self.loss_is_reduced = False
+        self.loss_is_reduced = self._unit_said = False
         super().__init__(*bound.args, **bound.kwargs)
         if self.compile:
             allow_recompiles()
@@ -158,6 +162,9 @@ class AdversarialSupervisedTrainer(SupervisedTrainer):
         ids = case_ids(batchdata, images, self.case_key) if method.uses_cases else [""] * len(images)
         y = reference(targets, images, method.labels)
         x, victim, extended = plain(images), None, bool(args or kwargs)
+        if not self._unit_said:
+            self._unit_said = True
+            self._say_unit(method.threat.perturbable(x))
         if extended or type(engine.inferer) is not SimpleInferer:
             victim = AsUsed(inner_module(engine.network), engine.inferer, args, kwargs, len(x))
         if extended:
@@ -186,6 +193,21 @@ class AdversarialSupervisedTrainer(SupervisedTrainer):
         output[Keys.PRED] = with_meta(output[Keys.PRED], images)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
+
+    def _say_unit(self, x: torch.Tensor) -> None:
+        """How far the unit of sizes is from the standard deviation of each channel of a batch (B, C, *S)."""
+        measured, name = channel_sd(x.transpose(0, 1).cpu()), self.method.name
+        ratios = [
+            unit / sd for unit, sd in zip(self.method.channel_sd or [1.0] * len(measured), measured, strict=False)
+        ]
+        sds = ", ".join(f"{ratio:.3g}" for ratio in ratios)
+        self.logger.info("%s: 1 in sizes is %s SD of the channels of the first batch", name, sds)
+        if not all(1 / FAR < ratio < FAR for ratio in ratios):
+            self.logger.warning(
+                "%s: 1 in sizes should be 1 SD of each channel, but is %s SD of those of the first batch: normalise to "
+                "an SD of 1, or say with labels and settings what it is, channel_sd=[%s]",
+                name, sds, ", ".join(f"{sd:.3g}" for sd in measured),
+            )  # fmt: skip
 
 
 class IMASupervisedTrainer(AdversarialSupervisedTrainer):

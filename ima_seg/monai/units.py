@@ -30,6 +30,15 @@ def onto(
     return plain
 
 
+def channel_sd(image: torch.Tensor) -> list[float]:
+    """Standard deviation of each channel of (C, *S), over the voxels that are not 0; 1 of a channel without contrast.
+
+    That is what z-scoring makes 1, over all voxels or over those that were not 0 before.
+    """
+    found = (float(values[values != 0].double().std(correction=0)) for values in image)
+    return [sd if sd > 0 else 1.0 for sd in found]
+
+
 def native_units(
     network: torch.Tensor, raw: FloatArray, affine: FloatArray, grid: FloatArray
 ) -> tuple[FloatArray | None, FloatArray, int]:

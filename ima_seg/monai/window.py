@@ -123,3 +123,27 @@ def patch_size(inferer: Any) -> list[int]:
     size = getattr(inferer, "roi_size", None)
     sizes = [int(value or 0) for value in (size if isinstance(size, Sequence) else [size] * 3)]
     return sizes if min(sizes) > 0 else []
+
+
+class Frame(nn.Module):
+    """Puts an image (B, C, *S) into its padded one (1, C, *P), at ``box``."""
+
+    def __init__(self, padded: torch.Tensor, box: tuple[slice, ...]) -> None:
+        super().__init__()
+        self.padded, self.index = padded, (slice(None), slice(None), *box)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, *P)."""
+        if x.shape[2:] == self.padded.shape[2:]:
+            return x
+        framed = self.padded.repeat(len(x), *(1,) * (x.ndim - 1))
+        framed[self.index] = x
+        return framed
+
+
+class Cut(Frame):
+    """The part of the logits that belongs to the image."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, K, *S)."""
+        return x[self.index]

@@ -78,13 +78,13 @@ class PreparedCase:
     """A case as nnU-Net sees it; what :class:`ima_seg.evaluate.subject.Case` has, and:
 
     Attributes:
-        base: the clean image **before** clipping; :class:`Renormalise` turns it into the network's input.
+        base: the clean image **before** clipping, in SDs; :class:`Renormalise` turns it into the network's input.
         clean: (1, C + cascade, *S) the network's input of the clean image, as nnU-Net computes it.
         support: the nonzero region, where a channel is normalised over it alone.
         nonzero: that region of the cropped image on its own grid; ``None`` with ``support``.
         reference: (1, 1, *S) label map on the network's grid.
         scales: normalisation per channel.
-        limits: (2, C) lowest and highest value of a perturbed image, in network units; ``None``: any.
+        limits: (2, C) lowest and highest value of a perturbed image, in SDs; ``None``: any.
         offsets: see :class:`Renormalise`.
         properties: of nnU-Net's preprocessing, for the export.
         previous_stage: (Z, Y, X) segmentation of the previous stage, of a cascade.
@@ -108,8 +108,13 @@ class PreparedCase:
 
     @property
     def scale(self) -> FloatArray:
-        """(C,) original intensity units per network unit."""
+        """(C,) original intensity units per SD."""
         return np.array([scale.scale for scale in self.scales])
+
+    @property
+    def sd(self) -> list[float]:
+        """(C,) network units per SD."""
+        return [scale.sd for scale in self.scales]
 
     @property
     def image_voxels(self) -> int:
@@ -175,11 +180,11 @@ class PreparedCase:
         return segmentation
 
     def delta(self, perturbed: torch.Tensor) -> torch.Tensor:
-        """The perturbation (C, *S) in network units of a perturbed image in the layout of :attr:`base`."""
+        """The perturbation (C, *S) in SDs of a perturbed image in the layout of :attr:`base`."""
         return (perturbed - self.base)[0, : self.image_channels]
 
     def native_delta(self, delta: torch.Tensor) -> FloatArray:
-        """A perturbation (C, *S) in network units -> (C, Z, Y, X) in original intensities and geometry."""
+        """A perturbation (C, *S) in SDs -> (C, Z, Y, X) in original intensities and geometry."""
         values = delta.detach().float().cpu().numpy()
         if self.resampled:
             shape = tuple(int(size) for size in self.properties["shape_after_cropping_and_before_resampling"])
@@ -192,7 +197,7 @@ class PreparedCase:
         return _turned(full, self.model.plans.transpose_backward)
 
     def from_native(self, delta: FloatArray) -> torch.Tensor:
-        """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in network units."""
+        """The inverse of :meth:`native_delta`: original intensities and geometry -> (C, *S) in SDs."""
         values = _turned(delta, self.model.plans.transpose_forward)
         values = values[(slice(None), *_box(self.properties["bbox_used_for_cropping"]))]
         values = values / self.scale.reshape(-1, 1, 1, 1)
@@ -261,6 +266,7 @@ def prepare_case(
         reference = _resample(model, properties, reference, data.shape[1:], labels=True)
     base, extra, offsets = data.copy(), [], []
     for index, scale in enumerate(scales):
+        base[index] /= scale.sd
         if scale.bounds is None:
             continue
         unclipped = before_clipping(cropped[index : index + 1], scale)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ima_seg.errors import UserError
 from ima_seg.files import replacing
@@ -48,6 +48,7 @@ class _LedgerSettings(BaseModel):
     delta: float
     eps_max: float
     rule: Rule
+    channel_sd: list[PositiveFloat] | None = None
 
 
 class _IMAState(BaseModel):

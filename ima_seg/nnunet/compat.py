@@ -15,15 +15,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ima_seg.errors import UserError
 from ima_seg.methods.registry import make_method
 from ima_seg.methods.settings import TrainingSettings
 from ima_seg.nnunet.dataset import channel_names
 from ima_seg.nnunet.intensity import shared_native_scale
+from ima_seg.nnunet.normalisation import shared_sd
 from ima_seg.nnunet.training import Training
 from ima_seg.types import Labels
 from ima_seg.versions import check_version
 
+#: The standard deviation of a channel is the mean over so many training cases.
+MEASURED_CASES = 20
 #: The nnU-Net versions supported; pyproject.toml says the same.
 SUPPORTED_NNUNET = ">=2.8,<2.9"
 
@@ -47,8 +52,39 @@ def make_training(trainer: Any, settings: TrainingSettings) -> Training:
         epochs=trainer.num_epochs,
         image_channels=channels,  # those that a cascade appends are never perturbed
     )
-    native = shared_native_scale(trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json)
-    return Training(method, voxels=voxels, native=native, log=trainer.print_to_log_file)
+    return Training(method, voxels=voxels, native={}, log=trainer.print_to_log_file)
+
+
+def set_unit(trainer: Any, cases: Iterable[str]) -> None:
+    """Let the sizes of a training be in standard deviations (SD) of each channel of the network's input.
+
+    Those that no plan knows are measured, as the mean over the first of the training ``cases``. A training that goes on
+    keeps the unit that its margins are in.
+    """
+    training, manager = trainer.training, trainer.plans_manager
+    sd = _channel_sd(trainer, sorted(cases)[:MEASURED_CASES])
+    if training.resumed_settings is None:
+        training.method.channel_sd = sd
+    elif sd is not None and training.method.channel_sd is None:
+        training.warn(f"sizes stay in network units, as this training began, of which {sd} are 1 SD of each channel")
+    training.native = shared_native_scale(
+        manager.plans, trainer.configuration_name, trainer.dataset_json, training.method.channel_sd
+    )
+
+
+def _channel_sd(trainer: Any, cases: list[str]) -> list[float] | None:
+    """Network units per SD of each channel; ``None`` where all are 1."""
+    configuration = trainer.configuration_manager
+    properties = trainer.plans_manager.foreground_intensity_properties_per_channel
+    schemes = configuration.normalization_schemes
+    planned = [shared_sd(scheme, properties.get(str(index), {})) for index, scheme in enumerate(schemes)]
+    measured = [1.0] * len(planned)
+    if None in planned:
+        data_set = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
+        images = (np.asarray(data_set.load_case(case)[0][:]) for case in cases)
+        measured = np.mean([[channel.std(dtype=np.float64) for channel in i] for i in images], axis=0).tolist()
+    found = [(sd or 1.0) if known is None else known for known, sd in zip(planned, measured, strict=True)]
+    return None if found == [1.0] * len(found) else found
 
 
 def find_trainer(name: str) -> Any:

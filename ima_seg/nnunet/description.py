@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -24,6 +25,7 @@ from pydantic import (
 
 from ima_seg.errors import UserError
 from ima_seg.files import read_json
+from ima_seg.nnunet.normalisation import FIXED
 from ima_seg.validation import validated
 
 _MISSING = "does not exist; copy it from where nnUNetv2_train wrote it"
@@ -198,6 +200,10 @@ class _Plans(_Part):
         return self
 
 
+class _Intensities(_Part):
+    std: NonNegativeFloat
+
+
 class _CTIntensities(_Part):
     mean: float
     std: PositiveFloat
@@ -261,6 +267,8 @@ def read_configuration(path: Path, name: str, *, channels: int) -> dict[str, Any
             raise UserError(f"{path} is without {key!r}, though dataset.json has that channel; {_REMEDY}")
         if scheme == "CTNormalization":
             validated(_CTIntensities, intensities[str(index)], source=f"{path}: {key}", remedy=_REMEDY)
+        elif scheme in FIXED:
+            validated(_Intensities, intensities[str(index)], source=f"{path}: {key}", remedy=_REMEDY)
     plans["configurations"][name] = checked.model_dump(exclude_unset=True, by_alias=True)
     return plans
 

@@ -1,9 +1,9 @@
-"""Original intensities: how many native units one network unit is, per case and channel."""
+"""Original intensities: how many native units the unit of sizes is, one SD, per case and channel."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,15 @@ from ima_seg.nnunet.reading import image_files, read_image
 
 
 def native_scale(
-    case: str, images: Path, *, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+    case: str,
+    images: Path,
+    *,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    channel_sd: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """Native intensity units (HU, scanner units) per network unit of each channel of one case, by column name.
+    """Native intensity units (HU, scanner units) per SD of each channel of one case, by column name.
 
     Args:
         case: case id.
@@ -24,6 +30,7 @@ def native_scale(
         plans: contents of the plans file.
         configuration: whose normalisation is meant.
         dataset_json: contents of dataset.json.
+        channel_sd: network units per SD of each channel, of a training; None: 1.
 
     Raises:
         UserError: a channel's file is missing or cannot be read, or a channel is constant.
@@ -40,25 +47,28 @@ def native_scale(
     cropped, region, _ = crop_to_nonzero(image.values)
     chosen = manager.get_configuration(configuration)
     scales = channel_scales(cropped, region[0] >= 0, plans=manager, configuration=chosen, case=case)
-    return {column: scale.scale for column, scale in zip(columns, scales, strict=True)}
+    factors = channel_sd or [1.0] * len(columns)
+    return {c: scale.scale / scale.sd * sd for c, scale, sd in zip(columns, scales, factors, strict=True)}
 
 
 def shared_native_scale(
-    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    channel_sd: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """:func:`native_scale` of each channel whose normalisation is the same for all cases.
 
-    That is CT normalisation (one standard deviation of the training set's foreground, in HU), that of colours, and none
-    at all. Z-scored channels have another scale in each case, which only the raw image tells.
+    That is CT normalisation (one standard deviation of the training set's foreground, in HU), that of RGB, and none at
+    all. Channels that are z-scored or rescaled have another scale in each case, which only the raw image tells.
     """
     columns = native_columns(plans, configuration, dataset_json)
     properties = plans["foreground_intensity_properties_per_channel"]
     scale = {}
     for index, (column, scheme) in enumerate(zip(columns, _schemes(plans, configuration), strict=True)):
-        if scheme == "CTNormalization":
-            scale[column] = float(properties[str(index)]["std"])
-        elif scheme in FIXED:
-            scale[column] = FIXED[scheme]
+        per_network_unit = float(properties[str(index)]["std"]) if scheme == "CTNormalization" else FIXED.get(scheme)
+        if per_network_unit is not None:
+            scale[column] = per_network_unit * (channel_sd[index] if channel_sd else 1.0)
     return scale
 
 

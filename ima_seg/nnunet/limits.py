@@ -19,12 +19,12 @@ _RGB = (0.0, 255.0)
 def network_limits(
     native: FloatArray | None, scales: Sequence[ChannelScale], clean: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32] | None:
-    """Lowest and highest value of each channel in network units, (2, C); ``None`` where there are none.
+    """Lowest and highest value of each channel in SDs, (2, C); ``None`` where there are none.
 
     Args:
         native: (C, 2) what the files can hold.
         scales: normalisation of each channel.
-        clean: (C, *S) the clean image in network units, which is within the limits whatever its rounding.
+        clean: (C, *S) the clean image in SDs, which is within the limits whatever its rounding.
     """
     limits = np.tile([-np.inf, np.inf], (len(scales), 1)) if native is None else native.astype(np.float64)
     for channel, scale in zip(limits, scales, strict=True):
@@ -38,7 +38,7 @@ def network_limits(
 
 
 class Within(nn.Module):
-    """(B, C + extra, *S) perturbed image in network units -> the same with its C channels within ``limits`` (2, C)."""
+    """(B, C + extra, *S) perturbed image in SDs -> the same with its C channels within ``limits`` (2, C)."""
 
     def __init__(self, limits: torch.Tensor) -> None:
         super().__init__()

@@ -119,7 +119,10 @@ def show_margins(
     plans_file, dataset_file = require_model_folder(fold.folder.parent)
     dataset_json = read_dataset(dataset_file)
     plans = read_configuration(plans_file, fold.configuration, channels=len(channel_names(dataset_json)))
-    native = shared_native_scale(plans, fold.configuration, dataset_json)
+    sd = fold.settings.get("channel_sd")
+    if sd is not None and len(sd) != len(channel_names(dataset_json)):
+        raise UserError(f"{fold.folder / fold.checkpoint} has {len(sd)} channel_sd, {dataset_file} other channels")
+    native = shared_native_scale(plans, fold.configuration, dataset_json, sd)
     rows = margin_rows(fold.ledger, norm=fold.settings["norm"], voxels=fold.voxels, native=native)
     if images is not None:
         require_reader(plans, plans_file)
@@ -127,8 +130,9 @@ def show_margins(
             if _PATH & set(row["case"]):
                 raise UserError(f"{fold.folder / fold.checkpoint} has the case {row['case']!r}, a path, not a name")
             scales = native_scale(
-                row["case"], images, plans=plans, configuration=fold.configuration, dataset_json=dataset_json
-            )
+                row["case"], images, plans=plans, configuration=fold.configuration, dataset_json=dataset_json,
+                channel_sd=sd,
+            )  # fmt: skip
             size = fold.ledger.cases[row["case"]].margin
             row.update({f"margin_{column}": size * scale for column, scale in scales.items()})
     rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
@@ -144,6 +148,9 @@ def show_margins(
         elif index == ENDS:
             table.add_row(f"... {hidden} more", end_section=True)
     console.print(table)
+    if sd is not None:
+        units = ", ".join(f"{size:.4g} of {name}" for name, size in zip(channel_names(dataset_json), sd, strict=True))
+        console.print(f"1 SD in network units: {units}", soft_wrap=True)
     folder = output or fold.folder
     plot = folder / PROGRESS_FILE
     plot_progress(plot, fold.history, fold.ledger, norm=fold.settings["norm"])

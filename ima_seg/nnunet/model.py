@@ -16,6 +16,7 @@ from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.errors import UserError
 from ima_seg.nnunet.checkpoint import restore_ledger
 from ima_seg.nnunet.dataset import allowed_labels, find_cases, ignore_value
+from ima_seg.nnunet.normalisation import shared_sd
 from ima_seg.nnunet.reading import check_pictures, one_file
 from ima_seg.nnunet.tiling import SlidingWindow
 from ima_seg.types import Labels
@@ -80,6 +81,13 @@ class LoadedFolder:
         return list(self.configuration.normalization_schemes) == ["CTNormalization"]
 
     @property
+    def sd(self) -> list[float | None]:
+        """Network units per SD of each channel; ``None``: each case has its own."""
+        properties = self.plans.foreground_intensity_properties_per_channel
+        schemes = self.configuration.normalization_schemes
+        return [shared_sd(scheme, properties.get(str(index), {})) for index, scheme in enumerate(schemes)]
+
+    @property
     def dataset(self) -> str:
         """Name of the data set, or an empty string."""
         return str(self.plans.plans.get("dataset_name") or self.dataset_json.get("name") or "")
@@ -104,6 +112,7 @@ class LoadedFolder:
             "spacing": [float(value) for value in self.configuration.spacing],
             "mirror_axes": self.mirror_axes,
             "parameters": sum(parameter.numel() for parameter in self.networks[0].parameters()),
+            "sd": [] if self.sd == [1.0] * len(self.sd) else self.sd,
             "ima": ima,
         }
 

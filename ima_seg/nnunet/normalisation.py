@@ -3,12 +3,17 @@
 The network never sees the perturbed image itself: z-scoring subtracts the *perturbed* mean and divides by the perturbed
 standard deviation, CT normalisation clips. An attack that ignores this finds perturbations that vanish, or change, as
 soon as the file is written and predicted by a stock nnU-Net. Perturbations are therefore added in front of it, in units
-of the clean image (one network unit = ``scale`` original units), and the attack's gradient passes through it.
+of the clean image (one unit = ``scale`` original units), and the attack's gradient passes through it.
+
+The unit of a channel is the standard deviation (SD) of the network's input. Z-scores and CT normalisation have 1 by
+design, the first of the case, the second of the training set's foreground. Of the schemes that do not divide by an SD,
+it is measured: where all cases are divided by one number, over the training set's foreground, as the plans have it,
+else over each case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +37,31 @@ KNOWN_SCHEMES = ("CTNormalization", *_FROM_THE_IMAGE, *FIXED)
 
 @dataclass(frozen=True)
 class ChannelScale:
-    """Normalisation of one channel of one case: network value = (original - shift) / scale, then clipped to bounds."""
+    """Normalisation of one channel of one case: network value = (original - shift) / scale * sd, clipped to bounds.
+
+    ``scale`` are the original units, ``sd`` the network units of one SD.
+    """
 
     scheme: str
     shift: float
     scale: float
     bounds: tuple[float, float] | None = None  # network units
     masked: bool = False
+    sd: float = 1.0
+
+
+def shared_sd(scheme: str, properties: Mapping[str, float]) -> float | None:
+    """Network units per SD of a channel, where all cases have the same; ``None``: each case has its own.
+
+    ``properties`` are those of the channel's foreground in the plans. Where it has no contrast, as in masks, a network
+    unit stays the unit.
+    """
+    if scheme in ("ZScoreNormalization", "CTNormalization"):
+        return 1.0
+    if scheme not in FIXED:
+        return None
+    sd = float(properties["std"]) / FIXED[scheme]
+    return sd if sd > _LEAST_STD else 1.0
 
 
 def before_clipping(channel: FloatArray, scale: ChannelScale) -> FloatArray:
@@ -83,14 +106,17 @@ def channel_scales(
             low, high = ((float(ct[name]) - shift) / scale for name in ("percentile_00_5", "percentile_99_5"))
             found = ChannelScale(scheme, shift, scale, bounds=(low, high))
         elif scheme == "RescaleTo01Normalization":
-            found = ChannelScale(scheme, float(values.min()), float(values.max() - values.min()))
+            least, std = float(values.min()), float(values.std())
+            found = ChannelScale(scheme, least, std, sd=std / max(float(values.max()) - least, _LEAST_STD))
         elif scheme in FIXED:
             if scheme == "RGBTo01Normalization" and not (values.min() >= 0 and values.max() <= 255):
                 raise UserError(
                     f"{case}: channel {index} has values from {values.min():g} to {values.max():g}, but the plans "
                     "normalise it with rgb_to_0_1, for which nnU-Net demands 0 to 255; correct the image"
                 )
-            found = ChannelScale(scheme, 0.0, FIXED[scheme])
+            sd = shared_sd(scheme, properties.get(str(index), {}))
+            assert sd is not None
+            found = ChannelScale(scheme, 0.0, FIXED[scheme] * sd, sd=sd)
         else:
             raise UserError(f"normalisation scheme {scheme!r} is not known to ima-seg, so {case} has no network units")
         if found.scale <= _LEAST_STD:
@@ -146,11 +172,12 @@ class Renormalise(nn.Module):
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         """Network input (B, C + cascade, *S)."""
         count = len(self.scales)
-        if not self.clean_statistics and not self.offsets and all(scale.bounds is None for scale in self.scales):
+        plain = all(scale.bounds is None and scale.sd == 1 for scale in self.scales)
+        if not self.clean_statistics and not self.offsets and plain:
             return v
         channels = []
         for index, scale in enumerate(self.scales):
-            channel = v[:, index]
+            channel = v[:, index] if scale.sd == 1 else v[:, index] * scale.sd
             if scale.bounds is not None:
                 channel = channel.clamp(*scale.bounds)
                 if index in self.offsets:

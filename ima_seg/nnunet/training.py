@@ -36,11 +36,10 @@ class Training(Course):
 
     @override
     def described(self) -> dict[str, Any]:
-        settings = self.method.settings.model_dump(mode="json")
-        return {**settings, "epochs": self.method.epochs, **self.method.sizes(), "unit": "voxel"}
+        return {**super().described(), "epochs": self.method.epochs, "unit": "voxel"}
 
     def log_settings(self, device: torch.device) -> None:
-        """Echo the settings, one per line, sizes with their L2 view, and what they come to on ``device``."""
+        """Echo the settings, one per line, sizes with other views of them, and what they come to on ``device``."""
         name, threat = self.method.name, self.method.threat
         self.log(f"{name} settings:")
         for key, value in self.described().items():
@@ -48,6 +47,9 @@ class Training(Course):
             if key in self.method.sizes():
                 view = f" SD per voxel = {threat.to_total(value, self.voxels):.4g} as the {threat.norm} "
                 view += f"norm of a patch of {self.voxels} values"
+                view += "".join(f" = {value * scale:.4g} {column}" for column, scale in self.native.items())
+            if key == "channel_sd":
+                view = " network units of each channel are 1 SD"
             self.log(f"  {key}: {value if not isinstance(value, float) else f'{value:.6g}'}{view}")
         dtype = resolve_precision(self.method.settings.precision, device)
         computed = str(dtype or torch.float32).removeprefix("torch.")
@@ -80,3 +82,4 @@ class Training(Course):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.resumed_settings = state["settings"]
+        self.method.channel_sd = state["settings"].get("channel_sd")

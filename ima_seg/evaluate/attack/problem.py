@@ -31,7 +31,7 @@ class Stage:
         return batch if self.budget == "volume" else batch.movedim(0, 1)[None]
 
     def run(self, attack: Callable[[Problem, float], AttackResult], eps: float) -> AttackResult:
-        """``attack`` on all samples, in chunks, each with the budget ``eps`` per voxel in network units."""
+        """``attack`` on all samples, in chunks, each with the budget ``eps`` per voxel in SDs."""
         if len(self.problem) <= self.chunk:
             return attack(self.problem, eps)
         starts = range(0, len(self.problem), self.chunk)
@@ -56,9 +56,9 @@ def make_stage(case: Case, window: Window, threat: ThreatModel, budget: Budget, 
 
 
 def per_voxel(eps: float, unit: Unit, stage: Stage) -> float:
-    """A budget in ``unit`` -> per voxel in network units (RMS or largest absolute value).
+    """A budget in ``unit`` -> per voxel in SDs (RMS or largest absolute value).
 
-    With several channels, percent is that of the channel in which the same number of network units is worth most. With
+    With several channels, percent is that of the channel in which the same number of SDs is worth most. With
     L2 the budget is the RMS over all channels together, of which one channel may take more than its share.
 
     Raises:

@@ -143,8 +143,9 @@ class Sweep:
                     repeat = within_memory(
                         contestant.window, lambda: self.attacker.repeat_difference(case, contestant.window), self.log
                     )
-            values = {"repeat_difference": repeat, "forwards": 1, "seconds": seconds, "metric_seconds": metric_seconds}
-            self._write(self._record(condition, files.case, contestant, metrics, **values))
+            values = {"sd": case.sd, "repeat_difference": repeat, "forwards": 1}
+            seconds_each = {"seconds": seconds, "metric_seconds": metric_seconds}
+            self._write(self._record(condition, files.case, contestant, metrics, **values, **seconds_each))
         self.step(f"{files.case}  {contestant.name}  clean")
         return _Subject(contestant, files, case, before, metrics.dice)
 

@@ -120,6 +120,11 @@ def _merge(folders: Sequence[Path], runs: Sequence[Run]) -> Run:
                 )
         for model in run.models:
             place, known = models.setdefault(model.name, (folder, model))
+            if known.sd != model.sd:
+                raise UserError(
+                    f"sizes of model {model.name!r} are in other units in {place} ({known.sd}) than in {folder} "
+                    f"({model.sd}); one was evaluated by an older version, evaluate it again"
+                )
             if known.sha256 != model.sha256:
                 raise UserError(
                     f"model {model.name!r} of {place} and that of {folder} have different hashes: they are two models; "

@@ -204,19 +204,19 @@ def measure_size(
     native_range: Sequence[float],
     budget: Budget = "volume",
 ) -> Size:
-    """Size of the perturbation ``adversarial - clean`` in network units, native units and as image quality.
+    """Size of the perturbation ``adversarial - clean`` in SDs, native units and as image quality.
 
     RMS, L2 and L-infinity are taken over all channels together. The PSNR is ``-10 log10`` of the mean over channels of
     the mean squared error, each in units of the squared data range of its channel (``native_range``); SSIM is the mean
     of :func:`ssim` over channels. A channel whose native range is 0 is measured by the full range of its voxels, and by
-    one network unit where that is 0 as well.
+    one SD where that is 0 as well.
 
     Args:
-        clean: image (C, Z, Y, X) float32, network units.
+        clean: image (C, Z, Y, X) float32, in SDs.
         adversarial: the same.
-        scale: (C,) native intensity units per network unit; ``None``: there are no native sizes.
-        native_range: (C,) 99.5th minus 0.5th percentile of the original image, native units; without a scale, network
-            units.
+        scale: (C,) native intensity units per SD; ``None``: there are no native sizes.
+        native_range: (C,) 99.5th minus 0.5th percentile of the original image, native units; without a scale,
+            SDs.
         budget: with ``slice``, the largest L2 norm of one slice along Z is recorded as well.
 
     Raises:

@@ -57,7 +57,7 @@ class Condition(Strict):
         n: cases with a record; ``undefined`` of them have no Dice (no class in reference or prediction).
         missing: cases of the run without a record.
         partial: of ``worst``: cases for which fewer attacks were recorded than for others.
-        eps_network: median over cases of the budget per voxel in network units; ``eps_network_range`` its extremes.
+        eps_network: median over cases of the budget per voxel in SDs; ``eps_network_range`` its extremes.
         pooled_dice: mean over classes of their pooled Dice.
         success: share of cases that broke; ``success_left_out`` cases have no clean Dice, or 0, and do not count.
     """
@@ -117,7 +117,7 @@ class Saved(Strict):
     rounded: int = 0  # files that hold whole numbers only; the same
     dice: float | None  # mean in network space, as everywhere else in the report
     disk_dice: float | None  # of the files, predicted anew
-    rms: float | None  # mean size in network space, network units per voxel
+    rms: float | None  # mean size in network space, SD per voxel
     disk_rms: float | None  # the same, measured on the files
 
 

@@ -75,6 +75,7 @@ def _context(evaluation: Evaluation, summary: Summary) -> dict[str, Any]:
         "kinds": words.KINDS,
         "unit": words.unit_short(run),
         "sd": words.network_unit(run),
+        "sd_words": words.sd_words(run, evaluation.records),
         "swatches": {name: charts.swatch(colour) for name, colour in views.colours(run).items()},
         "clean": [c for c in summary.conditions if c.kind == "clean"],
         "corruptions": [c for c in summary.conditions if c.kind == "corruption"],

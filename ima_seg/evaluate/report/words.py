@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
+
 from ima_seg.evaluate.measure.compare import Comparison
 from ima_seg.evaluate.measure.groups import WORST
 from ima_seg.evaluate.measure.statistics import Estimate
 from ima_seg.evaluate.measure.summary import Condition, Summary
+from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.run import Run
 
 KINDS = {
@@ -80,8 +84,27 @@ def p_value(p: float) -> str:
 
 
 def network_unit(run: Run) -> str:
-    """Network units are standard deviations to nnU-Net; bundles may normalise in any way."""
-    return "network units" if any(model.bundle for model in run.models) else "SD"
+    """Standard deviations of the network's input, but in evaluations of bundles by older versions."""
+    return "network units" if any(model.bundle and not model.sd for model in run.models) else "SD"
+
+
+def sd_words(run: Run, records: Sequence[Record]) -> dict[str, str]:
+    """Model -> what one SD of each channel is, of models whose normalisation does not make it 1."""
+    found = {}
+    for model in run.models:
+        measured = [record.sd for record in records if record.model == model.name and record.sd]
+        parts = []
+        for index, sd in enumerate(model.sd):
+            size, of = sd, " in the training set's foreground"
+            if sd is None:
+                size, of = (median(sds[index] for sds in measured) if measured else None), " in the median case"
+            units = "measured in each case" if size is None else f"{size:.3g} network units{of}"
+            if sd == 1:
+                units = "1 network unit"
+            parts.append(f"{run.channels[index]}: {units}")
+        if parts:
+            found[model.name] = "; ".join(parts)
+    return found
 
 
 def unit_short(run: Run) -> str:
