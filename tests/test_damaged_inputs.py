@@ -18,6 +18,7 @@ from ima_seg.cases.find import find_cases, listed_cases
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.cases.write import save_adversarial
 from ima_seg.errors import UserError
+from ima_seg.nnunet.reading import read_image
 
 SHAPE, AFFINE = (9, 8, 7), np.diag([1.0, 1.5, 3.0, 1.0])
 RNG = np.random.default_rng(0)
@@ -131,6 +132,28 @@ def test_a_header_may_not_claim_more_than_the_file_can_hold(case, monkeypatch):
             path.write_bytes(path.read_bytes().replace(*sizes))
         message = refusal(files)
         assert f"claims {claimed // (2 if str(files.label) in message.split(' ')[0] else 1)} bytes" in message
+
+
+@pytest.mark.parametrize("ending", [".tif", ".bmp"])
+def test_neither_may_the_header_of_a_picture(tmp_path, ending):
+    import tifffile
+    from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+    from PIL import Image
+
+    path = tmp_path / f"a_0000{ending}"
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(path)
+    plans = SimpleNamespace(image_reader_writer_class=NaturalImage2DIO)
+    assert read_image(plans, [path], channels=1).values.shape == (1, 1, 8, 8)
+    if ending == ".bmp":
+        data = bytearray(path.read_bytes())
+        struct.pack_into("<ii", data, 18, 9_000, 9_000)
+        path.write_bytes(data)
+    else:
+        with tifffile.TiffFile(path, mode="r+") as file:
+            for tag in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+                file.pages[0].tags[tag].overwrite(9_000, dtype="I")
+    with pytest.raises(UserError, match=r"its header claims \d+ bytes"):
+        read_image(plans, [path], channels=1)
 
 
 def test_sparse_labels_may_be_compressed_as_far_as_deflate_can(case):

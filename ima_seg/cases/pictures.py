@@ -33,6 +33,19 @@ def read_pixels(path: Path) -> Pixels:
     return np.asarray(io.imread(path))
 
 
+def claimed_bytes(path: Path) -> int:
+    """How many bytes of pixels the header of a picture claims, at least: palettes may have one bit per pixel."""
+    if path.suffix.lower() in _TIFF:
+        import tifffile
+
+        with tifffile.TiffFile(path) as file:
+            return int(file.series[0].nbytes)
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.width * picture.height * len(picture.getbands()) // 8
+
+
 def picture_limits(pictures: Sequence[Pixels], channels: int) -> FloatArray:
     """(C, 2) lowest and highest value that the files of ``pictures`` can hold, of all channels together."""
     each = channels // len(pictures)

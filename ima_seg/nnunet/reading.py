@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ima_seg.cases.check import check_label_values
-from ima_seg.cases.pictures import is_picture, picture_limits, read_pixels, spacing_file
+from ima_seg.cases.pictures import claimed_bytes, is_picture, picture_limits, read_pixels, spacing_file
 from ima_seg.cases.raw import CaseFiles, FloatArray
+from ima_seg.cases.stream import require_room
 from ima_seg.errors import UserError
 from ima_seg.files import require_regular
 
@@ -91,6 +92,8 @@ def _reported(plans: Any, files: Sequence[Path]) -> Iterator[Any]:
             raise UserError(f"{file} does not exist; add it or remove the case")
     reader = plans.image_reader_writer_class()
     try:
+        for file in filter(is_picture, files):
+            require_room(file, claimed_bytes(file))
         yield reader
     except Exception as error:  # imageio, tifffile, ITK, nibabel and nnU-Net's assertions have their own
         reason = " ".join(str(error).split())[-200:] or type(error).__name__
