@@ -14,6 +14,14 @@ class UserError(ValueError):
     """
 
 
+def plain(text: object) -> str:
+    """``text`` on one line, with everything spelled out that acts on a terminal: control characters, escape sequences,
+    marks of direction.
+    """
+    line = " ".join(str(text).splitlines())
+    return "".join(c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode() for c in line)
+
+
 def show_plainly() -> None:
     """From now on an uncaught :class:`UserError` ends the program with its message alone, without a traceback.
 
@@ -25,7 +33,7 @@ def show_plainly() -> None:
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         if isinstance(value, UserError):
-            print(f"ima-seg: error: {value}", file=sys.stderr)
+            print(f"ima-seg: error: {plain(value)}", file=sys.stderr)
         else:
             previous(kind, value, trace)
 

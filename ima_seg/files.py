@@ -7,17 +7,76 @@ import hashlib
 import io
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ima_seg.errors import UserError
+from ima_seg.errors import UserError, plain
 
 #: Bytes and levels that no JSON file we read comes near to: plans, descriptions of data sets and metadata.
 LARGEST_JSON, DEEPEST_JSON = 64 << 20, 100
+
+
+#: Of a name that we give a temporary file or folder: ``.NAME.HOST-PID.xxxxxxxx.tmp.SUFFIX``, formerly without owner.
+_TEMPORARY = re.compile(
+    r"\..+?\.(?:(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})\.)?[a-z0-9_]{8}\.tmp(?:\.\w+){0,2}", re.DOTALL
+)
+#: No temporary file is written for so long, seconds.
+_LONGEST_WRITE = 86_400
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _prefix(target: Path) -> str:
+    # Names may have 255 bytes.
+    return f".{target.name[:50]}.{_host()}-{os.getpid()}."
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where asking is killing
+        return True
+    with suppress(ProcessLookupError):
+        with suppress(PermissionError):
+            os.kill(pid, 0)
+        return True
+    return False
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove temporary files and folders of this module that killed processes left in ``folder``.
+
+    Those of this machine go when their process is gone, those of others after a day.
+    """
+    for path in folder.glob(".*.tmp*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None:
+            continue
+        with suppress(OSError):  # another process may remove it, too
+            mine = found["host"] == _host()
+            if not _is_alive(int(found["pid"])) if mine else time.time() - path.lstat().st_mtime > _LONGEST_WRITE:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system within names ``path``: those of writing name no file, others a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(str(path.parent / _prefix(path))):
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -29,17 +88,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(target.suffixes[-2:]) if target.name.endswith(".gz") else target.suffix
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=f".tmp{suffix}", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(target):
+        handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=f".tmp{suffix}", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -120,7 +180,8 @@ def building_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: ``target`` appeared meanwhile and ``replace`` is false.
     """
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    remove_stale(target.parent)
+    work = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".tmp", dir=target.parent))
     new, old = work / "new", work / "old"
     try:
         new.mkdir()
@@ -139,15 +200,26 @@ def building_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``rows`` in one rename, empty where a row lacks a key; floats with 6 significant digits; none, no file."""
-    if not rows:
-        return
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """``rows`` with a header, empty where a row lacks a key; floats with 6 significant digits.
+
+    Texts that a spreadsheet takes for a formula get an apostrophe in front, and control characters are spelled out.
+    """
     buffer = io.StringIO()
     # Rows of a resumed training may be of a version that wrote fewer columns.
     names = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(buffer, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_text(path, buffer.getvalue())
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([[_cell(name) for name in names], *([_cell(row.get(name)) for name in names] for row in rows)])
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return f"'{plain(value)}" if value.startswith(("=", "+", "-", "@")) else plain(value)
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write :func:`csv_text` of ``rows`` in one rename; without rows no file."""
+    if rows:
+        write_text(path, csv_text(rows))

@@ -7,11 +7,18 @@ What a subcommand needs is imported when it runs, so that help and completion ar
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
 from ima_seg.cli import dataset, demo, evaluate, models
-from ima_seg.errors import UserError
+from ima_seg.errors import UserError, plain
+
+#: What helps against errors of the system.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there and run it again (an evaluation with --resume)"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions or name another place"),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = parsed.run(parsed) or 0
     except UserError as error:
-        print(f"ima-seg: error: {error}", file=sys.stderr)
+        print(f"ima-seg: error: {plain(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        parts = (error.filename, error.strerror or error, _REMEDIES.get(error.errno or 0))
+        print(f"ima-seg: error: {plain(': '.join(str(part) for part in parts if part))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ima-seg: interrupted", file=sys.stderr)

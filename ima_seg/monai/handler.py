@@ -11,6 +11,7 @@ from typing import Any
 from ignite.engine import Events
 
 from ima_seg.errors import UserError
+from ima_seg.files import remove_stale
 from ima_seg.methods.base import Method
 from ima_seg.methods.course import Course
 from ima_seg.methods.ima import IMA
@@ -75,6 +76,8 @@ class TrainingHandler:
         if self._course is None and getattr(engine, "method", None) is not None:
             self._course = self._begun(engine.method)
         self.course.method.enter_cases(self.cases)
+        if self.output_dir is not None:
+            remove_stale(self.output_dir)
         self.logger = engine.logger
         engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)

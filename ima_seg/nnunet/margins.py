@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ima_seg.errors import UserError
+from ima_seg.errors import UserError, plain
 from ima_seg.files import write_csv
 from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.margins import PROGRESS_FILE, margin_rows
@@ -136,7 +136,7 @@ def show_margins(
             size = fold.ledger.cases[row["case"]].margin
             row.update({f"margin_{column}": size * scale for column, scale in scales.items()})
     rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
-    table = Table(title=f"{escape(str(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
+    table = Table(title=f"{escape(plain(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
     names = [name for name in (rows[0] if rows else ()) if name != "last_epoch"]
     for name in names:
         heading = escape(name.replace("expanding", "grows").replace("_", " "))
@@ -169,5 +169,5 @@ def show_margins(
 
 def _short(value: Any) -> str:
     if not isinstance(value, float):
-        return escape(str(value))
+        return escape(plain(value))
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

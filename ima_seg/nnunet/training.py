@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from ima_seg.attacks.network import resolve_precision
 from ima_seg.errors import UserError
-from ima_seg.files import write_text
+from ima_seg.files import remove_stale, write_text
 from ima_seg.methods.base import Method
 from ima_seg.methods.course import Course
 from ima_seg.methods.settings import differences
@@ -58,9 +58,12 @@ class Training(Course):
     def guard(self, folder: Path) -> None:
         """Refuse to continue, or to overwrite, a training made with other settings; then store ours in ``folder``.
 
+        What killed trainings left half written there is removed.
+
         Raises:
             UserError: naming the settings that differ.
         """
+        remove_stale(folder)
         mine, name, before = self.described(), self.method.name, self.resumed_settings
         file = folder / f"{name.lower()}_settings.json"
         found = f"the checkpoint in {folder} was trained"

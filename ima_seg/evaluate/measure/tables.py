@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ from ima_seg.evaluate.measure.statistics import Estimate
 from ima_seg.evaluate.measure.summary import Condition, Summary
 from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.run import Run
+from ima_seg.files import csv_text
 
 _CLASS = ("state", "dice", "nsd", "hd95_mm", "reference_ml", "prediction_ml", "volume_error_ml", "tp", "fp", "fn")
 _RECORD = (
@@ -19,15 +18,6 @@ _RECORD = (
 )  # fmt: skip
 _COST = ("breaking_rms", "zero_gradient", "forwards", "gradients", "seconds", "metric_seconds")
 _STATES = ("ok", "reference_empty", "prediction_empty", "both_empty")
-
-
-def _text(rows: Sequence[dict[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    return buffer.getvalue()
 
 
 def _columns(item: object | None, prefix: str, names: Iterable[str]) -> dict[str, Any]:
@@ -55,7 +45,7 @@ def records_csv(run: Run, records: Sequence[Record]) -> str:
         for label in run.classes:
             row |= _columns(r.classes.get(label), f"{label}_", _CLASS)
         rows.append(row)
-    return _text(rows)
+    return csv_text(rows)
 
 
 def _condition_row(c: Condition, label: str) -> dict[str, Any]:
@@ -82,4 +72,4 @@ def _condition_row(c: Condition, label: str) -> dict[str, Any]:
 
 def summary_csv(summary: Summary) -> str:
     """One row per condition, and one for each class of it."""
-    return _text([_condition_row(c, label) for c in summary.conditions for label in ("", *c.classes)])
+    return csv_text([_condition_row(c, label) for c in summary.conditions for label in ("", *c.classes)])
