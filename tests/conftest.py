@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.evaluation_data import phantoms  # noqa: F401  (fixtures, made once for all test files)
+from tests.evaluation_runs import data, single  # noqa: F401
 from tests.folder_data import sound  # noqa: F401
 from tests.nnunet_data import nnunet  # noqa: F401
 from tests.report_data import example, page  # noqa: F401

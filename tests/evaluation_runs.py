@@ -1,19 +1,23 @@
 """Evaluations of phantoms that tests look into: running them, and reading what they wrote."""
 
 import io
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from ima_seg.cli import main
 from ima_seg.evaluate.api import evaluate
 from ima_seg.evaluate.records import Failure, Record, read_lines
 from ima_seg.evaluate.run import EvaluationSettings
 
 #: Training of a model that finds the organ of the first case.
 STEPS = 200
+RUNS = 10  # records of two cases with PGD and noise at two budgets
 #: ``ima-seg`` with the threads of the tests' own process, so that sums are rounded alike.
 PROGRAM = "import sys, torch; torch.set_num_threads(2); from ima_seg.cli import main; sys.exit(main())"
 
@@ -80,3 +84,38 @@ def start(arguments, **options):
         text=True,
         **options,
     )
+
+
+@pytest.fixture(scope="session")
+def data(phantoms, tmp_path_factory):
+    """Folders of two cases."""
+    return some_cases(phantoms, "mr3d", tmp_path_factory.mktemp("data"), 0, 3)
+
+
+@pytest.fixture(scope="session")
+def single(phantoms, data, tmp_path_factory):
+    """One uninterrupted run."""
+    out = tmp_path_factory.mktemp("single") / "out"
+    assert main(command(phantoms.model("mr3d", steps=STEPS), data, out)) == 0
+    assert len(records(out)) == RUNS and (out / "report.html").is_file()
+    return out
+
+
+def summary(out):
+    """summary.json without run times."""
+
+    def without(value):
+        if isinstance(value, dict):
+            return {key: without(inner) for key, inner in value.items() if "seconds" not in key}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return without(json.loads((out / "summary.json").read_text()))
+
+
+def refused(arguments, capsys):
+    """The only line that a refused command writes."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert not said.out and line.startswith("ima-seg: error: ")
+    return line

@@ -7,10 +7,8 @@ import html
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nibabel
@@ -19,66 +17,18 @@ import pytest
 import torch
 
 from ima_seg.cli import main
-from ima_seg.evaluate.attack.sweep import Sweep
-from tests.evaluation_runs import PROGRAM, STEPS, command, comparable, failures, names, records, some_cases, start
-
-RUNS = 10  # records of two cases with PGD and noise at two budgets
-
-
-@pytest.fixture(scope="module")
-def data(phantoms, tmp_path_factory):
-    """Folders of two cases."""
-    return some_cases(phantoms, "mr3d", tmp_path_factory.mktemp("data"), 0, 3)
-
-
-@pytest.fixture(scope="module")
-def single(phantoms, data, tmp_path_factory):
-    """One uninterrupted run."""
-    out = tmp_path_factory.mktemp("single") / "out"
-    assert main(command(phantoms.model("mr3d", steps=STEPS), data, out)) == 0
-    assert len(records(out)) == RUNS and (out / "report.html").is_file()
-    return out
-
-
-def summary(out):
-    """summary.json without run times."""
-
-    def without(value):
-        if isinstance(value, dict):
-            return {key: without(inner) for key, inner in value.items() if "seconds" not in key}
-        return [without(inner) for inner in value] if isinstance(value, list) else value
-
-    return without(json.loads((out / "summary.json").read_text()))
-
-
-def test_a_killed_run_goes_on_where_it_stopped(phantoms, data, single, tmp_path, capsys):
-    out, model = tmp_path / "out", phantoms.model("mr3d", steps=STEPS)
-    file = out / "records.jsonl"
-    with start(command(model, data, out)) as process:
-        while not (file.is_file() and file.read_bytes().count(b"\n") >= 2):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    whole = file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1]
-    assert 2 <= whole.count(b"\n") < RUNS
-    file.write_bytes(whole + whole.splitlines()[-1][:40])
-    assert main(command(model, data, out)) == 2
-    assert "--resume" in capsys.readouterr().err
-    assert main(command(model, data, out, "--resume", "--seed", "5")) == 2
-    assert "seed is 5, there 0" in capsys.readouterr().err
-    assert main(command(model, data, out, "--resume")) == 0
-    assert file.read_bytes().startswith(whole), "what was there is kept"
-    assert comparable(out) == comparable(single) and summary(out) == summary(single)
-
-
-def test_a_finished_run_is_not_computed_again(phantoms, data, single, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    shutil.copytree(single, out)
-    (out / "report.html").unlink()
-    before = (out / "records.jsonl").read_bytes()
-    monkeypatch.setattr(Sweep, "evaluate", lambda *arguments: pytest.fail("evaluates again"))
-    assert main(command(phantoms.model("mr3d", steps=STEPS), data, out, "--resume")) == 0
-    assert (out / "records.jsonl").read_bytes() == before and (out / "report.html").is_file()
+from tests.evaluation_runs import (
+    PROGRAM,
+    STEPS,
+    command,
+    comparable,
+    failures,
+    names,
+    records,
+    refused,
+    some_cases,
+    summary,
+)
 
 
 def test_two_parts_and_a_report_are_one_run(phantoms, data, single, tmp_path, capsys):
@@ -197,7 +147,7 @@ def test_bad_cases_are_noted_and_the_good_ones_evaluated(phantoms, tmp_path, cap
         page = (out / "report.html").read_text()
         assert all(html.escape(case) in html.unescape(page) or html.escape(case) in page for case in cases)
         assert "<b>x" not in page and "good &lt;b&gt;x &amp; y" in page
-        assert f"{len(expected)} cases" in capsys.readouterr().err
+        assert f"{len(expected)} of {len(expected) + 2} cases" in capsys.readouterr().err
         arguments.append("--resume")
     first, other = (
         {
@@ -212,15 +162,6 @@ def test_bad_cases_are_noted_and_the_good_ones_evaluated(phantoms, tmp_path, cap
     assert saved and all((out / path).is_file() for path in saved)
 
 
-def refused(arguments, capsys):
-    """The only line that a refused command writes."""
-    assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr()
-    (line,) = said.err.splitlines()
-    assert not said.out and line.startswith("ima-seg: error: ")
-    return line
-
-
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -228,8 +169,15 @@ def refused(arguments, capsys):
         (["-chk", "checkpoint_best.pth"], "checkpoint_best.pth"),
         (["--attack", "pdg"], "'pdg'"),
         (["--corruption", "fog"], "'fog'"),
-        (["--eps", "0"], "eps 0"),
-        (["--eps", "-0.1"], "eps -0.1"),
+        (["--eps", "0"], "--eps is 0.0: input should be greater than"),
+        (["--eps", "-0.1"], "--eps is -0.1"),
+        (["--eps", "0.1", "1e308"], "--eps is 1e+308: input should be less than"),
+        (["--eps", "nan"], "--eps is nan"),
+        (["--nsd-tolerance", "nan"], "--nsd-tolerance is nan: input should be a finite number"),
+        (["--nsd-tolerance", "inf"], "--nsd-tolerance is inf"),
+        (["--nsd-tolerance", "-1"], "--nsd-tolerance is -1.0"),
+        (["--broken-below", "nan"], "--broken-below is nan"),
+        (["-step_size", "nan"], "-step_size is nan"),
         (["--unit", "linf"], "'linf'"),
         (["--norm", "linf", "--unit", "rms"], "'rms'"),
         (["--unit", "hu"], "'hu'"),

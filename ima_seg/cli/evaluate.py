@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ima_seg.errors import UserError
+from ima_seg.errors import UserError, plain
 
 _EVALUATE = """\
 Attack models on whole volumes, through the sliding window and the preprocessing that predict them, and write a report:
@@ -128,28 +128,47 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")
     from ima_seg.evaluate.api import evaluate
     from ima_seg.evaluate.attack.corruptions import default_corruptions
+    from ima_seg.evaluate.measure.collect import read_run
+    from ima_seg.evaluate.records import explained
     from ima_seg.evaluate.run import EvaluationSettings
 
     models = _models(arguments)
     if given.get("corruptions") == []:
         given["corruptions"] = default_corruptions(_modality(next(iter(models.values()))))
     given["bundle_labels"] = _label_values(arguments.bundle_labels)
+    with explained("", "see ima-seg evaluate --help", named=_option):
+        settings = EvaluationSettings(**{k: given[k] for k in given if k in EvaluationSettings.model_fields})
     report, failed = evaluate(
         models,
         arguments.images,
         arguments.labels,
         arguments.output,
-        EvaluationSettings(**{name: given[name] for name in given if name in EvaluationSettings.model_fields}),
+        settings,
         command=shlex.join(["ima-seg", *sys.argv[1:]]),
         **{name: given[name] for name in given if name in _RUNNING},
     )
     if report is not None:
-        print(f"wrote {report}")
+        print(f"wrote {plain(report)}")
     elif int(os.environ.get("RANK", "0")) == 0:
         print(f"this part is done; when all are: ima-seg report {shlex.quote(str(arguments.output))}")
     if failed:
-        print(f"ima-seg: error: {failed} cases could not be evaluated; see the report", file=sys.stderr)
+        total = len(read_run(arguments.output).cases)
+        where = f"the reasons are in {plain(report)}" if report else "the report will say why"
+        none = not any(path.stat().st_size for path in arguments.output.glob("records*.jsonl"))
+        said = f"0 of {total} cases could be evaluated" if none else f"{failed} of {total} cases could not be evaluated"
+        print(f"ima-seg: error: {said}; {where}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _option(setting: str) -> str:
+    """What a setting is called on the command line."""
+    others = {
+        "attacks": "attack",
+        "corruptions": "corruption",
+        "targets": "target",
+        "nsd_tolerance_mm": "nsd-tolerance",
+    }
+    return "-step_size" if setting == "step_size" else f"--{others.get(setting, setting).replace('_', '-')}"
 
 
 def _models(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -227,5 +246,9 @@ def _list(attacks: bool) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from ima_seg.evaluate.report import write_report
 
-    print(f"wrote {write_report(arguments.folders, arguments.output or arguments.folders[0])}")
-    return 0
+    said: list[str] = []
+    report = write_report(arguments.folders, arguments.output or arguments.folders[0], log=said.append)
+    print(f"wrote {plain(report)}")
+    for line in said:
+        print(f"ima-seg: error: {plain(line)}", file=sys.stderr)
+    return 1 if said else 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ima_seg.attacks.network import resolve_precision
-from ima_seg.cases.raw import CaseFiles
-from ima_seg.errors import UserError
+from ima_seg.cases.raw import CaseFiles, CaseProblem
+from ima_seg.errors import UserError, plain
 from ima_seg.evaluate.attack.conditions import attack_names, check_settings
 from ima_seg.evaluate.attack.describe import describe_run
 from ima_seg.evaluate.attack.execution import Attacker
 from ima_seg.evaluate.attack.problem import native_scale
-from ima_seg.evaluate.attack.share import Share, pick_device, share_out
+from ima_seg.evaluate.attack.share import Share, locked, pick_device, share_out
 from ima_seg.evaluate.attack.sweep import Contestant, Sweep
-from ima_seg.evaluate.measure.collect import complete, read_run
-from ima_seg.evaluate.records import Failure, Record, drop_half_line, read_lines
+from ima_seg.evaluate.claim import check_folder, claim, record_files
+from ima_seg.evaluate.measure.collect import complete
+from ima_seg.evaluate.records import Failure, Record, drop_half_line, explained, read_lines
 from ima_seg.evaluate.report import write_report
 from ima_seg.evaluate.run import EvaluationSettings, Run
 from ima_seg.evaluate.subject import Model
@@ -83,7 +85,9 @@ def evaluate(
     if tile_batch is not None and tile_batch < 1:
         raise UserError(f"tile_batch is {tile_batch}; the network sees at least 1 tile at once")
     out = Path(output)
-    settings = settings.model_copy(update={"attacks": attack_names(settings.attacks), "eps": sorted(set(settings.eps))})
+    chosen = {"attacks": attack_names(settings.attacks), "eps": sorted(set(settings.eps))}
+    with explained("setting ", "correct it"):  # a copy of settings has not been checked
+        settings = EvaluationSettings.model_validate(settings.model_dump() | chosen)
     with share_out(num_parts, part_id) as share:
         place = pick_device(device)
         loading: dict[str, Any] = {"device": place, "trust": trust}
@@ -105,39 +109,47 @@ def evaluate(
         # Bundles read nnU-Net's naming too.
         finder = next((model for model in loaded.values() if not _is_bundle(model.folder)), first)
         given = [None if folder is None else Path(folder) for folder in (images, labels)]
-        cases, problems = finder.find_cases(*given, limit=settings.limit)
+        cases, problems = _named_in_json(*finder.find_cases(*given, limit=settings.limit))
         images = given[0] or finder.folder / "dataset.json"
         labels = given[1] or images
         _require_native(loaded, settings, cases)
         run = describe_run(
-            loaded, settings, cases, images=images, labels=labels, device=place, dtype=dtype, command=command
+            loaded, settings, cases, problems, images=images, labels=labels, device=place, dtype=dtype, command=command
         )
-        _claim(out, run, share, resume=resume)
         console = console or Console(stderr=True)
-        if share.rank == 0:
-            _name_leaks(run, console)
-        records, failures = (out / f"{name}{share.suffix}.jsonl" for name in ("records", "failures"))
-        drop_half_line(records)
-        records.touch()
-        if share.count > 1:
-            # Parts may run on other machines, which the report then says.
-            write_text(out / f"run{share.suffix}.json", run.model_dump_json(indent=1) + "\n")
-        failures.unlink(missing_ok=True)
-        share.wait()
-        there = list(read_lines(_record_files(out), Record))
-        done = {record.key for record in there}
-        sweep = Sweep(settings, contestants, Attacker(settings, place), out, records, failures, done)
-        if share.index == 0:
-            for problem in problems:
-                sweep.fail(problem.case, problem.message)
-        mine, whole = cases[share.index :: share.count], complete(run, there)
-        todo = [case for case in mine if not whole.issuperset((case.case, name) for name in loaded)]
-        if len(todo) < len(mine):
-            console.print(f"{len(mine) - len(todo)} of {len(mine)} cases are done already")
-        _work(sweep, todo, console)
-        share.wait()
-        report = write_report([out], out) if share.rank == 0 and _is_whole(out, run, share) else None
-        share.wait()  # a rank that ends with an error before ends the others, too
+        check_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out, share):
+            share.wait()  # until all ranks hold their locks
+            claim(out, run, share, resume=resume, log=partial(_say, console))
+            if share.rank == 0:
+                _name_leaks(run, console)
+            records, failures = (out / f"{name}{share.suffix}.jsonl" for name in ("records", "failures"))
+            drop_half_line(records)
+            records.touch()
+            if share.count > 1:
+                # Parts may run on other machines, which the report then says.
+                write_text(out / f"run{share.suffix}.json", run.model_dump_json(indent=1) + "\n")
+            failures.unlink(missing_ok=True)
+            share.wait()
+            damaged: list[str] = []
+            there = list(read_lines(record_files(out), Record, damaged))
+            for fault in damaged if share.rank == 0 else ():
+                _say(console, f"{fault}; the line is passed over, what it said is evaluated again")
+            done = {record.key: record for record in there}
+            sweep = Sweep(settings, contestants, Attacker(settings, place), out, records, failures, done)
+            sweep.log = partial(_say, console)
+            if share.index == 0:
+                for problem in problems:
+                    sweep.fail(problem.case, problem.message)
+            mine, whole = cases[share.index :: share.count], complete(run, there)
+            todo = [case for case in mine if not whole.issuperset((case.case, name) for name in loaded)]
+            if len(todo) < len(mine):
+                console.print(f"{len(mine) - len(todo)} of {len(mine)} cases are done already")
+            _work(sweep, todo, console)
+            share.wait()
+            report = write_report([out], out) if share.rank == 0 and _is_whole(out, run, share) else None
+            share.wait()  # a rank that ends with an error before ends the others, too
     return report, len(sweep.failed)
 
 
@@ -202,66 +214,35 @@ def _name_leaks(run: Run, console: Console) -> None:
             names, reason = list(info.training_cases), next(iter(info.training_cases.values()))
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             known = f"{len(names)} of {len(run.cases)} cases are known to the training of {info.name}"
-            console.print(escape(f"{known}: {', '.join(names[:4])}{more} ({reason})"), soft_wrap=True)
+            _say(console, f"{known}: {', '.join(names[:4])}{more} ({reason})")
 
 
-def _claim(out: Path, run: Run, share: Share, *, resume: bool) -> None:
-    """Make ``out`` the folder of ``run``, or make sure that it is.
+def _named_in_json(
+    cases: Sequence[CaseFiles], problems: Sequence[CaseProblem]
+) -> tuple[list[CaseFiles], list[CaseProblem]]:
+    """Both without names that are not UTF-8, which no record could hold."""
+    bad = [case for case in cases if _spelled(case.case) != case.case]
+    reason = "the name is not UTF-8; rename the files"
+    others = [CaseProblem(_spelled(case.case), reason) for case in bad]
+    others += [replace(problem, case=_spelled(problem.case)) for problem in problems]
+    return [case for case in cases if case not in bad], others
 
-    Raises:
-        UserError: it holds another evaluation, or one that was begun while ``resume`` is not set.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder with -o")
-    if not (out / "run.json").is_file():
-        if out.exists() and any(out.glob("records*.jsonl")):
-            raise UserError(f"{out} holds records but no run.json; name another folder with -o")
-        if share.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / "run.json", run.model_dump_json(indent=1) + "\n")
-        share.wait()
-        return
-    share.wait()
-    there = read_run(out)
-    mine, theirs = run.settings.model_dump(), there.settings.model_dump()
-    differing = [f"{name} is {mine[name]!r}, there {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
-    # The packages on which numbers depend.
-    decisive = ["ima-seg", "nnunetv2", *(["monai"] if any(model.bundle for model in run.models) else [])]
-    differing += [
-        f"{what} are others"
-        for what, new, old in (
-            ("the models", [(m.name, m.sha256) for m in run.models], [(m.name, m.sha256) for m in there.models]),
-            ("the units of sizes", [m.sd for m in run.models], [m.sd for m in there.models]),
-            ("the cases", run.cases, there.cases),
-            ("the folders of images and labels", (run.images, run.labels), (there.images, there.labels)),
-            ("the versions", *({k: r.versions[k] for k in decisive} for r in (run, there))),
-        )
-        if new != old
-    ]
-    if differing:
-        raise UserError(
-            f"{out} holds an evaluation with other settings ({'; '.join(differing)}); results are never mixed, name "
-            "another folder with -o"
-        )
-    # Files of the other parts of the same array are no reason to stop.
-    own = f"records{share.suffix}.jsonl"
-    names = [path.name for path in _record_files(out)]
-    begun = [name for name in names if name == own or not name.endswith(f"-of-{share.count}.jsonl")]
-    if begun and not resume:
-        raise UserError(f"{out} holds this evaluation already, in part or whole; go on with --resume, or name another")
+
+def _spelled(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(escape(plain(text)), soft_wrap=True)
 
 
 def _is_whole(out: Path, run: Run, share: Share) -> bool:
     """Whether every case of all parts is evaluated or noted as failed, so that this process is the last."""
     if share.count == share.world:
         return True
-    failed = {failure.case for failure in read_lines(sorted(out.glob("failures*.jsonl")), Failure)}
-    there = complete(run, read_lines(_record_files(out), Record))
+    failed = {failure.case for failure in read_lines(sorted(out.glob("failures*.jsonl")), Failure, [])}
+    there = complete(run, read_lines(record_files(out), Record, []))
     return all(case in failed or (case, model.name) in there for case in run.cases for model in run.models)
-
-
-def _record_files(out: Path) -> list[Path]:
-    return sorted(out.glob("records*.jsonl"))
 
 
 def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
@@ -272,8 +253,7 @@ def _work(sweep: Sweep, cases: Sequence[CaseFiles], console: Console) -> None:
     # A progress bar on a terminal; nothing elsewhere, where a line per case is written instead.
     with Progress(*columns, text, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases) * conditions)
-        sweep.log = lambda text: console.print(escape(text), soft_wrap=True)
-        sweep.step = lambda what: progress.update(task, advance=1, description=escape(what))
+        sweep.step = lambda what: progress.update(task, advance=1, description=escape(plain(what)))
         began = time.monotonic()
         for number, case in enumerate(cases, 1):
             sweep.evaluate(case)

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from ima_seg.errors import UserError
-from ima_seg.evaluate.run import Budget, Norm, Strict, Unit
+from ima_seg.evaluate.run import Budget, Count, Eps, NonNegative, Norm, Number, Portion, Strict, Unit
+from ima_seg.files import naming
 
 _Item = TypeVar("_Item", bound=BaseModel)
 
@@ -32,14 +34,14 @@ class ClassMetrics(Strict):
     """Metrics of one class or region of one prediction, in the geometry of the label file."""
 
     state: ClassState
-    dice: float | None
-    nsd: float | None  # normalised surface Dice at the tolerance of the settings
-    hd95_mm: float | None
-    reference_ml: float
-    prediction_ml: float
-    tp: int  # voxels, for pooled averages
-    fp: int
-    fn: int
+    dice: Portion | None
+    nsd: Portion | None  # normalised surface Dice at the tolerance of the settings
+    hd95_mm: NonNegative | None
+    reference_ml: NonNegative
+    prediction_ml: NonNegative
+    tp: Count  # voxels, for pooled averages
+    fp: Count
+    fn: Count
 
     @property
     def volume_error_ml(self) -> float:
@@ -50,22 +52,22 @@ class ClassMetrics(Strict):
 class SliceDice(Strict):
     """Mean over slices with foreground of the per-slice foreground Dice, in the network's slice direction."""
 
-    mean: float
-    slices: int
+    mean: Portion
+    slices: Count
 
 
 class Size(Strict):
     """Size of a perturbation."""
 
-    rms: float  # per voxel, SD
-    l2: float  # of the whole volume, SD
-    linf: float  # SD
-    l2_slice: float | None = None  # largest L2 of one slice (slice budgets), SD
-    native_rms: list[float]  # per channel, original intensities (HU for CT); empty where there is no way to them
-    native_linf: list[float]
-    percent_rms: list[float]  # per channel, % of the image's 0.5-99.5 percentile range
-    psnr_db: float | None  # None: no perturbation
-    ssim: float | None
+    rms: NonNegative  # per voxel, SD
+    l2: NonNegative  # of the whole volume, SD
+    linf: NonNegative  # SD
+    l2_slice: NonNegative | None = None  # largest L2 of one slice (slice budgets), SD
+    native_rms: list[NonNegative]  # per channel, original intensities (HU for CT); empty where there is no way to them
+    native_linf: list[NonNegative]
+    percent_rms: list[NonNegative]  # per channel, % of the image's 0.5-99.5 percentile range
+    psnr_db: Number | None  # None: no perturbation
+    ssim: Number | None
 
 
 class Disk(Strict):
@@ -73,9 +75,9 @@ class Disk(Strict):
 
     image: list[str]  # paths relative to the output folder, one per channel
     difference: list[str]
-    dice: float | None
-    rms: float  # of the perturbation between the files on disk, per voxel, SD
-    linf: float
+    dice: Portion | None
+    rms: NonNegative  # of the perturbation between the files on disk, per voxel, SD
+    linf: NonNegative
     resampled: bool  # whether the preprocessing of this case resamples (then dice may differ from the record's)
     rounded: bool = False  # whether the file holds whole numbers only (the same)
 
@@ -89,28 +91,28 @@ class Record(Strict):
     attack: str  # "clean", "pgd", "transfer:OTHER", "disappear:CLASS", "corruption:blur", ...
     norm: Norm | None = None
     unit: Unit | None = None  # of eps
-    eps: float | None = None  # budget as asked for, in ``unit``; None without a budget
-    eps_network: float | None = None  # budget per voxel in SD
+    eps: Eps | None = None  # budget as asked for, in ``unit``; None without a budget
+    eps_network: NonNegative | None = None  # budget per voxel in SD
     budget: Budget | None = None
-    severity: int | None = None  # 1-5, corruptions
+    severity: Annotated[int, Field(ge=1, le=5)] | None = None  # 1-5, corruptions
     classes: dict[str, ClassMetrics]
-    dice: float | None  # mean over classes that have a value
-    nsd: float | None
-    hd95_mm: float | None
+    dice: Portion | None  # mean over classes that have a value
+    nsd: Portion | None
+    hd95_mm: NonNegative | None
     slice_dice: SliceDice | None = None
-    sd: list[float] = Field(default_factory=list)  # clean record: network units per SD of each channel
+    sd: list[NonNegative] = Field(default_factory=list)  # clean record: network units per SD of each channel
     size: Size | None = None
-    breaking_rms: float | None = None  # minimal: smallest breaking perturbation found; None: the case was not broken
+    breaking_rms: NonNegative | None = None  # minimal: smallest breaking perturbation found; None: not broken
     disk: Disk | None = None
-    trace: list[float] = Field(default_factory=list)  # worst Dice (network space) found up to each step, best restart
-    zero_gradient: float | None = None  # share of gradient passes that were exactly zero
+    trace: list[Number] = Field(default_factory=list)  # worst Dice (network space) found up to each step, best restart
+    zero_gradient: Portion | None = None  # share of gradient passes that were exactly zero
     #: Clean record of a process's first case: largest difference of two computations of the same input gradient, as a
     #: share of the largest gradient. 0: the device is deterministic.
-    repeat_difference: float | None = None
-    forwards: int = 0  # network passes over the whole volume
-    gradients: int = 0
-    seconds: float = 0.0  # attack and prediction
-    metric_seconds: float = 0.0
+    repeat_difference: NonNegative | None = None
+    forwards: Count = 0  # network passes over the whole volume
+    gradients: Count = 0
+    seconds: NonNegative = 0.0  # attack and prediction
+    metric_seconds: NonNegative = 0.0
     panel: str | None = None  # npz with the slices to show, relative to the output folder
 
     @property
@@ -127,10 +129,48 @@ class Failure(Strict):
     message: str
 
 
+@contextmanager
+def explained(
+    where: str, remedy: str, *, named: Callable[[str], str] | None = None, faults: list[str] | None = None
+) -> Iterator[None]:
+    """What pydantic refuses within, in a line for users.
+
+    Args:
+        where: what the line begins with.
+        remedy: what it ends with.
+        named: what users call a field of the model.
+        faults: gets the line, without remedy, instead of an error.
+
+    Raises:
+        UserError: says ``where``, the field, its value and the ``remedy``.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field, message = ".".join(map(str, first["loc"])), first["msg"]
+        if named is not None and field:
+            field = named(str(first["loc"][0]))
+        field = field[:100]
+        # Of a whole line there is no value to show.
+        value = f" is {first['input']!r}"[:100] if field and first["type"] != "missing" else ""
+        reason = f"{where}{field}{value}: {message[:1].lower()}{message[1:]}"[:500] if field else f"{where}{message}"
+        if faults is None:
+            raise UserError(f"{reason}; {remedy}") from None
+        faults.append(reason)
+
+
 def append_line(path: Path, item: BaseModel) -> None:
-    """Append ``item`` as one line, in one write that is on the disk when this returns."""
-    with path.open("ab", buffering=0) as file:
-        file.write(f"{item.model_dump_json()}\n".encode())
+    """Append ``item`` as one line that is on the disk when this returns.
+
+    Raises:
+        UserError: the line could not be read back, and is not written.
+    """
+    line = f"{item.model_dump_json()}\n".encode()
+    parse(line, type(item), f"a line for {path}")
+    with naming(path), path.open("ab", buffering=0) as file:
+        while line:  # a full disk takes a part without an error
+            line = line[file.write(line) :]
         os.fsync(file.fileno())
 
 
@@ -140,29 +180,34 @@ def drop_half_line(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
+_REMEDY = "the file was changed, damaged or written by another version; evaluate again"
+
+
 def parse(text: bytes, kind: type[_Item], where: str) -> _Item:
     """An item from its JSON.
 
     Raises:
         UserError: it is none; says ``where``.
     """
-    try:
+    with explained(f"{where}: no valid {kind.__name__.lower()}: ", _REMEDY):
         return kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise UserError(
-            f"{where}: no valid {kind.__name__.lower()} ({reason}); the file was changed by hand or written by another "
-            "version, evaluate again"
-        ) from None
 
 
-def read_lines(paths: Iterable[Path], kind: type[_Item]) -> Iterator[_Item]:
+def read_lines(paths: Iterable[Path], kind: type[_Item], damaged: list[str] | None = None) -> Iterator[_Item]:
     """The records or failures in ``paths``; a half last line is passed over.
+
+    Args:
+        paths: files to read.
+        kind: what their lines hold.
+        damaged: gets file, number and fault of each line that holds none, instead of an error.
 
     Raises:
         UserError: a line that is none; names file and line.
     """
     for path in paths:
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            yield parse(line, kind, f"{path}, line {number}")
+            item = None
+            with explained(f"{path}, line {number}: no valid {kind.__name__.lower()}: ", _REMEDY, faults=damaged):
+                item = kind.model_validate_json(line)
+            if item is not None:
+                yield item

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 #: As in :mod:`ima_seg.types`, which needs torch.
 Norm = Literal["l2", "linf"]
@@ -14,9 +15,19 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Strict(BaseModel):
-    """A model that refuses fields it does not know."""
+    """A model that refuses fields it does not know, and numbers that JSON does not have."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+#: As far as sums of squares and cubes of them stay finite.
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Field(gt=0, le=1e30)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30)]
+Portion = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+#: A budget, in any unit; the ends are SMALLEST and LARGEST of :mod:`ima_seg.attacks.problem`, which needs torch.
+Eps = Annotated[float, Field(ge=1e-12, le=1e12)]
 
 
 class EvaluationSettings(Strict):
@@ -49,16 +60,16 @@ class EvaluationSettings(Strict):
 
     attacks: list[str]
     norm: Norm = "l2"
-    eps: list[float]
+    eps: list[Eps]
     unit: Unit = "rms"
     budget: Budget = "volume"
-    steps: int = 20
-    restarts: int = 1
+    steps: int = Field(20, ge=1)
+    restarts: int = Field(1, ge=1)
     seed: int = 0
     targets: list[str] = []
     corruptions: list[str] = []
-    broken_below: float = 0.5
-    nsd_tolerance_mm: float = 2.0
+    broken_below: float = Field(0.5, gt=0, lt=1)
+    nsd_tolerance_mm: float = Field(2.0, ge=0, le=1e6)
     save_adversarial: bool = False
     step_size: float = 0.5
     mirroring: bool = True
@@ -66,6 +77,16 @@ class EvaluationSettings(Strict):
     limit: int | None = None
     bundle_labels: dict[str, list[int]] = {}
     bundle_output: Literal["softmax", "sigmoid"] | None = None
+
+
+class Margins(TypedDict, total=False):
+    """What IMA's training has left in a checkpoint."""
+
+    norm: Norm
+    delta: float | None
+    eps_max: float | None
+    margins: dict[str, Any]  # case -> margin
+    history: list[dict[str, Any]]  # rows of ima_history.csv
 
 
 class ModelInfo(Strict):
@@ -86,10 +107,8 @@ class ModelInfo(Strict):
     parameters: int
     #: Network units per SD of each channel's network input, the unit of sizes; None: measured in each case. Empty: the
     #: normalisation makes it 1.
-    sd: list[float | None] = []
-    #: Of nnUNetTrainerIMA's models: "norm", "delta", "eps_max", "margins" (case -> margin), "history" (rows of
-    #: ima_history.csv); None for others.
-    ima: dict[str, Any] | None = None
+    sd: list[NonNegative | None] = []
+    ima: Margins | None = None  # of nnUNetTrainerIMA's models
     #: Cases of the run that the training knew, by their ids -> how that is known; None where nothing tells.
     training_cases: dict[str, str] | None = None
 
@@ -97,16 +116,16 @@ class ModelInfo(Strict):
 class Run(Strict):
     """Everything in ``run.json``."""
 
-    version: int = 1
+    version: Literal[1] = 1
     settings: EvaluationSettings
-    models: list[ModelInfo]
+    models: list[ModelInfo] = Field(min_length=1)
     dataset: str  # name in dataset.json, or of the folder
     classes: list[str]  # foreground classes or regions, in the order of the records
     images: str
     labels: str
     cases: list[str]  # all cases of the run, over all parts
     #: Model -> (attack, eps, severity) of each record that a complete case has.
-    conditions: dict[str, list[tuple[str, float | None, int | None]]] = {}
+    conditions: dict[str, list[tuple[str, Eps | None, int | None]]] = {}
     channels: list[str]
     modality_native_unit: str  # "HU" for a single CT, else "original intensity units"
     command: str

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ima_seg.cases.raw import CaseFiles
+from ima_seg.cases.raw import CaseFiles, CaseProblem
 from ima_seg.evaluate.attack.conditions import conditions
 from ima_seg.evaluate.run import EvaluationSettings, ModelInfo, Run
 from ima_seg.evaluate.subject import Model
@@ -24,6 +24,7 @@ def describe_run(
     loaded: Mapping[str, Model],
     settings: EvaluationSettings,
     cases: Sequence[CaseFiles],
+    problems: Sequence[CaseProblem],
     *,
     images: str | Path,
     labels: str | Path,
@@ -41,7 +42,7 @@ def describe_run(
         classes=list(first.classes),
         images=str(Path(images).resolve()),
         labels=str(Path(labels).resolve()),
-        cases=[case.case for case in cases],
+        cases=sorted({case.case for case in cases} | {problem.case for problem in problems}),
         conditions={
             name: [condition.key for condition in conditions(settings, model=name, models=list(loaded))]
             for name in loaded

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ima_seg.cases.raw import FloatArray, LabelArray, intensities
+from ima_seg.cases.write import slug
+from ima_seg.evaluate.records import Record
 from ima_seg.evaluate.subject import Case
 from ima_seg.files import replacing
 
+#: What identifies a condition within a run: attack, eps, severity.
+Key = tuple[Any, ...]
 #: Soft-tissue window of CT, HU.
 _CT_WINDOW = (-160.0, 240.0)
 #: Colours of 8 bits are shown as they are.
 _COLOURS = (0.0, 255.0)
+
+
+def panel_name(case: str, model: str, attack: str) -> str:
+    """The file of a white-box attack at the middle budget, relative to the output folder; only the worst has one."""
+    return f"panels/{'__'.join(map(slug, (case, model, attack)))}.npz"
+
+
+def with_panels(records: Iterable[Record], case: str, model: str) -> list[Record]:
+    """The records of a case and model that have a panel, or had one until a worse attack was found."""
+    return [record for record in records if record.key[:2] == (case, model) and record.panel is not None]
+
+
+def is_worst(dice: float | None, key: Key, others: Sequence[Record], order: Sequence[Key]) -> bool:
+    """Whether the condition ``key`` leaves no more Dice than ``others``.
+
+    The ``order`` of the conditions settles a tie, so that an evaluation that was interrupted keeps the same panels.
+    """
+    found = [(r.dice, order.index(r.key[2:])) for r in others if r.dice is not None and r.key[2:] in order]
+    return dice is not None and all((dice, order.index(key)) <= other for other in found)
 
 
 def write_panel(path: Path, case: Case, *, delta: FloatArray, before: LabelArray, after: LabelArray) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from ima_seg.errors import UserError
+from ima_seg.files import naming, write_text
 
 #: Ranks wait for the slowest at the end of an evaluation, which may take days.
 _PATIENCE = datetime.timedelta(days=14)
@@ -34,10 +38,53 @@ class Share:
         """Of the names of this process's files."""
         return "" if self.count == 1 else f".part-{self.index + 1}-of-{self.count}"
 
+    @property
+    def lock(self) -> str:
+        """Name of the file that one process at a time holds for this share."""
+        return f".evaluation{self.suffix}.lock"
+
     def wait(self) -> None:
         """For all ranks of this ``torchrun``."""
         if self.world > 1:
             dist.barrier()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, share: Share) -> Iterator[None]:
+    """Keep other processes from computing the same in ``folder``.
+
+    The lock is the system's (``flock``, over NFS, too), which ends with the process, however that ends. Where a file
+    system has none, it is a file, which filelock takes over from a dead process of the same machine.
+
+    Raises:
+        UserError: another process holds this share, or one of another number of parts; says who.
+    """
+
+    def take(path: Path) -> FileLock:
+        lock, holder = FileLock(path), path.with_suffix(".txt")
+        try:
+            with naming(path):
+                lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
+            raise UserError(
+                f"{folder} is being evaluated by {who}; wait for it, or end it and go on with --resume (it holds "
+                f"{path.name})"
+            ) from None
+        return lock
+
+    mine = folder / share.lock
+    lock, holder = take(mine), mine.with_suffix(".txt")
+    try:
+        for path in folder.glob(".evaluation*.lock"):
+            if path != mine and not (share.count > 1 and path.name.endswith(f"-of-{share.count}.lock")):
+                take(path).release()
+        now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        write_text(holder, f"process {os.getpid()} on {platform.node()} since {now}\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,9 @@ from ima_seg.errors import UserError
 from ima_seg.evaluate.attack.conditions import Condition, conditions
 from ima_seg.evaluate.attack.corruptions import corrupt
 from ima_seg.evaluate.attack.execution import Attacker, Found, within_memory
-from ima_seg.evaluate.attack.panel import write_panel
+from ima_seg.evaluate.attack.panel import is_worst, panel_name, with_panels, write_panel
 from ima_seg.evaluate.measure.metrics import CaseMetrics, case_metrics, measure_size
-from ima_seg.evaluate.records import Disk, Failure, Record, append_line
+from ima_seg.evaluate.records import Disk, Failure, Record, append_line, explained
 from ima_seg.evaluate.run import EvaluationSettings
 from ima_seg.evaluate.subject import Case, Model, Window
 from ima_seg.ops import perturbation_size
@@ -41,15 +42,13 @@ class Contestant:
 
 @dataclass
 class _Subject:
-    """A case as one model sees it, the prediction of its clean image, and the lowest Dice and its panel so far."""
+    """A case as one model sees it, and the prediction of its clean image."""
 
     contestant: Contestant
     files: CaseFiles
     case: Case
     before: LabelArray
     clean_dice: float | None
-    worst: float = 2.0
-    panel: Path | None = None
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Sweep:
     folder: Path
     records: Path  # file to append to
     failures: Path  # the same
-    done: set[tuple[Any, ...]]  # keys of records that are there already
+    done: dict[tuple[Any, ...], Record]  # records that are there already, by key
     log: Callable[[str], None] = print
     step: Callable[[str], None] = lambda what: None  # called after each condition, done or skipped
     failed: set[str] = field(default_factory=set)  # cases of which something could not be evaluated
@@ -74,15 +73,18 @@ class Sweep:
     def fail(self, case: str, message: str, model: str | None = None) -> None:
         """Note that a case could not be evaluated."""
         self.failed.add(case)
+        # JSON has no place for the bytes of a file name that is not UTF-8.
+        case, message = (text.encode(errors="backslashreplace").decode() for text in (case, message))
         append_line(self.failures, Failure(case=case, model=model, message=message))
         self.log(f"{case}: NOT EVALUATED{f' by {model}' if model else ''}: {message}")
 
     def evaluate(self, files: CaseFiles) -> None:
         """Evaluate what is missing of one case. A case that cannot be evaluated is noted; the others go on."""
-        try:
+        sound = False
+        with self._noting(files.case, None, "check"):
             self.contestants[0].model.check_case(files)
-        except UserError as error:
-            self.fail(files.case, str(error))
+            sound = True
+        if not sound:
             return
         subjects: list[_Subject] = []
         for contestant in self.contestants:
@@ -104,25 +106,34 @@ class Sweep:
                 self.step(f"{files.case}  {name}  {condition.attack}")
 
     @contextlib.contextmanager
-    def _noting(self, case: str, model: str, attack: str) -> Iterator[None]:
+    def _noting(self, case: str, model: str | None, attack: str) -> Iterator[None]:
         """Note an exception as a failure and go on: one case or attack must not cost the days that others took.
 
         What the user can mend has a message of its own; of anything else the traceback goes to the log.
         """
         try:
-            yield
-        except UserError as error:
-            self.fail(case, str(error), model)
+            with explained(f"{attack} gives no valid record: ", "look for extreme intensities in the image"):
+                yield
         except Exception as error:
-            # After a fault of the device everything else on it fails, too.
-            if "CUDA error" in str(error):
+            if self._ends_everything(error):
                 raise
-            self.log(traceback.format_exc())
-            self.fail(case, f"{attack}: {type(error).__name__}: {error}; please report this", model)
+            message = str(error)
+            if not isinstance(error, UserError):
+                for line in traceback.format_exc().splitlines():
+                    self.log(line)
+                message = f"{attack}: {type(error).__name__}: {error}; please report this"
+            self.fail(case, message, model)
+
+    def _ends_everything(self, error: Exception) -> bool:
+        """Whether every further case would fail, too: after a fault of the device, or where nothing can be written."""
+        if not isinstance(error, OSError):
+            return "CUDA error" in str(error)
+        ours = isinstance(error.filename, str) and Path(error.filename).is_relative_to(self.folder)
+        return ours or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
     def _write(self, record: Record) -> None:
         append_line(self.records, record)
-        self.done.add(record.key)
+        self.done[record.key] = record
 
     def _clean(self, contestant: Contestant, files: CaseFiles) -> _Subject:
         """Prepare a case and predict its clean image; the record is written unless it is there."""
@@ -176,14 +187,19 @@ class Sweep:
             budget="volume" if condition.kind == "minimal" else self.settings.budget,
         )
         metric_seconds += time.perf_counter() - started
-        # Pictured is the worst white-box attack at the middle budget so far.
-        middle = condition.kind == "white" and condition.eps == self.settings.eps[len(self.settings.eps) // 2]
-        pictured = middle and case.scale is not None and metrics.dice is not None and metrics.dice < subject.worst
         panel = disk = None
-        if pictured or self.settings.save_adversarial:
+        middle = condition.kind == "white" and condition.eps == self.settings.eps[len(self.settings.eps) // 2]
+        if middle and metrics.dice is not None and case.scale is not None:
+            panel = panel_name(case.raw.case, contestant.name, condition.attack)
+        others = with_panels(self.done.values(), case.raw.case, contestant.name)
+        order = [c.key for c in self.conditions(contestant)]
+        worst = panel is not None and is_worst(metrics.dice, condition.key, others, order)
+        if worst or self.settings.save_adversarial:
             native = case.native_delta(case.delta(found.perturbed))
-            if pictured:
-                subject.worst, panel = metrics.dice or 0.0, self._panel(condition, subject, native, after)
+            if panel is not None and worst:
+                write_panel(self.folder / panel, case, delta=native, before=subject.before, after=after)
+                for name in {record.panel for record in others} - {None, panel}:
+                    (self.folder / str(name)).unlink(missing_ok=True)
             if self.settings.save_adversarial:
                 disk = self._disk(condition, subject, native)
         return self._record(
@@ -258,16 +274,6 @@ class Sweep:
             **condition.fields(self.settings),
             **values,
         )
-
-    def _panel(self, condition: Condition, subject: _Subject, native: FloatArray, after: LabelArray) -> str:
-        """Store slices for the report; those of a better outcome of the same case are removed."""
-        case, name = subject.case.raw.case, subject.contestant.name
-        path = self.folder / "panels" / f"{slug(case)}__{slug(name)}__{slug(condition.attack)}.npz"
-        write_panel(path, subject.case, delta=native, before=subject.before, after=after)
-        if subject.panel is not None and subject.panel != path:
-            subject.panel.unlink(missing_ok=True)
-        subject.panel = path
-        return self._relative(path)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Evaluation:
     duplicates: int = 0  # how many records were there twice; the first was kept
     differing: list[tuple[Any, ...]] = field(default_factory=list)  # keys of those that differ in more than their times
     others: list[Run] = field(default_factory=list)  # of further folders and of parts, for the circumstances
+    damaged: list[str] = field(default_factory=list)  # file, line and fault of unreadable lines, if anything is missing
+    left_out: dict[str, int] = field(default_factory=dict)  # records of cases or conditions that run.json lacks
 
 
 def read_run(folder: Path, name: str = "run.json") -> Run:
@@ -56,10 +58,18 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     parts = [read_run(folder, path.name) for folder in folders for path in sorted(folder.glob("run.part-*.json"))]
     result = Evaluation(run, [], [], others=[*runs[1:], *parts])
     position = {case: i for i, case in enumerate(run.cases)}
-    expected = {"model": {model.name for model in run.models}, "case": position.keys()}
+    models = {model.name for model in run.models}
     seen: dict[tuple[Any, ...], Record] = {}
     for folder in folders:
-        for record in read_lines(sorted(folder.glob("records*.jsonl")), Record):
+        for record in read_lines(sorted(folder.glob("records*.jsonl")), Record, result.damaged):
+            if record.model not in models:
+                raise UserError(
+                    f"the records in {names} contain model {record.model!r}, which run.json does not; "
+                    "the folder holds the records of another run, evaluate into an empty folder"
+                )
+            if foreign := _foreign(run, position, record):
+                result.left_out[foreign] = result.left_out.get(foreign, 0) + 1
+                continue
             known = seen.setdefault(record.key, record)
             if known is not record:
                 result.duplicates += 1
@@ -68,24 +78,27 @@ def collect(folders: Sequence[Path]) -> Evaluation:
                     result.differing.append(record.key)
             elif record.panel is not None:
                 result.panels[record.key] = folder / record.panel
-            for what, name in (("model", record.model), ("case", record.case)):
-                if name not in expected[what]:
-                    raise UserError(
-                        f"the records in {names} contain {what} {name!r}, which run.json does not; "
-                        "the folder holds the records of another run, evaluate into an empty folder"
-                    )
-    if not seen:
-        raise UserError(f"no records in {names}: there is no records*.jsonl, or nothing was evaluated yet")
     result.records = _in_order(run, position, seen.values())
     whole = complete(run, result.records)
     for folder in folders:
-        for failure in read_lines(sorted(folder.glob("failures*.jsonl")), Failure):
-            models = expected["model"] if failure.model is None else {failure.model}
-            later = all((failure.case, model) in whole for model in models)
+        for failure in read_lines(sorted(folder.glob("failures*.jsonl")), Failure, result.damaged):
+            later = all((failure.case, model) in whole for model in models if failure.model in (None, model))
             if failure not in result.failures and not later:
                 result.failures.append(failure)
+    if not (seen or result.failures or result.damaged):
+        raise UserError(f"no records in {names}: there is no records*.jsonl, or nothing was evaluated yet")
+    if run.conditions and all((case, model) in whole for case in run.cases for model in models):
+        result.damaged.clear()  # a later line says it again
     result.failures.sort(key=lambda f: (position.get(f.case, len(position)), f.case, f.model or "", f.message))
     return result
+
+
+def _foreign(run: Run, cases: Container[str], record: Record) -> str:
+    """What of a record is not of this run: a case that left the input, or a condition; empty if it is all of it."""
+    if record.case not in cases:
+        return f"case {record.case}"
+    known = run.conditions.get(record.model)
+    return "" if not known or record.key[2:] in known else f"{record.attack} at {record.eps or record.severity}"
 
 
 def complete(run: Run, records: Iterable[Record]) -> set[tuple[str, str]]:

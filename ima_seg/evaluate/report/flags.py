@@ -99,6 +99,16 @@ SENTENCES = {
         "None of {total} cases is known to be of a model's training set.",
         "Nothing tells which cases the models were trained on.",
     ),
+    "Every line could be read": (
+        "{share} lines could not be read, and what they said is missing",
+        "No line is missing.",
+        "",
+    ),
+    "All records are of this run": (
+        "Records of cases that are no longer in the input, or of other conditions, are left out",
+        "All records belong to cases and conditions of this run.",
+        "",
+    ),
     "Enough cases": ("Intervals are wide", "{number}.", ""),
     "All cases are complete": (
         "Records are missing in {share} pairs of case and model",
@@ -308,7 +318,7 @@ def _complete(summary: Summary) -> _Found:
         for i in summary.incomplete
         if not i.failed
     ]
-    return _Found(summary.cases * len({c.model for c in summary.conditions}), lacking)
+    return _Found(max(summary.cases * len({c.model for c in summary.conditions}), 1), lacking)
 
 
 def check(evaluation: Evaluation, summary: Summary) -> list[Flag]:
@@ -328,6 +338,12 @@ def check(evaluation: Evaluation, summary: Summary) -> list[Flag]:
         ),
         "All parts ran on the same software and device": _same_versions(evaluation),
         "No case is of the training set": _leaks(evaluation),
+        "Every line could be read": _Found(
+            len(records) + evaluation.duplicates + len(evaluation.damaged), evaluation.damaged
+        ),
+        "All records are of this run": _Found(
+            max(len(records), 1), [f"{what} ({count})" for what, count in evaluation.left_out.items()]
+        ),
         "Enough cases": _enough_cases(summary),
         "All cases are complete": _complete(summary),
         "No case failed": _Found(summary.cases, list(dict.fromkeys(f.case for f in evaluation.failures))),

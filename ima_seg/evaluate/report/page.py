@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from ima_seg.evaluate.report.flags import check
 from ima_seg.files import write_text
 
 
-def write_report(folders: Sequence[Path], output: Path) -> Path:
+def write_report(folders: Sequence[Path], output: Path, *, log: Callable[[str], object] | None = None) -> Path:
     """Write ``report.html``, ``summary.json``, ``summary.csv`` and ``records.csv`` into ``output``.
 
     Args:
         folders: output folders of one evaluation; several where its cases or models were spread over folders.
         output: folder to write to, which may be one of them.
+        log: gets every line of the records that could not be read, where anything is missing.
 
     Returns:
         The path of ``report.html``.
@@ -29,6 +30,9 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         UserError: folders that hold no evaluation or do not belong together, or jinja2 is missing.
     """
     evaluation = collect([Path(folder) for folder in folders])
+    if log is not None:
+        for fault in evaluation.damaged:
+            log(f"{fault}; the line is left out, an evaluation with --resume says it again")
     summary = summarise(evaluation.run, evaluation.records, evaluation.failures)
     page = render(evaluation, summary)
     output = Path(output)

@@ -159,7 +159,9 @@ def headline(run: Run, summary: Summary) -> list[str]:
     eps = headline_eps(run, summary)
     if eps is None:
         if not clean:
-            return ["No model was run on unchanged images."]
+            return [
+                f"None of the {summary.cases} cases could be evaluated; the reasons are under Checks, Failed cases."
+            ]
         parts = ", ".join(f"{with_interval(c.dice)} for {name}" for name, c in clean.items())
         return [f"On unchanged images the mean Dice is {parts}. No attack with a budget was run."]
     falls: list[str] = []
