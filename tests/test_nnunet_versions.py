@@ -47,6 +47,7 @@ ARGUMENTS = {
     "utilities.label_handling.label_handling.convert_labelmap_to_one_hot": "segmentation all_labels output_dtype",
     "utilities.label_handling.label_handling.determine_num_input_channels": "plans_manager dataset_json",
     "utilities.find_objects.recursive_find_trainer_class_by_name": "",
+    "utilities.find_class_by_name.recursive_find_python_class": "folder class_name current_module",
     "utilities.file_path_utilities.get_output_folder": "",
     "run.run_training.get_trainer_from_args": "device",
     "dataset_conversion.convert_MSD_dataset.convert_msd_dataset": "",
