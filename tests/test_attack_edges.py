@@ -1,6 +1,8 @@
 """Every attack on inputs at the edge of what numbers can say: finite, within the budget, and never an exception."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,12 @@ from ima_seg.attacks import Problem, SearchSettings, boundary_search, class_qual
 from ima_seg.attacks.problem import LARGEST, SMALLEST
 from ima_seg.attacks.registry import ATTACKS
 from ima_seg.errors import UserError
+from ima_seg.evaluate.attack.conditions import Condition
+from ima_seg.evaluate.attack.execution import Attacker
 from ima_seg.ops import hard_counts, hard_dice
 from ima_seg.types import Classes, Labels, Target, ThreatModel
+from tests.evaluation_runs import evaluated, failures, records, settings
+from tests.folder_data import write_cases, write_model
 from tests.models import TinyUNet
 
 SHAPE = (8, 8)
@@ -183,3 +189,31 @@ def test_logits_are_finite_however_large_they_are(dtype):
     logits = torch.full((3, 2, 16, 16), torch.finfo(dtype).max, dtype=dtype)
     logits[1, 0, 3, 3], logits[2, 1, 4, 5] = math.nan, -math.inf
     assert hard_counts(logits, target)[1].tolist() == [True, False, False]
+
+
+def test_outputs_that_are_not_finite_are_never_scored(tmp_path):
+    model = write_model(tmp_path / "model")
+    file = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    for name, weight in checkpoint["network_weights"].items():
+        if "seg_layers" in name:
+            weight.fill_(3e38)
+    torch.save(checkpoint, file)
+    data, out = write_cases(tmp_path, "a"), tmp_path / "out"
+    with contextlib.suppress(UserError):  # there is nothing to report
+        evaluated({"M": model}, data, out, settings())
+    (failure,) = failures(out)
+    assert failure.message.startswith(f"a: {model} gives outputs that are NaN or infinite, which predict nothing")
+    assert records(out) == {}
+
+
+def test_an_attack_that_saw_nothing_finite_is_no_result():
+    """Noise that breaks the network at each draw returns the clean image, whose Dice is not that of noise."""
+    problem = Problem(lambda batch: torch.stack([batch[:, 0]] * 2, 1) * math.nan, torch.zeros(1, 1, 4, 4),
+                      Target.from_raw(torch.ones(1, 1, 4, 4), Labels(2)))  # fmt: skip
+    result = ATTACKS["gaussian"](problem, 0.1, steps=1, restarts=1)
+    assert result.distance == 0 and result.damage.isnan()
+    stage = SimpleNamespace(problem=problem, case=SimpleNamespace(model=SimpleNamespace(folder="MODEL")))
+    attacker = Attacker(settings(), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"gaussian at 0\.1 per voxel: .* outputs of MODEL are not finite; try --prec"):
+        attacker._check(Condition("noise", "gaussian", 0.1), stage, result, 0.1)

@@ -8,8 +8,16 @@ from typing import Protocol
 
 import torch
 
-from ima_seg.attacks.network import Precision, autocast, frozen, full_resolution, resolve_precision
+from ima_seg.attacks.network import (
+    Precision,
+    autocast,
+    frozen,
+    full_precision,
+    full_resolution,
+    resolve_precision,
+)
 from ima_seg.attacks.problem import Problem
+from ima_seg.errors import UserError
 from ima_seg.ops import per_row
 from ima_seg.types import Network, PassCount
 
@@ -31,6 +39,22 @@ def all_finite(logits: torch.Tensor) -> torch.Tensor:
     """(B,) bool, whether all logits (B, K, *S) or (B, K) of a sample are finite."""
     # The largest, not the sum, which finite logits can make infinite.
     return torch.isfinite(torch.linalg.vector_norm(logits, torch.inf, dim=tuple(range(1, logits.ndim))))
+
+
+def predicted(network: Network, x: torch.Tensor, who: str) -> torch.Tensor:
+    """The logits (B, K, *S) of ``x`` that are scored: in full precision, and finite.
+
+    Raises:
+        UserError: they are not; the message begins with ``who``.
+    """
+    with full_precision():
+        logits: torch.Tensor = network(x)
+    if not bool(all_finite(logits).all()):
+        raise UserError(
+            f"{who} gives outputs that are NaN or infinite, which predict nothing; use another checkpoint or, where "
+            "clean images are predicted, smaller eps"
+        )
+    return logits
 
 
 class Pass:

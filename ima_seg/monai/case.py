@@ -15,7 +15,8 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from ima_seg.attacks.network import Scale, full_precision
+from ima_seg.attacks.network import Scale
+from ima_seg.attacks.passes import predicted
 from ima_seg.cases.check import check_prepared, check_read
 from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, only_turned, same_grid, shifted
 from ima_seg.errors import UserError
@@ -106,9 +107,8 @@ class BundleCase:
         Raises:
             UserError: the post-processing fails, leaves another grid, or leaves no labels.
         """
-        with full_precision():
-            logits = window(self._frame()(perturbed))
         model, image = self.model, self.data[self.model.image_key]
+        logits = predicted(window, self._frame()(perturbed), f"{self.raw.case}: {model.folder}")
         meta, applied = deepcopy(image.meta), deepcopy(image.applied_operations)
         prediction = MetaTensor(logits[0], meta=meta, applied_operations=applied)
         with _reporting(model, self.raw.case, "post"):

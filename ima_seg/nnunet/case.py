@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ima_seg.attacks.network import full_precision
+from ima_seg.attacks.passes import predicted
 from ima_seg.attacks.tiling import Tiling
 from ima_seg.cases.check import check_prepared, check_read, check_segmentation
 from ima_seg.cases.raw import CaseFiles, FloatArray, LabelArray, RawCase, intensity_range
@@ -167,9 +167,8 @@ class PreparedCase:
         """The segmentation (Z, Y, X) in the original geometry, by nnU-Net's own resampling and export."""
         from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-        with full_precision():
-            logits: torch.Tensor = self.network(window, whole=True)(perturbed)
         model, threads = self.model, torch.get_num_threads()
+        logits = predicted(self.network(window, whole=True), perturbed, f"{self.raw.case}: {model.folder}")
         try:
             segmentation: LabelArray = convert_predicted_logits_to_segmentation_with_correct_shape(
                 logits[0].float().cpu(), model.plans, model.configuration, model.label_manager, self.properties,
