@@ -1,4 +1,7 @@
-"""Bundles of strangers: nothing that they ask for happens, however they write it, and those of the zoo still load."""
+"""Bundles of strangers: nothing that they ask for happens, however they write it.
+
+One file: the table of what they ask for and the watch over its effects belong together.
+"""
 
 import json
 import shutil

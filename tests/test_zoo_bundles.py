@@ -1,4 +1,7 @@
-"""Bundles as MONAI's model zoo has them: what they are made of is read without trust, and small slips are named."""
+"""Bundles as MONAI's model zoo has them: what they are made of is read without trust, and small slips are named.
+
+One file: the configs of the zoo, and the lists that say which parts of MONAI they may name.
+"""
 
 import importlib
 import inspect
