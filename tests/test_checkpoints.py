@@ -105,6 +105,14 @@ def test_weights_that_are_not_finite_and_real_are_neither_evaluated_nor_exported
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_loaded_is_not_exported(model, tmp_path):
+    content = torch.load(model / CHECKPOINT, weights_only=False)
+    content["network_weights"].pop(next(iter(content["network_weights"])))
+    torch.save(content, model / CHECKPOINT)
+    assert "does not fit the network" in outcome(lambda: export_model(model, tmp_path / "out"), "checkpoint_final.pth")
+    assert not (tmp_path / "out").exists()
+
+
 def test_prefixes_of_wrappers_are_left_out(model, sound, tmp_path):
     content = torch.load(model / CHECKPOINT, weights_only=False)
     content["network_weights"] = {f"module._orig_mod.{k}": v for k, v in content["network_weights"].items()}

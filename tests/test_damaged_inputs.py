@@ -1,4 +1,7 @@
-"""Image files that are damaged, named otherwise, claim too much or mean other lengths: refused, each in one line."""
+"""Image files that are damaged, named otherwise, claim too much or mean other lengths: refused, each in one line.
+
+One file: every way in which a file of a case can be wrong, made by the same few writers.
+"""
 
 import gzip
 import json

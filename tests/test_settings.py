@@ -54,6 +54,9 @@ def test_toml_and_yaml_say_the_same(tmp_path):
         ("a.toml", "x = = 1", "cannot be read"),
         ("a.yaml", "[1, 2]", "holds a list"),
         ("b.yaml", "a: [", "cannot be read"),
+        ("deep.toml", "x = " + "[" * 30_000, "cannot be read"),
+        ("deep.yaml", "[" * 30_000, "cannot be read"),
+        ("laughs.yaml", "a: &a [x, x]\nb: &b [*a, *a]\ntau: [*b, *b]", "has an alias"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

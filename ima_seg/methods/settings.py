@@ -245,14 +245,14 @@ def read_settings_file(path: str | os.PathLike[str], section: str = IMASettings.
     file = Path(path)
     if not file.is_file():
         raise UserError(f"settings file {file} does not exist; correct {ENVIRONMENT_VARIABLE} or unset it")
+    if file.suffix not in (".toml", ".yaml", ".yml"):
+        raise UserError(f"settings file {file} ends in {file.suffix!r}; use .toml, .yaml or .yml")
     try:
-        if file.suffix == ".toml":
-            values: Any = tomllib.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        else:
-            raise UserError(f"settings file {file} ends in {file.suffix!r}; use .toml, .yaml or .yml")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".toml" and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise yaml.YAMLError("it has an alias, *NAME, and a few may stand for billions; write the value out")
+        values: Any = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text) or {}
+    except (ValueError, yaml.YAMLError, OSError, RecursionError) as error:
         raise UserError(f"settings file {file} cannot be read: {error}") from None
     if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):
         if section not in values:

@@ -19,7 +19,7 @@ import torch
 from monai.bundle.reference_resolver import ReferenceResolver
 from torch import nn
 
-from ima_seg.monai.configfile import Refused, shown
+from ima_seg.monai.configfile import DEEPEST, Refused, shown
 
 #: Characters of an expression, items of what comes out of it, bits of a number, and the largest exponent.
 _LONGEST, _MOST, _MOST_BITS, _LARGEST = 1_000, 2_000, 1_024, 64
@@ -58,6 +58,11 @@ def evaluate(text: str, reference: Callable[[str], Any], functions: Mapping[str,
         if len(text) > _LONGEST or _REFERENCE in text:
             raise ValueError
         tree = ast.parse(ReferenceResolver.id_matcher.sub(name, text).strip(), mode="eval").body
+        level: list[ast.AST] = [tree]
+        for _ in range(DEEPEST):
+            level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if level:
+            raise ValueError
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise Refused(_code(text)) from None
     return _Expression(text, {key: partial(reference, ids) for key, ids in found.items()}, functions).value(tree)

@@ -22,9 +22,6 @@ from ima_seg.nnunet.normalisation import ChannelScale, Renormalise, before_clipp
 from ima_seg.nnunet.reading import read_image, read_label
 from ima_seg.types import Target
 
-#: No volume has voxels so many times larger or smaller than those of the training.
-_UNUSUAL = 1e5
-
 
 def read_case(model: LoadedFolder, case: str, images: Sequence[Path], label: Path) -> RawCase:
     """Read a case with the reader that the model's plans name.
@@ -47,7 +44,8 @@ def _require_usual_spacing(model: LoadedFolder, file: Path, spacing: Sequence[fl
     """Refuse lengths in another unit than those of the training, where no header says so."""
     network = [float(value) for value in model.configuration.spacing]
     own = [float(spacing[axis]) for axis in model.plans.transpose_forward][-len(network) :]
-    if not 1 / _UNUSUAL < np.prod(own) / np.prod(network) < _UNUSUAL:
+    # No volume has voxels so many times larger or smaller than those of the training.
+    if not 1e-5 < np.prod(own) / np.prod(network) < 1e5:
         found, there = (" x ".join(f"{value:.4g}" for value in values) for values in (own, network))
         raise UserError(
             f"{file}: the spacing is {found}, that of {model.folder} {there} mm; is it in another unit? store it in mm"
@@ -69,8 +67,7 @@ def read_previous_stage(model: LoadedFolder, files: CaseFiles, raw: RawCase) -> 
     segmentation, _ = read_label(model.plans, path)
     if segmentation.shape[1:] != raw.reference.shape:
         raise UserError(f"{path} has the shape {segmentation.shape[1:]}, the image {raw.reference.shape}")
-    rounded: LabelArray = np.rint(segmentation[0]).astype(np.int16)
-    return rounded
+    return np.asarray(np.rint(segmentation[0]), np.int16)
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,10 @@ class PreparedCase:
 
     def altered(self, image: npt.NDArray[np.float32]) -> PreparedCase:
         """The same case with another image (a corrupted one), of the same shape, as far as its files can hold it."""
-        device, previous = self.base.device, self.previous_stage
         if self.raw.limits is not None:
             low, high = self.raw.limits.T.reshape(2, -1, 1, 1, 1)
             image = np.clip(image, low, high).astype(np.float32)
+        device, previous = self.base.device, self.previous_stage
         return prepare_case(self.raw, self.model, device=device, image=image, previous_stage=previous)
 
     def target(self, *, slices: bool = False) -> Target:
@@ -152,8 +149,9 @@ class PreparedCase:
 
     def network(self, window: Tiling, *, whole: bool) -> torch.nn.Sequential:
         """Perturbed image in the layout of :attr:`base` (or a batch of its slices) -> logits: normalisation, window."""
-        normalise: torch.nn.Module
-        normalise = Renormalise(self.scales, self.clean, self.support, whole=whole, offsets=self.offsets)
+        normalise: torch.nn.Module = Renormalise(
+            self.scales, self.clean, self.support, whole=whole, offsets=self.offsets
+        )
         if self.limits is not None:
             normalise = torch.nn.Sequential(Within(self.limits), normalise)
         return torch.nn.Sequential(normalise, window).eval()
@@ -244,15 +242,14 @@ def prepare_case(
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
     plans, configuration, forward = model.plans, model.configuration, model.plans.transpose_forward
-    image = raw.image if image is None else image
-    first_stage = None
+    image, first_stage = (raw.image if image is None else image), None
     if configuration.previous_stage_name is not None:
         if previous_stage is None:
             raise model.no_previous_stage()
         first_stage = previous_stage[None].astype(np.float32)
     earlier = None if first_stage is None else _turned(first_stage, forward).copy()
     cropped, region, box = crop_to_nonzero(_turned(image, forward).astype(np.float32), earlier)
-    nonzero = region[0] >= 0
+    nonzero, masks = region[0] >= 0, []
     scales = channel_scales(cropped, nonzero, plans=plans, configuration=configuration, case=raw.case)
     data, segmentation, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
         image, first_stage, dict(raw.properties), plans, configuration, model.dataset_json
@@ -276,7 +273,6 @@ def prepare_case(
         base[index] = unclipped[0]
     check_prepared(raw.case, base)
     limits = network_limits(raw.limits, scales, base)
-    masks = []
     if first_stage is not None:
         masks = list(convert_labelmap_to_one_hot(segmentation[0], model.label_manager.foreground_labels, data.dtype))
 

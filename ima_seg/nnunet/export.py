@@ -16,6 +16,7 @@ from ima_seg.nnunet.checkpoint import (
     write_checkpoint,
 )
 from ima_seg.nnunet.compat import trainer_class
+from ima_seg.nnunet.folder import load_model
 
 STOCK_TRAINER = "nnUNetTrainer"
 #: What nnU-Net's inference reads from a model folder, beside the checkpoints.
@@ -38,7 +39,7 @@ def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = 
         ``output``.
 
     Raises:
-        UserError: something is missing, the output exists, or a trainer with another architecture.
+        UserError: the output exists, the model cannot be loaded, or its trainer has another architecture.
     """
     source, target = Path(model_folder), Path(output)
     require_model_folder(source)
@@ -53,6 +54,8 @@ def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = 
         for file in files:
             checkpoint = read_checkpoint(file, trust=trust)
             _check_architecture(str(checkpoint["trainer_name"]), file)
+            # What cannot be loaded, stock nnU-Net cannot either.
+            load_model(source, folds=[file.parent.name.removeprefix("fold_")], checkpoint=file.name, trust=trust)
             kept = {key: value for key, value in checkpoint.items() if key not in (KEY, METHOD_KEY)}
             write_checkpoint(folder / file.relative_to(source), {**kept, "trainer_name": STOCK_TRAINER})
     return target
