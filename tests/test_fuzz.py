@@ -21,7 +21,7 @@ from ima_seg.methods.settings import AMAT, FAST, IMASettings, load_settings
 from tests.evaluation_runs import STEPS, some_cases
 from tests.fuzzing import called, flipped, limited, mutated_checkpoint, mutated_json, mutated_nifti, places
 
-FEW, MANY = 16, int(os.environ.get("FUZZ_INPUTS", "200"))
+FEW, MANY = 8, int(os.environ.get("FUZZ_INPUTS", "200"))
 
 
 def evaluate(model, data, out, *more):
