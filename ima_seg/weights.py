@@ -73,18 +73,13 @@ def _check_tensors(contents: Any, path: Path) -> None:
             wrong = "a complex, sparse, quantised or empty tensor"
         elif tensor.numel() * tensor.element_size() > path.stat().st_size:
             wrong = f"a tensor of {tensor.numel()} values, more than the file has"
-        elif tensor.is_floating_point() and not _is_finite(tensor):
+        elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():  # as the network computes
             wrong = "NaN or infinite values"
         else:
             continue
         raise UserError(
             f"{path}: {name} holds {wrong}, as no sound training writes; use an earlier checkpoint, or another copy"
         )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # torch does not tell it of types of one byte.
-    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
 
 
 def _tensors(contents: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -115,7 +110,7 @@ def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misfit(network: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
-    """How ``state`` differs from the weights of ``network`` in names and shapes, as a phrase; empty where it fits."""
+    """How ``state`` differs from the weights of ``network`` in names, shapes and kinds; empty if it fits."""
     expected = network.state_dict()
     shapes = [
         f"{name} has the shape {tuple(state[name].shape)} instead of {tuple(value.shape)}"
@@ -126,5 +121,11 @@ def misfit(network: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
         [name for name in expected if name not in state],
         [name for name in state if name not in expected],
     )
+    whole = [
+        f"{name} is {state[name].dtype} instead of {value.dtype}"
+        for name, value in expected.items()
+        if name in state and value.is_floating_point() and not state[name].is_floating_point()
+    ]
     found = [("missing", missing), ("not of this network", unknown), ("of another shape", shapes)]
+    found.append(("of whole numbers", whole))
     return "; ".join(f"{len(names)} weights {what}, first {str(names[0])[:200]}" for what, names in found if names)

@@ -105,6 +105,20 @@ def test_weights_that_are_not_finite_and_real_are_neither_evaluated_nor_exported
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.double() * 1e300, "NaN or infinite"),
+        (lambda w: (w * 9).to(torch.uint8), "uint8 instead of .*float32"),
+    ],
+)
+def test_weights_that_the_network_cannot_compute_with_are_refused(model, change, message):
+    content = torch.load(model / CHECKPOINT, weights_only=False)
+    content["network_weights"] = {name: change(value) for name, value in content["network_weights"].items()}
+    torch.save(content, model / CHECKPOINT)
+    assert re.search(message, outcome(lambda: load_model(model), "checkpoint_final.pth"))
+
+
 def test_what_cannot_be_loaded_is_not_exported(model, tmp_path):
     content = torch.load(model / CHECKPOINT, weights_only=False)
     content["network_weights"].pop(next(iter(content["network_weights"])))

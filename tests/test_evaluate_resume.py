@@ -113,6 +113,32 @@ def test_cases_that_leave_the_input_leave_the_report_and_come_back(phantoms, dat
     assert (out / "records.jsonl").read_bytes() == before and summary(out) == summary(single)
 
 
+def test_records_of_another_model_are_left_out_and_named(single, tmp_path, capsys):
+    out = shutil.copytree(single, tmp_path / "out")
+    line = (out / "records.jsonl").read_bytes().splitlines()[0]
+    with (out / "records.jsonl").open("ab") as file:
+        file.write(line.replace(b'"model":"', b'"model":"other ') + b"\n")
+    assert main(["report", str(out)]) == 0
+    assert "model other " in (out / "report.html").read_text() and summary(out) == summary(single)
+    (out / "records.jsonl").write_bytes(line.replace(b'"model":"', b'"model":"other ') + b"\n")
+    assert main(["report", str(out)]) == 2
+    assert "which run.json lacks" in capsys.readouterr().err
+
+
+def test_a_case_whose_name_is_too_long_for_files_costs_no_other(phantoms, data, tmp_path):
+    images, labels = (shutil.copytree(folder, tmp_path / folder.name) for folder in data)
+    case, long = names(phantoms, "mr3d")[3], "b" * 238
+    for path, new in (
+        (images / f"{case}_0000.nii.gz", f"{long}_0000.nii.gz"),
+        (labels / f"{case}.nii.gz", f"{long}.nii.gz"),
+    ):
+        path.rename(path.with_name(new))
+    out = tmp_path / "out"
+    assert main(command(phantoms.model("mr3d", steps=STEPS), (images, labels), out)) == 0
+    panels = [record.panel for record in records(out).values() if record.case == long and record.panel]
+    assert panels and all((out / panel).is_file() and len(panel) < 200 for panel in panels)
+
+
 def test_a_bad_line_is_evaluated_again(phantoms, data, single, tmp_path, capsys):
     out, model = tmp_path / "out", phantoms.model("mr3d", steps=STEPS)
     shutil.copytree(single, out)

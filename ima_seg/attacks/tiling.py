@@ -45,8 +45,10 @@ class Tiling(nn.Module):
         tile_batch: int = 1,
     ) -> None:
         super().__init__()
-        if not 0 < step_size <= 1:
-            raise UserError(f"the step size of the sliding window is {step_size}; it is a share of the patch, 0 to 1")
+        if not 0.01 <= step_size <= 1:  # smaller, and a volume has millions of tiles
+            raise UserError(
+                f"the step size of the sliding window is {step_size}; it is a share of the patch, 0.01 to 1"
+            )
         self.networks = nn.ModuleList(networks).eval().requires_grad_(False)
         self.patch_size = tuple(int(size) for size in patch_size)
         self.step_size = step_size

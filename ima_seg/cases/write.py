@@ -23,8 +23,8 @@ _FLOAT32_EXACT = 2**24
 
 
 def slug(name: str) -> str:
-    """``name`` as part of a file name: what is not plain is replaced, and a hash keeps different names apart."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    """``name`` as part of a file name: plain and short, where a hash keeps different names apart."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:50]
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

@@ -118,7 +118,7 @@ class Sweep:
             if self._ends_everything(error):
                 raise
             message = str(error)
-            if not isinstance(error, UserError):
+            if not isinstance(error, UserError | OSError):
                 for line in traceback.format_exc().splitlines():
                     self.log(line)
                 message = f"{attack}: {type(error).__name__}: {error}; please report this"
@@ -129,7 +129,7 @@ class Sweep:
         if not isinstance(error, OSError):
             return "CUDA error" in str(error)
         ours = isinstance(error.filename, str) and Path(error.filename).is_relative_to(self.folder)
-        return ours or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        return (ours and error.errno != errno.ENAMETOOLONG) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
     def _write(self, record: Record) -> None:
         append_line(self.records, record)

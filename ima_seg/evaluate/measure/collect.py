@@ -62,11 +62,6 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     seen: dict[tuple[Any, ...], Record] = {}
     for folder in folders:
         for record in read_lines(sorted(folder.glob("records*.jsonl")), Record, result.damaged):
-            if record.model not in models:
-                raise UserError(
-                    f"the records in {names} contain model {record.model!r}, which run.json does not; "
-                    "the folder holds the records of another run, evaluate into an empty folder"
-                )
             if foreign := _foreign(run, position, record):
                 result.left_out[foreign] = result.left_out.get(foreign, 0) + 1
                 continue
@@ -86,7 +81,8 @@ def collect(folders: Sequence[Path]) -> Evaluation:
             if failure not in result.failures and not later:
                 result.failures.append(failure)
     if not (seen or result.failures or result.damaged):
-        raise UserError(f"no records in {names}: there is no records*.jsonl, or nothing was evaluated yet")
+        there = f"those there are of {', '.join(result.left_out)}, which run.json lacks" if result.left_out else ""
+        raise UserError(f"no records in {names}: {there or 'there is no records*.jsonl, or nothing was evaluated yet'}")
     if run.conditions and all((case, model) in whole for case in run.cases for model in models):
         result.damaged.clear()  # a later line says it again
     result.failures.sort(key=lambda f: (position.get(f.case, len(position)), f.case, f.model or "", f.message))
@@ -94,7 +90,9 @@ def collect(folders: Sequence[Path]) -> Evaluation:
 
 
 def _foreign(run: Run, cases: Container[str], record: Record) -> str:
-    """What of a record is not of this run: a case that left the input, or a condition; empty if it is all of it."""
+    """What of a record is not of this run: a model, a case that left the input, or a condition; empty if all is."""
+    if record.model not in {model.name for model in run.models}:
+        return f"model {record.model}"
     if record.case not in cases:
         return f"case {record.case}"
     known = run.conditions.get(record.model)
