@@ -36,7 +36,7 @@ def use(model, output):
     """All that reads checkpoints: loading, margins, export."""
     model_loaded = load_model(model)
     model_loaded.card()
-    (fold,) = read_margins(model)
+    (fold,), _ = read_margins(model)
     export_model(model, output)
     return fold
 

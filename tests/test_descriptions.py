@@ -161,12 +161,25 @@ def test_an_unfinished_fold_is_named_and_the_others_shown(model, capsys):
     (model / "fold_1").mkdir()
     assert main(["margins", str(model)]) == 0
     output = capsys.readouterr().out.replace("\n", "")
-    assert "fold_0" in output and f"{model / 'fold_1'} has no checkpoint yet" in output
+    assert "fold_0" in output and f"no margins are shown of fold_1: {model / 'fold_1'} has no checkpoint" in output
     assert main(["margins", str(model), "-f", "1"]) == 2
     assert "fold_1 has no checkpoint" in capsys.readouterr().err
     (model / CHECKPOINT).unlink()
     assert main(["margins", str(model)]) == 2
     assert "no fold_* with a checkpoint" in capsys.readouterr().err
+
+
+def test_a_damaged_fold_is_named_and_the_others_shown(model, capsys):
+    (model / "fold_1").mkdir()
+    damaged = model / "fold_1" / "checkpoint_final.pth"
+    damaged.write_bytes((model / CHECKPOINT).read_bytes()[:1000])
+    assert main(["margins", str(model)]) == 0
+    output = capsys.readouterr().out
+    assert "after 1 epochs" in output and f"no margins are shown of fold_1: {damaged}" in output.splitlines()[-1]
+    assert main(["margins", str(model), "-f", "1"]) == 2
+    shutil.copy(damaged, model / CHECKPOINT)
+    assert main(["margins", str(model)]) == 2
+    assert "(and no margins in 1 other folds)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["../../x", "a/b", "a\\b", "/etc/x"])
@@ -175,7 +188,7 @@ def test_case_ids_of_a_ledger_lead_nowhere(model, tmp_path, case):
     content["ima"]["ledger"]["cases"] = [case, "b"]
     torch.save(content, model / CHECKPOINT)
     before = sorted(tmp_path.rglob("*"))
-    (fold,) = read_margins(model)
+    (fold,), _ = read_margins(model)
     with pytest.raises(UserError, match="a path, not a name"):
         show_margins(fold, images=tmp_path)
     assert sorted(tmp_path.rglob("*")) == before

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ima_seg.errors import UserError
 from ima_seg.evaluate.api import evaluate
 from ima_seg.evaluate.measure.collect import collect
 from ima_seg.evaluate.measure.summary import summarise
@@ -122,12 +121,25 @@ def test_the_training_set_is_known_by_its_folder_or_its_description(folders, mon
 
 
 @pytest.mark.parametrize(
-    "text", ["[", "3", "[3]", '{"train": []}', '[{"train": ["a"]}]', '[{"train": "a", "val": []}]']
-)
-def test_splits_that_cannot_be_read_are_named(folders, text):
+    ("text", "why"),
+    [("[", ""), ("3", ""), ("[3]", ""), ('{"train": []}', ""), ('[{"train": ["a"]}]', " is without '0.val'"),
+     ('[{"train": "a", "val": []}]', ": 0.train is 'a'")],
+)  # fmt: skip
+def test_splits_that_cannot_be_read_are_named_and_left_out(folders, caplog, text, why):
     (folders / "splits_final.json").write_text(text)
-    with pytest.raises(UserError, match=r"splits_final\.json.*copy it again from nnUNet_preprocessed, or remove it"):
-        known(folders)
+    assert known(folders, ledgers={"0": state("a")}) == {"a": "trained on by fold 0 (margin ledger)"}
+    (line,) = caplog.messages
+    assert f"splits_final.json{why}" in line and "copy it again from nnUNet_preprocessed, or remove it" in line
+
+
+@pytest.mark.parametrize("text", ["[", "3", '{"metric_per_case": 3}', '{"metric_per_case": [{"reference_file": 1}]}'])
+def test_validations_that_cannot_be_read_are_named_and_left_out(folders, caplog, text):
+    validation(folders, 1, "c")
+    (folders / "model" / "fold_1" / "validation" / "summary.json").write_text(text)
+    (folders / "model" / "fold_2").mkdir()
+    (folders / "model" / "fold_2" / "validation").write_text("no folder")
+    assert set(known(folders)) == {"c"}
+    assert any("summary.json" in line for line in caplog.messages) and len(caplog.messages) == 2
 
 
 def test_report_and_terminal_name_the_cases(tmp_path, monkeypatch):

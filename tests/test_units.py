@@ -197,7 +197,7 @@ def test_the_cap_on_margins_of_unnormalised_ct_is_that_of_normalised_ct(nnunet, 
     name = channel_names(trainer.dataset_json)[0]
     for row in rows:
         assert float(row[f"margin_{name}_native"]) == pytest.approx(FOREGROUND * float(row["margin_rms"]), rel=1e-3)
-    (fold,) = read_margins(folder.parent)
+    (fold,), _ = read_margins(folder.parent)
     assert fold.ledger.eps_max * fold.settings["channel_sd"][0] == pytest.approx(0.3 * FOREGROUND)
     printed = io.StringIO()
     images = nnunet / "raw" / "Dataset982_Regions" / "imagesTr"

@@ -64,14 +64,15 @@ def _plans(arguments: argparse.Namespace) -> None:
 
 
 def _margins(arguments: argparse.Namespace) -> None:
-    from ima_seg.nnunet.margins import read_margins, show_margins, unfinished_folds
+    from ima_seg.errors import plain
+    from ima_seg.nnunet.margins import read_margins, show_margins
 
-    for fold in read_margins(arguments.model_folder, arguments.folds, trust=arguments.trust_checkpoint):
+    found, left_out = read_margins(arguments.model_folder, arguments.folds, trust=arguments.trust_checkpoint)
+    for fold in found:
         output = arguments.output and arguments.output / fold.folder.name
         show_margins(fold, images=arguments.images, output=output)
-    if not arguments.folds:
-        for unfinished in unfinished_folds(arguments.model_folder):
-            print(f"{unfinished} has no checkpoint yet, so no margins are shown of it")
+    for folder, reason in left_out.items():
+        print(plain(f"no margins are shown of {folder.name}: {reason}"))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
+from ima_seg.errors import UserError, plain
 from ima_seg.files import load_json, read_json
 from ima_seg.nnunet.checkpoint import restore_ledger
 from ima_seg.nnunet.model import LoadedFolder
 from ima_seg.validation import validated
 
 SPLITS = "splits_final.json"
+_log = logging.getLogger("ima_seg.nnunet")
 
 
 def training_cases(model: LoadedFolder, images: Path) -> dict[str, str] | None:
@@ -22,13 +26,10 @@ def training_cases(model: LoadedFolder, images: Path) -> dict[str, str] | None:
     "trained on by fold ..." follows from the margin ledger of an IMA training, from ``splits_final.json`` (in or beside
     the model folder, or in nnUNet_preprocessed), and from the validation folders: what one fold validates, the others
     train on. "in the training set" is all that dataset.json and the folder ``labelsTr`` can tell (in nnUNet_raw, or
-    beside ``images``); what every fold holds out is not among them.
-
-    Raises:
-        UserError: one of these files cannot be read.
+    beside ``images``); what every fold holds out is not among them. What cannot be read is left out, with a warning.
     """
-    ending = str(model.dataset_json.get("file_ending", ""))
-    splits, validated = _splits(model), _validated(model.folder, ending)
+    ending = model.dataset_json["file_ending"]
+    splits, validations = _splits(model), _validations(model.folder, ending)
     trained: dict[str, dict[str, dict[str, None]]] = {}  # case -> folds and sources, each once, in order
     held: list[set[str]] = []  # of each fold, what it is known not to be trained on
 
@@ -40,7 +41,7 @@ def training_cases(model: LoadedFolder, images: Path) -> dict[str, str] | None:
     for fold in model.folds:
         if fold in model.ledgers:
             note(restore_ledger(model.ledgers[fold]).cases, fold, "margin ledger")
-        own = validated.get(fold, set())
+        own = validations.get(fold, set())
         if fold == "all":  # it validates on what it trains on
             note({case for split in splits for case in (*split.train, *split.val)}, fold, SPLITS)
             note(own, fold, "validation folder")
@@ -49,7 +50,7 @@ def training_cases(model: LoadedFolder, images: Path) -> dict[str, str] | None:
             note(splits[int(fold)].train, fold, SPLITS)
             held.append(set(splits[int(fold)].val))
         else:
-            others = set[str]().union(*(cases for other, cases in validated.items() if other not in (fold, "all")))
+            others = set[str]().union(*(cases for other, cases in validations.items() if other not in (fold, "all")))
             note(others - own, fold, "validation folders of other folds")
             held.append(own)
     found = {
@@ -63,13 +64,22 @@ def training_cases(model: LoadedFolder, images: Path) -> dict[str, str] | None:
     return found if found or sources or any(held) else None
 
 
+@contextmanager
+def _warning() -> Iterator[None]:
+    """What cannot be read within is named, and goes no further."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        _log.warning("which cases the model was trained on is told without %s", plain(error))
+
+
 class _Fold(BaseModel):
     train: list[str]
     val: list[str]
 
 
-class _Splits(BaseModel):
-    folds: list[_Fold]
+class _Splits(RootModel[list[_Fold]]):
+    pass
 
 
 def _splits(model: LoadedFolder) -> list[_Fold]:
@@ -77,12 +87,13 @@ def _splits(model: LoadedFolder) -> list[_Fold]:
     folders = [model.folder, model.folder.parent]
     if root := os.environ.get("nnUNet_preprocessed"):
         folders.append(Path(root) / model.dataset)
-    path = next((folder / SPLITS for folder in folders if (folder / SPLITS).is_file()), None)
-    if path is None:
-        return []
     remedy = "copy it again from nnUNet_preprocessed, or remove it"
-    contents = load_json(path, missing="does not exist", remedy=remedy)
-    return validated(_Splits, {"folds": contents}, source=path, remedy=remedy).folds
+    with _warning():
+        path = next((folder / SPLITS for folder in folders if (folder / SPLITS).is_file()), None)
+        if path is not None:
+            contents = load_json(path, missing="does not exist", remedy=remedy)
+            return validated(_Splits, contents, source=path, remedy=remedy).root
+    return []
 
 
 class _Row(BaseModel):
@@ -93,25 +104,25 @@ class _Summary(BaseModel):
     metric_per_case: list[_Row] = []
 
 
-def _validated(folder: Path, ending: str) -> dict[str, set[str]]:
+def _validations(folder: Path, ending: str) -> dict[str, set[str]]:
     """Fold -> the cases in its validation folder, or in the summary that is left of it."""
     found: dict[str, set[str]] = {}
     for validation in folder.glob("fold_*/validation"):
-        cases = _names(validation, ending)
-        if (summary := validation / "summary.json").is_file():
-            remedy = "remove it, or validate again"
-            contents = read_json(summary, missing="does not exist", remedy=remedy)
-            rows = validated(_Summary, contents, source=summary, remedy=remedy).metric_per_case
-            cases |= {Path(row.reference_file).name.removesuffix(ending) for row in rows}
-        found[validation.parent.name.removeprefix("fold_")] = cases
+        cases = found[validation.parent.name.removeprefix("fold_")] = _names(validation, ending)
+        with _warning():
+            if (summary := validation / "summary.json").is_file():
+                remedy = "remove it, or validate again"
+                contents = read_json(summary, missing="does not exist", remedy=remedy)
+                rows = validated(_Summary, contents, source=summary, remedy=remedy).metric_per_case
+                cases |= {Path(row.reference_file).name.removesuffix(ending) for row in rows}
     return found
 
 
 def _training_set(model: LoadedFolder, images: Path, ending: str) -> dict[str, set[str]]:
     """Where -> the cases that belong to the training set there."""
     found = {}
-    if isinstance(entries := model.dataset_json.get("dataset"), dict):
-        found["dataset.json"] = {str(case) for case in entries}
+    if (entries := model.dataset_json.get("dataset")) is not None:
+        found["dataset.json"] = set(entries)
     folders = [images.resolve().parent] if images.resolve().name == "imagesTr" else []
     if root := os.environ.get("nnUNet_raw"):
         folders.append(Path(root).resolve() / model.dataset)
@@ -122,4 +133,7 @@ def _training_set(model: LoadedFolder, images: Path, ending: str) -> dict[str, s
 
 
 def _names(folder: Path, ending: str) -> set[str]:
-    return {path.name.removesuffix(ending) for path in folder.iterdir() if ending and path.name.endswith(ending)}
+    found: set[str] = set()
+    with _warning():
+        found |= {path.name.removesuffix(ending) for path in folder.iterdir() if path.name.endswith(ending)}
+    return found

@@ -71,40 +71,46 @@ def _newest(fold: Path) -> str | None:
     return next((name for name in _CHECKPOINTS if (fold / name).is_file()), None)
 
 
-def unfinished_folds(model_folder: str | Path) -> list[Path]:
-    """The folds of a model folder that have no checkpoint yet."""
-    return [fold for fold in sorted(Path(model_folder).glob("fold_*")) if _newest(fold) is None]
-
-
 def read_margins(
     model_folder: str | Path, folds: Sequence[str] | None = None, *, trust: bool = False
-) -> list[FoldMargins]:
-    """The margins of every fold of a model folder that has a checkpoint (or of the ``folds`` named).
+) -> tuple[list[FoldMargins], dict[Path, str]]:
+    """The margins of every fold of a model folder that can be read (or of the ``folds`` named); why not of the others.
 
     Raises:
-        UserError: no such folder or fold, or a checkpoint without a margin ledger.
+        UserError: no such folder, no fold that can be read, or one of the ``folds`` cannot.
     """
     model = Path(model_folder)
     require_model_folder(model)
-    unfinished = unfinished_folds(model)
-    every = [fold for fold in sorted(model.glob("fold_*")) if fold not in unfinished]
-    folders = [model / f"fold_{fold}" for fold in folds] if folds else every
-    if not folders:
-        raise UserError(f"model folder {model} has no fold_* with a checkpoint; train a fold first")
-    found = []
-    for folder in folders:
-        name = _newest(folder)
-        if name is None:
-            raise UserError(f"{folder} has no checkpoint; train the fold first")
-        checkpoint = read_checkpoint(folder / name, trust=trust)
-        state = checkpoint.get(KEY)
-        if state is None:
-            raise UserError(f"{folder / name} holds no margin ledger; it was trained by {checkpoint['trainer_name']}")
-        ledger, configuration = restore_ledger(state), checkpoint["init_args"]["configuration"]
-        settings, history, voxels = state["settings"], state["history"], state["voxels"]
-        validated(_Course, {"history": history}, source=folder / name, remedy="use an earlier checkpoint")
-        found.append(FoldMargins(folder, name, ledger, settings, history, voxels, configuration))
-    return found
+    if folds:
+        return [_read_fold(model / f"fold_{fold}", trust=trust) for fold in folds], {}
+    found: list[FoldMargins] = []
+    left_out: dict[Path, str] = {}
+    for folder in sorted(model.glob("fold_*")):
+        try:
+            found.append(_read_fold(folder, trust=trust))
+        except (UserError, OSError) as error:
+            left_out[folder] = str(error)
+    if not found:
+        reasons = [reason for folder, reason in left_out.items() if _newest(folder)]
+        if not reasons:
+            raise UserError(f"model folder {model} has no fold_* with a checkpoint; train a fold first")
+        others = len(left_out) - 1
+        raise UserError(reasons[0] + (f" (and no margins in {others} other folds)" if others else ""))
+    return found, left_out
+
+
+def _read_fold(folder: Path, *, trust: bool) -> FoldMargins:
+    name = _newest(folder)
+    if name is None:
+        raise UserError(f"{folder} has no checkpoint; train the fold first")
+    checkpoint = read_checkpoint(folder / name, trust=trust)
+    state = checkpoint.get(KEY)
+    if state is None:
+        raise UserError(f"{folder / name} holds no margin ledger; it was trained by {checkpoint['trainer_name']}")
+    ledger, configuration = restore_ledger(state), checkpoint["init_args"]["configuration"]
+    settings, history, voxels = state["settings"], state["history"], state["voxels"]
+    validated(_Course, {"history": history}, source=folder / name, remedy="use an earlier checkpoint")
+    return FoldMargins(folder, name, ledger, settings, history, voxels, configuration)
 
 
 def show_margins(
