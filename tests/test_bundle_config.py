@@ -1,6 +1,7 @@
 """Bundles as files: what their configs and metadata say, what is refused, and finding cases for them."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -138,6 +139,44 @@ def test_bad_configs_and_metadata_are_refused(tmp_path, name):
     folder = write_bundle(tmp_path / "bundle", config(**changes), metadata=metadata)
     with pytest.raises(UserError, match=message):
         load_bundle(folder)
+
+
+SLIDING = {"_target_": "SlidingWindowInferer", "roi_size": [16, 16, 16]}
+SLICES = {"_target_": "SliceInferer", "roi_size": [16, 16]}
+INFERERS = [
+    (SLIDING | {"overlap": float("nan")}, "inferer.overlap is nan; it is a number from 0"),
+    (SLIDING | {"overlap": -0.1}, "inferer.overlap is -0.1"),
+    (SLIDING | {"overlap": [0.5, 0.5, 1.0]}, "inferer.overlap is [0.5, 0.5, 1.0]"),
+    (SLIDING | {"overlap": [0.5, 0.5]}, "inferer.overlap is [0.5, 0.5]"),
+    (SLIDING | {"overlap": "0.5"}, "inferer.overlap is '0.5'"),
+    (SLIDING | {"sw_batch_size": 0}, "inferer.sw_batch_size is 0"),
+    (SLIDING | {"sw_batch_size": 1.5}, "inferer.sw_batch_size is 1.5"),
+    (SLIDING | {"roi_size": [16, 16, 10**6]}, "inferer.roi_size is [16, 16, 1000000]"),
+    (SLIDING | {"roi_size": [16, 16, 0.5]}, "inferer.roi_size is [16, 16, 0.5]"),
+    (SLIDING | {"roi_size": []}, "inferer.roi_size is []"),
+    (SLIDING | {"mode": "linear"}, "'linear' is not a valid BlendMode"),
+    (SLIDING | {"sigma_scale": 0}, "inferer.sigma_scale is 0"),
+    (SLIDING | {"padding_mode": "mirror"}, "inferer.padding_mode is 'mirror'; it is one of constant"),
+    (SLIDING | {"cval": float("inf")}, "inferer.cval is inf"),
+    (SLICES | {"spatial_dim": 3}, "inferer.spatial_dim is 3"),
+    (SLICES | {"roi_size": [8, 8, 8]}, "two numbers for a SliceInferer"),
+    (SLICES, "inferer is SliceInferer, which gives slices to the network, but UNet is for three dimensions"),
+]
+
+
+@pytest.mark.parametrize(("inferer", "message"), INFERERS)
+def test_values_of_an_inferer_that_cannot_be_are_refused_at_once(tmp_path, inferer, message):
+    folder = write_bundle(tmp_path / "bundle", config(inferer=inferer))
+    for trust in (False, True):
+        with pytest.raises(UserError, match=re.escape(message)) as found:
+            load_bundle(folder, trust=trust)
+        assert "inference.json" in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("roi", [-1, 0, 16, [16, -1, 0], None, [None, 16, 16]])
+def test_sizes_of_tiles_that_stand_for_a_whole_axis_are_kept(tmp_path, roi):
+    folder = write_bundle(tmp_path / "bundle", config(inferer=SLIDING | {"roi_size": roi, "overlap": [0, 0.5, 0.9]}))
+    assert load_bundle(folder).inferer.roi_size == roi
 
 
 def test_classes_without_metadata_come_from_the_command_line(tmp_path):

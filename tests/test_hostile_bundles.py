@@ -107,6 +107,15 @@ CHANGES = {
     "transformers": network("Transchex", in_channels=3),
     "unpickled": network("monai.networks.nets.cell_sam_wrapper.CellSamWrapper", checkpoint=f"{OUT}/user.csv"),
     "compiled": network("monai.networks.layers.gmm.GaussianMixtureModel", channel_count=1),
+    # networks and images that fill the memory
+    "a large network": network("torch.nn.Linear", in_features=50_000, out_features=50_000),
+    "a large network within": {"network": {"_target_": "torch.nn.modules.container.ModuleList",
+        "modules": [{"_target_": "torch.nn.Linear", "in_features": 50_000, "out_features": 50_000}]}},
+    "many networks": {"network": {"_target_": "torch.nn.modules.container.ModuleList", "modules": [
+        {"_target_": "torch.nn.Linear", "in_features": 6_000, "out_features": 6_000}] * 2}},
+    "repeats": later(_target_="RepeatChanneld", keys="image", repeats=10**9),
+    "a large pad": later(_target_="SpatialPadd", keys="image", spatial_size=[8, 8, 10**9]),
+    "a large size": later(_target_="Resized", keys="image", spatial_size=10**9),
     # paths
     "an absolute path": network("UNet", act=f"{OUT}/user.csv"),
     "a path upwards": network("UNet", act="../../user.csv"),
@@ -313,6 +322,21 @@ def test_savers_anywhere_else_are_refused(stranger, name, place):
 @pytest.mark.parametrize("name", CHANGES)
 def test_configs_that_would_act_are_refused(stranger, name):
     refused(stranger({**config(), **CHANGES[name]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a large network", "Linear, that has 2500050000 weights, more than "),
+        ("a large network within", "Linear, that has 2500050000 weights, more than "),
+        ("many networks", "Linear, that has 72012000 weights, more than "),
+        ("repeats", "a size above 65536, repeats=1000000000"),
+        ("a large pad", "a size above 65536, spatial_size="),
+        ("a large size", "a size above 65536, spatial_size="),
+    ],
+)
+def test_what_would_fill_the_memory_is_named(stranger, name, words):
+    assert words in refused(stranger({**config(), **CHANGES[name]}))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -62,6 +62,9 @@ _READING = """
     prune_meta_pattern prune_meta_sep allow_missing_keys expanduser affine_lps_to_ras as_closest_canonical channel_dim
     reverse_indexing series_meta squeeze_non_spatial_dims swap_ij
 """
+#: Arguments of transforms that are sizes in voxels or counts, and what none of them comes near to.
+_SIZES = ("spatial_size", "roi_size", "spatial_border", "k", "to_pad", "repeats", "new_size")
+_LARGEST_SIZE = 2**16
 #: Arguments that name weights to be fetched or read, whatever their value.
 _WEIGHTS = re.compile("pretrain|url|weights_path|ckpt|checkpoint_path", re.IGNORECASE)
 
@@ -130,7 +133,10 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], root: Path) -> Non
     for name, value in arguments.items():
         if _size(value, {}) > MOST_ITEMS:
             raise Refused(f"{kind.__name__} would get more than {MOST_ITEMS} values as {name}, {shown(value)}")
+        is_size = name in _SIZES and issubclass(kind, Transform)
         for inner in _contents(value):
+            if is_size and isinstance(inner, int | float) and not abs(inner) <= _LARGEST_SIZE:
+                raise Refused(f"{kind.__name__} would get a size above {_LARGEST_SIZE}, {name}={shown(value)}")
             if isinstance(inner, Unsaved) and not issubclass(kind, Compose):
                 raise Refused(f"{inner.name} writes files, and {kind.__name__} would get it as {name}")
             if isinstance(inner, str) and leads_out(inner, root):

@@ -62,9 +62,12 @@ def load_bundle(
     Raises:
         UserError: something is missing or does not fit, or it would run code.
     """
+    from ima_seg.monai.inferer import check_inferer
+
     root, place = Path(folder).resolve(), torch.device(device)
     metadata = read_metadata(root)
     parts = load_parts(root, device=place, trust=trust)
+    check_inferer(parts)
     if checkpoint is not None:
         parts = replace(parts, weights=root / "models" / checkpoint)
     elif not trust and not parts.weights.resolve().is_relative_to(root):

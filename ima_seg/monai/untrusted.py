@@ -7,6 +7,8 @@ it is used, with the values that references and expressions have then, so that n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ import torch
 from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 from monai.transforms import Compose
+from torch import nn
 
 from ima_seg.monai.allowed import Unsaved, check_arguments, find_class, is_saver, leads_out
 from ima_seg.monai.configfile import DEEPEST, MOST_ITEMS, Refused, shown
 from ima_seg.monai.expressions import evaluate
 from ima_seg.weights import load_tensors
 
+#: Weights that a network may have whatever the bundle's files hold: few enough to find out when they are read.
+_FEW_WEIGHTS = 2**26
 #: What says how a component is made, not what it gets.
 _WORDS = ("_target_", "_disabled_", "_requires_", "_desc_", "_mode_")
 
@@ -39,7 +44,7 @@ class UntrustedConfig:
         self._functions = {"torch.device": lambda *_, **__: device, "torch.load": self._load}
         self._built: dict[str, Any] = {"bundle_root": str(root), "device": device}
         self._open: list[str] = []
-        self._items = 0
+        self._items = self._weights = 0
 
     def get(self, ids: str) -> Any:
         """The item with this id, such as ``preprocessing::transforms::0``, built.
@@ -122,7 +127,30 @@ class UntrustedConfig:
             return None
         arguments = self._inside(ids, {key: value for key, value in item.items() if key not in _WORDS})
         check_arguments(kind, arguments, self.root)
+        if issubclass(kind, nn.Module):
+            self._check_weights(kind, arguments)
         return kind(**arguments)
+
+    def _check_weights(self, kind: type[nn.Module], arguments: Mapping[str, Any]) -> None:
+        """Refuse a network that no file of the bundle can hold the weights of, from a sketch without memory."""
+        sketch = None
+        # Some networks compute with numbers while they are built; what is wrong with others is told as they are built.
+        with suppress(Exception):
+            copied = deepcopy(arguments)
+            with torch.device("meta"):
+                sketch = kind(**copied)
+        files = [path for path in (self.root / "models").rglob("*") if path.is_file()]
+        if sketch is None or not files:
+            return
+        # Parts that it was given have memory, and have been counted.
+        tensors = [*sketch.parameters(), *sketch.buffers()]
+        self._weights += sum(tensor.numel() for tensor in tensors if tensor.is_meta)
+        largest = max(files, key=lambda path: path.stat().st_size)
+        if self._weights > max(_FEW_WEIGHTS, largest.stat().st_size):
+            raise Refused(
+                f"would make a network, with {kind.__name__}, that has {self._weights} weights, more than {largest} "
+                f"of {largest.stat().st_size} bytes can hold"
+            )
 
     def _load(self, path: str, **_: Any) -> Any:
         """``torch.load`` of a file of the bundle, such as a searched architecture: tensors, without code."""
