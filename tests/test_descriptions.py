@@ -68,6 +68,14 @@ PLANS_CASES = [
     ("plans.json", (*CONFIGURATION, "spacing"), [1.0, 0.0, 1.0], r"spacing\.1 is 0\.0"),
     ("plans.json", (*CONFIGURATION, "inherits_from"), "3d", "'3d', which 'base' inherits from, inherits from itself"),
     ("plans.json", ("configurations", "3d", "inherits_from"), "none", "is not there; there are: base, 3d"),
+    ("plans.json", ("configurations", "3d", "previous_stage"), "nope", "previous_stage is 'nope'; it must be .* base;"),
+    ("plans.json", ("configurations", "3d", "previous_stage"), "3d", "previous_stage is '3d'; it must be one of the"),
+    ("plans.json", (*CONFIGURATION, "spacing"), [1.0, 1e-7, 1.0], r"spacing\.1 is 1e-07"),
+    ("plans.json", (*CONFIGURATION, "spacing"), [1e7, 1.0, 1.0], r"spacing\.0 is 1000"),
+    ("plans.json", ("foreground_intensity_properties_per_channel", "0", "std"), 1e-7, "std is 1e-07"),
+    ("plans.json", ("foreground_intensity_properties_per_channel", "0", "mean"), -1e9, "mean is -1000"),
+    ("plans.json", ("foreground_intensity_properties_per_channel", "0", "percentile_99_5"), 1e300, "99_5 is 1e"),
+    ("dataset.json", ("modality",), 5, "modality is 5, no table of channels; leave it out"),
     ("plans.json", ("configurations", "3d"), LEFT_OUT, "'3d', which the checkpoint was trained for, is not there"),
     ("plans.json", ("configurations", "3d", "architecture"), LEFT_OUT, "is without 'architecture'"),
     ("plans.json", ("transpose_backward",), [1, 2, 0], "does not undo transpose_forward"),
@@ -202,11 +210,19 @@ def test_what_is_no_model_folder_says_which_is(model, tmp_path, capsys):
         (model / "fold_0", rf"is a fold of a model; name the model's folder, {model}"),
         (parent, rf"holds some; name one of them: {model}"),
         (parent / "none", "does not exist"),
+        (model / CHECKPOINT, rf"final\.pth is a checkpoint; name its model's folder, {model}\b"),
     ):
         evaluation = ["evaluate", "-i", "x", "-gt", "x", "-o", str(tmp_path / "o"), "-m", str(named), "--corruption"]
         for command in (["margins", str(named)], ["export", str(named), "-o", str(tmp_path / "o")], evaluation):
             assert main(command) == 2
             assert re.search(expected, capsys.readouterr().err), command
+
+
+def test_a_broken_link_is_no_checkpoint(model):
+    (model / CHECKPOINT).unlink()
+    (model / CHECKPOINT).symlink_to(model / "gone.pth")
+    with pytest.raises(UserError, match=r"has checkpoint_final\.pth; train a fold first"):
+        load_model(model)
 
 
 def test_sections_and_old_plans_that_cannot_be_changed_are_named():

@@ -122,6 +122,10 @@ def require_model_folder(folder: Path) -> tuple[Path, Path]:
     files = folder / "plans.json", folder / "dataset.json"
     if all(file.is_file() for file in files):
         return files
+    if folder.suffix == ".pth" and folder.is_file():
+        above = folder.parent
+        model = above.parent if above.name.startswith("fold_") else above
+        raise UserError(f"{folder} is a checkpoint; name its model's folder, {model}")
     if folder.is_file() and zipfile.is_zipfile(folder):
         raise UserError(
             f"{folder} is an archive; unpack it with nnUNetv2_install_pretrained_model_from_zip (or unzip) and name "

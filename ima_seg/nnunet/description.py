@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -43,6 +42,7 @@ def _is_file_name(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_is_file_name)]
 #: nnU-Net takes "1" for 1; our label maps have 16 bits.
 LabelValue = Annotated[int, Field(strict=False, ge=0, le=32767)]
+Intensity = Annotated[float, Field(gt=-1e9, lt=1e9)]
 
 
 class _Part(BaseModel):
@@ -66,7 +66,9 @@ class _Dataset(_Part):
     def _old_name_of_channels(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and "modality" in values:
             names, old = values.get("channel_names"), values["modality"]
-            if isinstance(names, Mapping) and isinstance(old, Mapping) and len(names) != len(old):
+            if not isinstance(old, Mapping):
+                raise ValueError(f"modality is {repr(old)[:100]}, no table of channels; leave it out")
+            if isinstance(names, Mapping) and len(names) != len(old):
                 raise ValueError(f"channel_names has {len(names)} channels, modality {len(old)}; leave modality out")
             return {**values, "channel_names": old if names is None else names}
         return values
@@ -128,7 +130,7 @@ class _Shared(_Part):
     """What all configurations have, with what they inherit."""
 
     patch_size: list[PositiveInt] = Field(min_length=2, max_length=3)
-    spacing: list[PositiveFloat]
+    spacing: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
     batch_size: PositiveInt
     normalization_schemes: list[str]
     use_mask_for_norm: list[bool]
@@ -205,10 +207,10 @@ class _Intensities(_Part):
 
 
 class _CTIntensities(_Part):
-    mean: float
-    std: PositiveFloat
-    percentile_00_5: float
-    percentile_99_5: float
+    mean: Intensity
+    std: Annotated[float, Field(gt=1e-6, lt=1e9)]
+    percentile_00_5: Intensity
+    percentile_99_5: Intensity
 
     @model_validator(mode="after")
     def _has_a_range(self) -> _CTIntensities:
@@ -260,6 +262,11 @@ def read_configuration(path: Path, name: str, *, channels: int) -> dict[str, Any
             raise UserError(
                 f"{where}: {key} is {str(found)[:200]} for the {channels} channels of dataset.json; {_REMEDY}"
             )
+    if (stage := checked.previous_stage) is not None and (stage == name or stage not in plans["configurations"]):
+        others = ", ".join(other for other in plans["configurations"] if other != name)[:300] or "none"
+        raise UserError(
+            f"{where}: previous_stage is {stage[:100]!r}; it must be one of the others: {others}; {_REMEDY}"
+        )
     intensities = plans["foreground_intensity_properties_per_channel"]
     for index, scheme in enumerate(checked.normalization_schemes):
         key = f"foreground_intensity_properties_per_channel.{index}"

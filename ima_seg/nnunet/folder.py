@@ -108,11 +108,12 @@ def load_model(
 
 
 def _fold_checkpoints(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[Path]:
-    found = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint}"))
+    files = [file for file in folder.glob(f"fold_*/{checkpoint}") if file.is_file()]
+    found = sorted(file.parent.name.removeprefix("fold_") for file in files)
     there = f"with {checkpoint} there are: {', '.join(found) or 'none'}"
     if folds is None:
         if not found:
-            others = sorted({file.name for file in folder.glob("fold_*/checkpoint_*.pth")})
+            others = sorted({file.name for file in folder.glob("fold_*/checkpoint_*.pth") if file.is_file()})
             raise UserError(
                 f"no fold of {folder} has {checkpoint}; "
                 + (f"there is {', '.join(others)}: choose with -chk" if others else "train a fold first")
