@@ -202,7 +202,7 @@ def test_missing_and_forbidden_files(good):
     good.label.rename(good.label.with_name("elsewhere"))
     assert f"{good.label} does not exist" in refusal(good)
     good.label.symlink_to("nowhere")
-    assert f"{good.label} does not exist" in refusal(good)
+    assert f"{good.label} is a link to nowhere, which is not there" in refusal(good)
 
 
 def test_permission(good, monkeypatch):

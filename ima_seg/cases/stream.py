@@ -43,6 +43,8 @@ def reading(path: Path) -> Iterator[None]:
 def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, PermissionError):
         return UserError(f"{path} may not be read ({error.strerror}); give yourself permission, chmod u+r")
+    if path.is_symlink() and not path.exists():
+        return UserError(f"{path} is a link to {path.readlink()}, which is not there; mend the link or remove the case")
     if isinstance(error, FileNotFoundError) or not path.exists():
         return UserError(f"{path} does not exist; add it or remove the case")
     if isinstance(error, MemoryError):
