@@ -262,11 +262,9 @@ def read_configuration(path: Path, name: str, *, channels: int) -> dict[str, Any
             raise UserError(
                 f"{where}: {key} is {str(found)[:200]} for the {channels} channels of dataset.json; {_REMEDY}"
             )
-    if (stage := checked.previous_stage) is not None and (stage == name or stage not in plans["configurations"]):
-        others = ", ".join(other for other in plans["configurations"] if other != name)[:300] or "none"
-        raise UserError(
-            f"{where}: previous_stage is {stage[:100]!r}; it must be one of the others: {others}; {_REMEDY}"
-        )
+    # Inference takes its segmentations, not its configuration, which an export may lack.
+    if checked.previous_stage == name:
+        raise UserError(f"{where}: previous_stage is {name!r} itself; it is another configuration, or null; {_REMEDY}")
     intensities = plans["foreground_intensity_properties_per_channel"]
     for index, scheme in enumerate(checked.normalization_schemes):
         key = f"foreground_intensity_properties_per_channel.{index}"
