@@ -126,6 +126,6 @@ def misfit(network: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
         for name, value in expected.items()
         if name in state and value.is_floating_point() and not state[name].is_floating_point()
     ]
-    found = [("missing", missing), ("not of this network", unknown), ("of another shape", shapes)]
-    found.append(("of whole numbers", whole))
+    found = [("missing", missing), ("not of this network", unknown)]
+    found += [("of another shape", shapes), ("of whole numbers", whole)]
     return "; ".join(f"{len(names)} weights {what}, first {str(names[0])[:200]}" for what, names in found if names)

@@ -1,6 +1,5 @@
 """Small MONAI bundles that segment phantoms passably, written as their authors write them."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.cases.raw import CaseFiles
 from ima_seg.data.phantom import write_phantom_dataset
 from ima_seg.monai.bundle import load_bundle
+from tests.folder_data import LEFT_OUT, changed
 
 CLASSES = ["organ", "lesion"]
 METADATA = {
@@ -121,15 +121,7 @@ def write_bundle(folder, contents=None, *, metadata=METADATA, weights=None):
 
 def altered(metadata, *path, value):
     """A copy of nested dictionaries with another value somewhere; ``None`` removes it."""
-    copied = copy.deepcopy(metadata)
-    inner = copied
-    for key in path[:-1]:
-        inner = inner[key]
-    if value is None:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
-    return copied
+    return changed(metadata, path, LEFT_OUT if value is None else value)
 
 
 class Organs:

@@ -21,7 +21,7 @@ def check_folder(out: Path) -> None:
     """Refuse what cannot become the folder of an evaluation, before anything is written there."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder with -o")
-    if not (out / "run.json").is_file() and any(out.glob("records*.jsonl")):
+    if not (out / "run.json").is_file() and record_files(out):
         raise UserError(f"{out} holds records but no run.json; name another folder with -o")
 
 
@@ -70,7 +70,8 @@ def claim(out: Path, run: Run, share: Share, *, resume: bool, log: Callable[[str
         raise UserError(f"{out} holds this evaluation already, in part or whole; go on with --resume, or name another")
     if share.rank > 0:
         return
-    gone, new = ([case for case in a.cases if case not in set(b.cases)] for a, b in ((there, run), (run, there)))
+    before, now = set(there.cases), set(run.cases)
+    gone, new = [case for case in there.cases if case not in now], [case for case in run.cases if case not in before]
     for words, names in (("are gone, their records are kept but left out of the report", gone), ("are new", new)):
         if names:
             log(f"{len(names)} cases {words}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}")

@@ -62,7 +62,7 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     seen: dict[tuple[Any, ...], Record] = {}
     for folder in folders:
         for record in read_lines(sorted(folder.glob("records*.jsonl")), Record, result.damaged):
-            if foreign := _foreign(run, position, record):
+            if foreign := _foreign(run, models, position, record):
                 result.left_out[foreign] = result.left_out.get(foreign, 0) + 1
                 continue
             known = seen.setdefault(record.key, record)
@@ -89,9 +89,9 @@ def collect(folders: Sequence[Path]) -> Evaluation:
     return result
 
 
-def _foreign(run: Run, cases: Container[str], record: Record) -> str:
+def _foreign(run: Run, models: Container[str], cases: Container[str], record: Record) -> str:
     """What of a record is not of this run: a model, a case that left the input, or a condition; empty if all is."""
-    if record.model not in {model.name for model in run.models}:
+    if record.model not in models:
         return f"model {record.model}"
     if record.case not in cases:
         return f"case {record.case}"
