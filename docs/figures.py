@@ -96,7 +96,9 @@ class Training:
                 x, y, ids = self.batch()
                 target = Target.from_raw(y, LABELS)
                 self.optimiser.zero_grad()
-                ima.step(self.network, x, y, ids, loss=lambda logits, t=target: dice_ce_loss(logits, t).mean())
+                ima.step(
+                    self.network, x, y, ids, loss=lambda logits, rows, t=target: dice_ce_loss(logits, t[rows]).mean()
+                )
                 self.optimiser.step()
             summaries.append(ima.end_epoch())
             for case, margin in zip(course, ima.ledger.get(list(course)).tolist(), strict=True):

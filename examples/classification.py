@@ -137,11 +137,11 @@ def medmnist(file: Path, count: int | None, tested: int | None = None) -> tuple[
     return train, test, classes
 
 
-def cross_entropy(classes: Classes, answers: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The training loss of logits (B, K) for a batch of this many ``classes``."""
+def cross_entropy(classes: Classes, answers: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The training loss of logits (n, K) for the samples ``rows`` of a batch of this many ``classes``."""
     if classes.multilabel:
-        return lambda logits: F.binary_cross_entropy_with_logits(logits, answers.float())
-    return lambda logits: F.cross_entropy(logits, answers)
+        return lambda logits, rows: F.binary_cross_entropy_with_logits(logits, answers[rows].float())
+    return lambda logits, rows: F.cross_entropy(logits, answers[rows])
 
 
 def train(

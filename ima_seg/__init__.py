@@ -7,8 +7,9 @@ from ima_seg.errors import UserError
 
 if TYPE_CHECKING:
     from ima_seg.methods.ima import IMA, StepReport
+    from ima_seg.methods.ima_settings import IMASettings
     from ima_seg.methods.ledger import MarginLedger
-    from ima_seg.methods.settings import IMASettings, load_settings
+    from ima_seg.methods.settings import load_settings
     from ima_seg.types import Classes, Labels, Target, ThreatModel
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
 _HOMES = {
     "Classes": "types",
     "IMA": "methods.ima",
-    "IMASettings": "methods.settings",
+    "IMASettings": "methods.ima_settings",
     "Labels": "types",
     "MarginLedger": "methods.ledger",
     "StepReport": "methods.ima",

@@ -33,18 +33,52 @@ class ThreatModel:
         norm: ``"l2"`` or ``"linf"``; sizes are RMS per voxel or largest absolute value, in network units.
         image_channels: the first this many input channels may be perturbed, the rest (one-hot masks of a cascade)
             never are; ``None`` means all.
-
-    There is no box: network inputs are z-scored or CT-normalised, so values have no natural bounds.
+        bounds: of each perturbable channel, between which least and greatest value perturbed voxels stay, or ``None``
+            for none; channels beyond the given ones have none. Normalisation clips CT, so that what a perturbation
+            adds beyond reaches no network. A voxel that lies outside already, by augmentation, is moved no further
+            out. Z-scored images have no bounds.
+        masked: channels that are exactly 0 outside the body, as normalisation over a mask leaves them (nnU-Net's
+            ``use_mask_for_norm``). What is outside in all of them is not perturbed, in any channel.
     """
 
     norm: Norm = "l2"
     image_channels: int | None = None
+    bounds: tuple[tuple[float, float] | None, ...] = ()
+    masked: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.norm not in ("l2", "linf"):
             raise UserError(f"norm is {self.norm!r}; the norms there are: 'l2', 'linf'")
         if self.image_channels is not None and self.image_channels < 1:
             raise UserError(f"image_channels is {self.image_channels}; at least one channel must be perturbable")
+        for pair in self.bounds:
+            if pair is not None and not pair[0] < pair[1]:
+                raise UserError(f"bounds of a channel are {pair}; the first must be less than the second")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a channel has bounds."""
+        return any(pair is not None for pair in self.bounds)
+
+    def within(self, image: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+        """``perturbed`` moved into the bounds; both are of the perturbable channels (B, image channels, *S)."""
+        if not self.bounded:
+            return perturbed
+        pairs = [*self.bounds, *[None] * image.shape[1]][: image.shape[1]]
+        shape = (-1, *(1,) * (image.ndim - 2))
+        low, high = (
+            image.new_tensor([sign * math.inf if pair is None else pair[end] for pair in pairs]).view(shape)
+            for end, sign in ((0, -1), (1, 1))
+        )
+        return perturbed.clamp(torch.minimum(low, image), torch.maximum(high, image))
+
+    def support(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Where the batch ``x`` (B, C, *S) may be perturbed, (B, 1, *S) bool; ``None`` for everywhere."""
+        if not self.masked:
+            return None
+        if max(self.masked) >= x.shape[1]:
+            raise UserError(f"masked names channel {max(self.masked)}, but the batch has {x.shape[1]} channels from 0")
+        return (x[:, list(self.masked)] != 0).any(1, keepdim=True)
 
     def perturbable(self, x: torch.Tensor) -> torch.Tensor:
         """The view of ``x`` (B, C, *S) that may be perturbed: (B, image_channels, *S)."""

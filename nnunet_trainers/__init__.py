@@ -2,6 +2,7 @@
 
 from nnunet_trainers.ima import (
     nnUNetTrainerAMAT,
+    nnUNetTrainerAME,
     nnUNetTrainerIMA,
     nnUNetTrainerIMA_1epoch,
     nnUNetTrainerIMA_5epochs,
@@ -10,7 +11,9 @@ from nnunet_trainers.ima import (
     nnUNetTrainerIMA_50epochs,
     nnUNetTrainerIMA_100epochs,
     nnUNetTrainerIMA_250epochs,
+    nnUNetTrainerIMA_DA5,
     nnUNetTrainerIMA_fast,
+    nnUNetTrainerIMA_NoMirroring,
     nnUNetTrainerIMA_paperHeart,
     nnUNetTrainerIMA_paperHippocampus,
     nnUNetTrainerIMA_paperProstate,
@@ -37,6 +40,7 @@ from nnunet_trainers.methods import (
 
 __all__ = [
     "nnUNetTrainerAMAT",
+    "nnUNetTrainerAME",
     "nnUNetTrainerFGSMAT",
     "nnUNetTrainerFreeAT",
     "nnUNetTrainerIMA",
@@ -47,6 +51,8 @@ __all__ = [
     "nnUNetTrainerIMA_50epochs",
     "nnUNetTrainerIMA_100epochs",
     "nnUNetTrainerIMA_250epochs",
+    "nnUNetTrainerIMA_DA5",
+    "nnUNetTrainerIMA_NoMirroring",
     "nnUNetTrainerIMA_fast",
     "nnUNetTrainerIMA_paperHeart",
     "nnUNetTrainerIMA_paperHippocampus",

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,17 +12,27 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from ima_seg.attacks.network import allow_recompiles, full_resolution
 from ima_seg.errors import UserError, show_plainly
 from ima_seg.files import replacing
-from ima_seg.methods.base import map_heads
+from ima_seg.methods.average import AveragedWeights, bare
+from ima_seg.methods.calls import Rows, map_heads
 from ima_seg.methods.settings import TrainingSettings, load_settings
 from ima_seg.nnunet import compat
-from ima_seg.nnunet.checkpoint import read_checkpoint
+from ima_seg.nnunet.checkpoint import TRAINED_KEY, read_checkpoint
+from ima_seg.nnunet.teacher import load_teacher
+
+if TYPE_CHECKING:
+    # What the mixin is mixed into, and whose attributes it uses.
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as _Trainer
+else:
+    _Trainer = object
 
 #: So many batches in a row without a single usable patch end the training.
 PATIENCE_NONFINITE = 10
 
 
-class AdversarialTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with the step of the method that the settings are of.
+class AdversarialMixin(_Trainer):
+    """What makes a trainer of nnU-Net's one of the method that the settings are of.
+
+    It comes before the trainer among the bases, whose loss, augmentation, schedule, optimiser and network stay.
 
     Settings: ``preset`` (subclasses), overridden by a section of the plans, by the file that ``IMA_CONFIG`` names, in
     this order.
@@ -30,6 +40,26 @@ class AdversarialTrainer(nnUNetTrainer):
 
     preset: TrainingSettings
     num_iterations_per_epoch: int
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        order = list(cls.__mro__)
+        behind = order[order.index(AdversarialMixin) + 1 :]
+        if nnUNetTrainer in order and nnUNetTrainer not in behind:
+            mixin, others = (
+                next((b.__name__ for b in cls.__bases__ if issubclass(b, AdversarialMixin) is ours), "")
+                for ours in (True, False)
+            )
+            raise UserError(
+                f"{cls.__name__} would train as {others} does, without adversarial samples; name the mixin first: "
+                f"class {cls.__name__}({mixin}, {others})"
+            )
+        for kind in behind:
+            if kind is not nnUNetTrainer and "train_step" in vars(kind):
+                raise UserError(
+                    f"{cls.__name__}: {kind.__name__} has a train_step of its own, and so has adversarial training; "
+                    "one of the two would not happen, so they cannot be combined"
+                )
 
     def __init__(
         self,
@@ -46,13 +76,26 @@ class AdversarialTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         for attribute, value in self.adversarial_settings.replaced().items():
             setattr(self, attribute, value)
-        self.training = compat.make_training(self, self.adversarial_settings)
+        name = self.adversarial_settings.teacher
+        teacher = name and load_teacher(
+            name, fold=fold, labels=compat.trainer_labels(self), configuration=self.configuration_manager,
+            device=self.device,
+        )  # fmt: skip
+        self.training = compat.make_training(self, self.adversarial_settings, teacher or None)
         if self.adversarial_settings.iterations_per_epoch is None:
             updates = self.training.method.updates_per_batch
             self.num_iterations_per_epoch = max(self.num_iterations_per_epoch // updates, 1)
         if self._do_i_compile():
             allow_recompiles()
         self._unusable_batches = 0
+        #: Of the weights, once there is a network.
+        self.average: AveragedWeights | None = None
+        self._averaged = contextlib.ExitStack()
+
+    def initialize(self) -> None:
+        super().initialize()
+        if self.adversarial_settings.ema:
+            self.average = AveragedWeights(self.network, self.adversarial_settings.ema)
 
     def on_train_start(self) -> None:
         planned = self.training.method.epochs
@@ -105,9 +148,9 @@ class AdversarialTrainer(nnUNetTrainer):
             with amp():
                 return network(x)
 
-        def loss(output: Any) -> torch.Tensor:
+        def loss(output: Any, rows: Rows) -> torch.Tensor:
             with amp():
-                value: torch.Tensor = self.loss(output, target)
+                value: torch.Tensor = self.loss(output, map_heads(target, lambda head: head[rows]))
             return value
 
         report = self.training.method.step(
@@ -139,6 +182,8 @@ class AdversarialTrainer(nnUNetTrainer):
         elif bool(torch.isfinite(norm)):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
         return norm
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
@@ -147,6 +192,22 @@ class AdversarialTrainer(nnUNetTrainer):
         self.training.end_epoch(time() - self._epoch_began)
         if self.local_rank == 0:
             self.training.write_files(Path(self.output_folder))
+
+    def _with_average(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network has its averaged weights, where there are some."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def on_validation_epoch_start(self) -> None:
+        self._averaged.enter_context(self._with_average())
+        super().on_validation_epoch_start()
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        self._averaged.close()
+        super().on_validation_epoch_end(val_outputs)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        with self._with_average():
+            super().perform_actual_validation(save_probabilities)
 
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:
@@ -157,12 +218,20 @@ class AdversarialTrainer(nnUNetTrainer):
             # Our own file of a moment ago: reading it back is the only way to add to what nnU-Net saves.
             checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
             checkpoint[self.training.key] = self.training.state_dict()
+            if self.average is not None:
+                # Whoever predicts with the file finds the average.
+                checkpoint[TRAINED_KEY] = checkpoint["network_weights"]
+                checkpoint["network_weights"] = self.average.module.state_dict()
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         # nnU-Net's own loading trusts the file, too.
-        state = read_checkpoint(filename_or_checkpoint, trust=True).get(self.training.key)
+        checkpoint = read_checkpoint(filename_or_checkpoint, trust=True)
+        state = checkpoint.get(self.training.key)
         super().load_checkpoint(filename_or_checkpoint)
+        if self.average is not None:
+            self.average.load(checkpoint["network_weights"])
+            bare(self.network).load_state_dict(checkpoint.get(TRAINED_KEY, checkpoint["network_weights"]))
         if state is None:
             self.training.warn(f"{filename_or_checkpoint} holds {self.training.method.absent()}")
         else:
@@ -185,3 +254,7 @@ class AdversarialTrainer(nnUNetTrainer):
                 f"{PATIENCE_NONFINITE} batches in a row had no finite loss or gradient; check the images for NaN or "
                 "infinite voxels (the log names the cases), or lower the learning rate"
             )
+
+
+class AdversarialTrainer(AdversarialMixin, nnUNetTrainer):
+    """nnU-Net's own trainer with the step of a method."""

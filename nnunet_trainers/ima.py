@@ -2,18 +2,37 @@
 
 import math
 
-from ima_seg.methods.settings import AMAT, FAST, IMASettings
-from nnunet_trainers.base import AdversarialTrainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (
+    nnUNetTrainerNoMirroring,
+)
+
+from ima_seg.methods.ima_settings import AMAT, AME, FAST, IMASettings
+from nnunet_trainers.base import AdversarialMixin
 
 
-class nnUNetTrainerIMA(AdversarialTrainer):
-    """nnU-Net's trainer with increasing-margin adversarial training (arXiv 2005.09147).
+class IMAMixin(AdversarialMixin):
+    """Makes a trainer of nnU-Net's one by increasing-margin adversarial training (arXiv 2005.09147).
 
-    Settings: the defaults of :class:`ima_seg.IMASettings`, overridden by ``preset`` (subclasses), by a section ``ima``
-    in the plans, by the file that ``IMA_CONFIG`` names, in this order.
+    ``class nnUNetTrainerOurs(IMAMixin, nnUNetTrainerDA5): pass``. Settings: the defaults of
+    :class:`ima_seg.IMASettings`, overridden by ``preset`` (subclasses), by a section ``ima`` in the plans, by the file
+    that ``IMA_CONFIG`` names, in this order.
     """
 
     preset = IMASettings()
+
+
+class nnUNetTrainerIMA(IMAMixin, nnUNetTrainer):
+    """nnU-Net's trainer with increasing-margin adversarial training."""
+
+
+class nnUNetTrainerIMA_DA5(IMAMixin, nnUNetTrainerDA5):
+    """The same with nnU-Net's strongest augmentation, of resolution, contrast, gradients of brightness and more."""
+
+
+class nnUNetTrainerIMA_NoMirroring(IMAMixin, nnUNetTrainerNoMirroring):
+    """The same without mirroring, for structures that are left or right."""
 
 
 class nnUNetTrainerIMA_fast(nnUNetTrainerIMA):
@@ -30,6 +49,12 @@ class nnUNetTrainerAMAT(nnUNetTrainerIMA):
     """
 
     preset = AMAT
+
+
+class nnUNetTrainerAME(nnUNetTrainerIMA):
+    """Adaptive Margin Evolution (Ma et al., Neurocomputing 551:126524, 2023): no cap, a step that shrinks."""
+
+    preset = AME
 
 
 # --- other lengths, named as nnU-Net names its own -------------------------------------------------------------------

@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
-    """Small tensors gain nothing from more threads, and a shared machine has few cores."""
-    torch.set_num_threads(2)
+    """Small tensors gain nothing from more threads, and a shared machine has few cores, or even fewer."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -64,7 +64,10 @@ def state():
     ledger = MarginLedger(delta=0.01, eps_max=0.3)
     ledger.register(["a", "b"])
     ledger.step()
-    row = dict.fromkeys(("expanding_share", "crossed_share", "below_tau_share", "clean_loss", "adversarial_loss"), 0.5)
+    row = dict.fromkeys(
+        ("expanding_share", "crossed_share", "below_tau_share", "background_share", "clean_loss", "adversarial_loss"),
+        0.5,
+    )
     row |= {f"margin_q{q:02}": 0.01 for q in (5, 25, 50, 75, 95)}
     row |= {"epoch": 0, "equilibrium": False, "passes_per_sample": 9.0}
     settings = {"norm": "l2", "delta": 0.01, "eps_max": 0.3, "rule": "mean", "tau": 0.45}

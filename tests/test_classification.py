@@ -63,8 +63,8 @@ def search(network, x, target, eps, norm="l2", **options):
 
 def cross_entropy(y):
     if y.ndim == 2:
-        return lambda logits: F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype))
-    return lambda logits: F.cross_entropy(logits, y)
+        return lambda logits, rows=slice(None): F.binary_cross_entropy_with_logits(logits, y[rows].to(logits.dtype))
+    return lambda logits, rows=slice(None): F.cross_entropy(logits, y[rows])
 
 
 def make_ima(classes, settings=SETTINGS):

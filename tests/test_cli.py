@@ -137,5 +137,5 @@ def test_unknown_trainer_is_not_exported(model, tmp_path):
     shutil.copytree(model, other)
     path = other / "fold_0" / "checkpoint_final.pth"
     write_checkpoint(path, {**read_checkpoint(path), "trainer_name": "SomebodysTrainer"})
-    with pytest.raises(UserError, match="SomebodysTrainer, which is not a trainer of ima-seg"):
+    with pytest.raises(UserError, match="SomebodysTrainer, which nnU-Net does not find here"):
         export_model(other, tmp_path / "out")

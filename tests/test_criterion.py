@@ -7,7 +7,7 @@ from ima_seg import IMASettings, UserError
 from ima_seg.attacks import Problem, SearchSettings, boundary_search
 from ima_seg.attacks.losses import dice_ce_loss
 from ima_seg.attacks.quality import loss_quality
-from ima_seg.methods.settings import AMAT
+from ima_seg.methods.ima_settings import AMAT
 from ima_seg.ops import hard_dice
 from ima_seg.types import Labels, Target
 from tests.test_boundary import hyperplane_problem, trained_unet

@@ -10,7 +10,8 @@ import torch
 
 from ima_seg.cli import main
 from ima_seg.errors import UserError
-from ima_seg.methods.settings import IMASettings, load_settings
+from ima_seg.methods.ima_settings import IMASettings
+from ima_seg.methods.settings import load_settings
 from ima_seg.nnunet.folder import load_model
 from ima_seg.nnunet.margins import read_margins, show_margins
 from ima_seg.nnunet.plans import vary_plans

@@ -31,7 +31,8 @@ from ima_seg.attacks.registry import ATTACKS, GROUPS, SPECIAL
 from ima_seg.evaluate.attack.corruptions import CORRUPTIONS
 from ima_seg.evaluate.report.flags import SENTENCES
 from ima_seg.methods import METHODS
-from ima_seg.methods.settings import IMASettings, TrainingSettings, load_settings
+from ima_seg.methods.ima_settings import IMASettings
+from ima_seg.methods.settings import TrainingSettings, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

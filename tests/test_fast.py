@@ -6,7 +6,7 @@ import torch
 from ima_seg import IMASettings
 from ima_seg.attacks import Problem
 from ima_seg.methods.course import Course
-from ima_seg.methods.settings import FAST
+from ima_seg.methods.ima_settings import FAST
 from ima_seg.ops import perturbation_size
 from ima_seg.types import Labels, Target
 from tests.test_ima import SETTINGS, batch_of_all_kinds, cross_entropy, make_ima

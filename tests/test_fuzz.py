@@ -17,7 +17,8 @@ import torch
 
 from ima_seg.errors import UserError
 from ima_seg.evaluate.records import Record, read_lines
-from ima_seg.methods.settings import AMAT, FAST, IMASettings, load_settings
+from ima_seg.methods.ima_settings import AMAT, FAST, IMASettings
+from ima_seg.methods.settings import load_settings
 from tests.evaluation_runs import STEPS, some_cases
 from tests.fuzzing import called, flipped, limited, mutated_checkpoint, mutated_json, mutated_nifti, places
 

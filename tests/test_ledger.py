@@ -23,23 +23,25 @@ def visit(ledger, case, distance=None, counts=True):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_one_visit_moves_a_margin_as_the_paper_says(rule):
+def test_one_visit_moves_a_margin_as_the_rules_say(rule):
     ledger = MarginLedger(delta=0.04, eps_max=0.2, rule=rule)
     visit(ledger, "held")
     visit(ledger, "crossed", 0.02)
     ledger.register(["unseen"])
     ledger.step()
     margins = ledger.get(["held", "crossed", "unseen"])
-    moved_back = 0.04 if rule == "grow" else 0.03
-    torch.testing.assert_close(margins, torch.tensor([0.08, moved_back, 0.04]))
+    # One that held grows by delta under all of them; q is 0.8.
+    moved_back = {"grow": 0.04, "paper": 0.03, "ame": 0.02, "quantile": 0.04 - 0.04 / 4}[rule]
+    grown = 0.04 + 0.04 * (0.9 if rule == "ame" else 1)
+    torch.testing.assert_close(margins, torch.tensor([grown, moved_back, 0.04]))
 
 
 def test_rules_differ_where_visits_disagree():
     expected = {
         "paper": 0.1 + 0.04,  # one lucky patch expands
-        "majority": (0.1 + 0.04) / 2,  # one of three held
-        "mean": (0.14 + 2 * (0.1 + 0.04) / 2) / 3,
         "grow": 0.1 + 0.04,
+        "ame": (0.1 + 0.04 * 0.9**2 + 2 * 0.04) / 3,
+        "quantile": 0.1 + 0.04 * (0.8 / 3 - 0.2 * 2 / 3) / 0.8,
     }
     for rule, margin in expected.items():
         ledger = MarginLedger(delta=0.04, eps_max=1.0, rule=rule)
@@ -49,6 +51,79 @@ def test_rules_differ_where_visits_disagree():
             visit(ledger, "a", distance)
         ledger.step()
         assert ledger.cases["a"].margin == pytest.approx(margin), rule
+
+
+def at_rest(draw, *, delta, visits, crossing_share=0.8, seed=0):
+    """Mean margin of a case over the second half of a training, a ``draw(generator)`` the boundary of each patch."""
+    ledger = MarginLedger(delta=delta, eps_max=1.0, crossing_share=crossing_share)
+    generator, margins = torch.Generator().manual_seed(seed), []
+    # As many steps of delta as are needed to get there and stay: those of one visit are noisy.
+    epochs = round(60 / delta) if visits == 1 else round(12 / delta)
+    for _ in range(epochs):
+        boundaries, margin = draw(visits, generator), ledger.get(["a"])
+        crossed = boundaries <= margin
+        ledger.record(["a"] * visits, crossed=crossed, distance=boundaries, counts=torch.ones(visits, dtype=torch.bool))
+        ledger.step()
+        margins.append(margin.item())
+    half = margins[len(margins) // 2 :]
+    return sum(half) / len(half)
+
+
+def two_kinds(visits, generator):
+    """Half of the patches have their boundary about .02, half about .28."""
+    far = torch.rand(visits, generator=generator) < 0.5
+    return torch.where(far, 0.28, 0.02) + 0.04 * (torch.rand(visits, generator=generator) - 0.5)
+
+
+@pytest.mark.parametrize("visits", [1, 20])
+@pytest.mark.parametrize("delta", [0.03, 0.006])
+def test_a_margin_rests_at_the_quantile_whatever_the_step_and_the_visits(delta, visits):
+    # 80 % of the boundaries lie below 0.26 + 0.04 * 0.6.
+    assert at_rest(two_kinds, delta=delta, visits=visits) == pytest.approx(0.284, rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_the_crossing_share_is_the_share_of_the_patches_that_cross(share):
+    uniform = lambda visits, generator: 0.1 + 0.3 * torch.rand(visits, generator=generator)  # noqa: E731
+    found = at_rest(uniform, delta=0.01, visits=5, crossing_share=share)
+    assert found == pytest.approx(0.1 + 0.3 * share, rel=0.05)
+
+
+def test_adaptive_margin_evolution_takes_ever_smaller_steps_and_has_no_cap():
+    ledger = MarginLedger(delta=0.1, eps_max=100.0, rule="ame")
+    margins = []
+    for _ in range(60):
+        margins.append(ledger.get(["a"]).item())
+        visit(ledger, "a")
+        ledger.step()
+    steps = [after - before for before, after in itertools.pairwise(margins)]
+    # Within a step's rounding to float32.
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(steps))
+    assert steps[0] == pytest.approx(0.09) and margins[-1] > 1
+    visit(ledger, "a", 0.37)
+    ledger.step()
+    assert ledger.cases["a"].margin == pytest.approx(0.37), "the crossing itself, no mean with the old margin"
+
+
+def test_why_a_case_was_never_searched_is_kept():
+    ledger = MarginLedger(delta=0.04, eps_max=0.2)
+    no, yes = torch.tensor([False] * 3), torch.tensor([True, False, False])
+    ledger.record(
+        ["below", "background", "searched"], crossed=no, distance=torch.zeros(3), counts=yes.flip(0), below=yes,
+        background=torch.tensor([False, True, False]),
+    )  # fmt: skip
+    ledger.register(["undrawn"])
+    summary = ledger.step()
+    assert summary.never_searched == 3
+    other = MarginLedger(delta=0.04, eps_max=0.2)
+    other.load_state_dict(ledger.state_dict())
+    obstacles = {case: record.obstacle for case, record in other.cases.items()}
+    assert obstacles.pop("searched") == ""
+    assert obstacles == {
+        "below": "all patches with foreground had crossed without perturbation",
+        "background": "no patch had foreground",
+        "undrawn": "not drawn yet",
+    }
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -148,7 +223,7 @@ def test_state_survives_weights_only_and_goes_on_exactly(tmp_path):
         ({"delta": -1.0}, "delta is -1.0"),
         ({"eps_max": float("nan")}, "eps_max is nan"),
         ({"delta": 0.5}, "more than eps_max"),
-        ({"rule": "median"}, "'median'; the rules there are: 'paper'"),
+        ({"rule": "median"}, "'median'; the rules there are: 'quantile'"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -41,11 +41,11 @@ def problem(heads=False):
 def training_loss(y):
     """Cross-entropy over all heads, the coarse ones weighted by half."""
 
-    def loss(output):
+    def loss(output, rows=slice(None)):
         if not isinstance(output, (list, tuple)):
-            return F.cross_entropy(output, y[:, 0])
-        coarse = F.interpolate(y.float(), output[1].shape[2:]).long()
-        return F.cross_entropy(output[0], y[:, 0]) + F.cross_entropy(output[1], coarse[:, 0]) / 2
+            return F.cross_entropy(output, y[rows, 0])
+        coarse = F.interpolate(y[rows].float(), output[1].shape[2:]).long()
+        return F.cross_entropy(output[0], y[rows, 0]) + F.cross_entropy(output[1], coarse[:, 0]) / 2
 
     return loss
 
@@ -267,7 +267,7 @@ def test_a_classifier_trains_on_the_loss_written_out(start, kind):
     network, x, y = classifier()
     method = make(kind, Classes(3), steps=2, step_factor=2.0)
     network.zero_grad()
-    report = method.step(network, x, y, IDS, loss=lambda logits: F.cross_entropy(logits, y))
+    report = method.step(network, x, y, IDS, loss=lambda logits, rows: F.cross_entropy(logits, y[rows]))
     got = [p.grad.clone() for p in network.parameters()]
     clean = network(x).softmax(1).detach()
     if kind is methods.TRADES:
@@ -294,7 +294,7 @@ def test_a_classifier_is_updated_from_each_replay():
         optimisers[0].zero_grad()
 
     method = make(methods.FreeAT, Classes(3), replays=3, step_factor=0.5)
-    report = method.step(network, x, y, IDS, loss=lambda logits: F.cross_entropy(logits, y), update=update)
+    report = method.step(network, x, y, IDS, loss=lambda logits, rows: F.cross_entropy(logits, y[rows]), update=update)
     update()
     for _ in range(3):
         leaf = (x + delta).requires_grad_(True)
@@ -348,7 +348,9 @@ def test_noise_is_within_its_size_and_leaves_masks_alone(norm):
             seen.append(batch)
             return batch.sum()
 
-    report = method.step(Spy(), x, y, [""] * 64, loss=lambda value: value, update=refuse, backward=lambda value: None)
+    report = method.step(
+        Spy(), x, y, [""] * 64, loss=lambda value, rows: value, update=refuse, backward=lambda value: None
+    )
     (noisy,) = seen
     assert not noisy[:, 1].any() and report.passes.total == 0
     size = noisy[:, 0].square().mean((1, 2)).sqrt() if norm == "l2" else noisy[:, 0].abs().amax((1, 2))

@@ -31,7 +31,7 @@ def train(data, root, **overrides):
     options = {"bundle_root": str(root), "dataset_dir": str(data), "train#trainer#ima#tau": 0.001, **SMALL, **overrides}
     run(config_file=str(CONFIGS / "train.yaml"), **options)
     with (root / "models" / "ima_margins.csv").open() as file:
-        return {row["case"]: row["margin_rms"] for row in csv.DictReader(file)}
+        return {row["case"]: row["training_margin_rms"] for row in csv.DictReader(file)}
 
 
 def test_two_lines_make_the_difference_to_a_standard_training(data):

@@ -79,8 +79,8 @@ def test_tables_are_written_with_the_cases_that_were_not_drawn(tmp_path):
     rows = {row["case"]: row for row in table(tmp_path / "ima_margins.csv")}
     assert sorted(rows) == [*(f"imagesTr/case_{i}" for i in range(4)), "later"]
     for row in rows.values():
-        assert float(row["margin_l2"]) == pytest.approx(float(row["margin_rms"]) * 16, rel=1e-4)
-        assert float(row["margin_hu"]) == pytest.approx(float(row["margin_rms"]) * 250, rel=1e-4)
+        assert float(row["training_margin_l2"]) == pytest.approx(float(row["training_margin_rms"]) * 16, rel=1e-4)
+        assert float(row["training_margin_hu"]) == pytest.approx(float(row["training_margin_rms"]) * 250, rel=1e-4)
     assert rows["later"]["visits"] == "0" and rows["imagesTr/case_0"]["visits"] == "2"
     history = table(tmp_path / "ima_history.csv")
     assert [row["epoch"] for row in history] == ["0", "1"] and float(history[1]["passes_per_sample"]) > 0

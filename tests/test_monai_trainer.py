@@ -84,7 +84,7 @@ def test_an_epoch_of_each_network_records_margins_and_its_gradient_is_that_of_th
         x, y = batch["image"].as_tensor(), batch["label"].as_tensor()
         forward = (lambda n, b: list(n(b).unbind(1))) if name == "DynUNet" else None
         names = [case_name(file) for file in batch["image"].meta["filename_or_obj"]]
-        expected = ima.step(twin, x, y, names, loss=lambda out, y=y: loss(out, y), forward=forward)
+        expected = ima.step(twin, x, y, names, loss=lambda out, rows, y=y: loss(out, y[rows]), forward=forward)
         torch.testing.assert_close(report.loss, expected.loss)
         assert torch.isfinite(report.loss) and report.searched.any()
         for gradient, parameter in zip(found, twin.parameters(), strict=True):

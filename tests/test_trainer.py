@@ -42,7 +42,9 @@ def test_training_leaves_checkpoint_margins_history_and_plot(results, configurat
     assert [row["case"] for row in margins] == sorted(trainer.do_split()[0])
     voxels = np.prod(trainer.configuration_manager.patch_size)
     for row in margins:
-        assert float(row["margin_l2"]) == pytest.approx(float(row["margin_rms"]) * voxels**0.5, rel=1e-4)
+        assert float(row["training_margin_l2"]) == pytest.approx(
+            float(row["training_margin_rms"]) * voxels**0.5, rel=1e-4
+        )
     assert [int(row["epoch"]) for row in history] == [0, 1]
     assert sum(int(row["visits"]) for row in history) == sum(int(row["visits"]) for row in margins) > 0
     assert all(float(row["passes_per_sample"]) > 0 for row in history)
@@ -51,7 +53,7 @@ def test_training_leaves_checkpoint_margins_history_and_plot(results, configurat
     assert state["ledger"]["epoch"] == 2 and len(state["history"]) == 2
     assert state["settings"]["tau"] == 0.001
     log = next(folder.glob("training_log_*.txt")).read_text()
-    assert "tau: 0.001" in log and "IMA margins: median" in log
+    assert "tau: 0.001" in log and "IMA training margins: median" in log
     assert not list(folder.glob(".*")), "no temporary file stays"
 
 
@@ -84,7 +86,9 @@ def test_resumed_training_has_the_margins_and_learning_rate_of_the_checkpoint(re
     assert resumed.current_epoch == 2
     assert resumed.training.method.ledger.table() == saved
     resumed.on_train_start()
-    on_disk = {row["case"]: float(row["margin_rms"]) for row in rows(Path(resumed.output_folder) / "ima_margins.csv")}
+    on_disk = {
+        row["case"]: float(row["training_margin_rms"]) for row in rows(Path(resumed.output_folder) / "ima_margins.csv")
+    }
     assert on_disk == pytest.approx({row["case"]: row["margin"] for row in saved}, rel=1e-5)
     epoch(resumed)
     assert resumed.optimizer.param_groups[0]["lr"] == rates[1] < rates[0]

@@ -196,7 +196,9 @@ def test_the_cap_on_margins_of_unnormalised_ct_is_that_of_normalised_ct(nnunet, 
         rows = list(csv.DictReader(file))
     name = channel_names(trainer.dataset_json)[0]
     for row in rows:
-        assert float(row[f"margin_{name}_native"]) == pytest.approx(FOREGROUND * float(row["margin_rms"]), rel=1e-3)
+        assert float(row[f"training_margin_{name}_native"]) == pytest.approx(
+            FOREGROUND * float(row["training_margin_rms"]), rel=1e-3
+        )
     (fold,), _ = read_margins(folder.parent)
     assert fold.ledger.eps_max * fold.settings["channel_sd"][0] == pytest.approx(0.3 * FOREGROUND)
     printed = io.StringIO()
@@ -217,7 +219,8 @@ def test_any_method_trains_alike_in_either_unit(name):
         settings = type(base).model_validate({"precision": "fp32"} | ({"tau": 0.01} if name == "ima" else {}))
         method = methods.registry.make_method(settings, labels=Labels(3), patch_voxels=144, epochs=10, **options)
         report = method.step(
-            network, x * factor, y, list("abcd"), loss=lambda z: F.cross_entropy(z, y[:, 0]), update=lambda: None,
+            network, x * factor, y, list("abcd"), loss=lambda z, rows: F.cross_entropy(z, y[rows, 0]),
+            update=lambda: None,
             forward=lambda module, batch: module(batch / factor), victim=lambda batch: network(batch / factor),
         )  # fmt: skip
         return report, [p.grad for p in network.parameters() if p.grad is not None]

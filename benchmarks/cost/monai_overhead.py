@@ -85,7 +85,7 @@ def measure(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
         for x, y, ids in plain:
             x, y = x.to(device), y.to(device)
             optimiser.zero_grad()
-            report = ima.step(twin, x, y, ids, loss=lambda output, y=y: loss(output, y))
+            report = ima.step(twin, x, y, ids, loss=lambda output, rows, y=y: loss(output, y[rows]))
             assert report.searched.all()
             optimiser.step()
         ima.end_epoch()

@@ -91,8 +91,8 @@ def one_step(name: str, kind: str, device: torch.device) -> float:
     settings = IMASettings(beta=0.0 if kind == "standard" else 0.5, tau=0.01, precision="fp32", steps=3)
     ima = IMA.from_settings(settings, labels=Labels(3), patch_voxels=x[0].numel(), epochs=10)
 
-    def loss(output: Any) -> torch.Tensor:
-        heads = [torch.nn.functional.interpolate(y.float(), head.shape[2:]).long() for head in output]
+    def loss(output: Any, rows: Any) -> torch.Tensor:
+        heads = [torch.nn.functional.interpolate(y[rows].float(), head.shape[2:]).long() for head in output]
         terms = [dice_ce_loss(o, Target.from_raw(t, Labels(3))).mean() for o, t in zip(output, heads, strict=True)]
         return torch.stack(terms).mean()
 

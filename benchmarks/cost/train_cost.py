@@ -27,6 +27,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from benchmarks.shared.measuring import alternate, provenance, ratio, store
 from ima_seg import IMA, IMASettings, Labels, Target, ThreatModel
 from ima_seg.attacks import Problem, pgd
-from ima_seg.methods.settings import FAST
+from ima_seg.methods.ima_settings import FAST
 from ima_seg.ops import hard_dice
 
 LABELS = Labels(3)
@@ -142,10 +143,10 @@ class Contest:
         with self.amp():
             return network(x)
 
-    def loss_of(self, output: Any, target: list[torch.Tensor]) -> torch.Tensor:
-        """nnU-Net's loss over all heads."""
+    def loss_of(self, target: list[torch.Tensor], output: Any, rows: Any = slice(None)) -> torch.Tensor:
+        """nnU-Net's loss over all heads, for some samples of a batch."""
         with self.amp():
-            value: torch.Tensor = self.loss(output, target)
+            value: torch.Tensor = self.loss(output, [head[rows] for head in target])
         return value
 
     def backward(self, value: torch.Tensor) -> None:
@@ -172,7 +173,13 @@ class Contest:
         summaries = []
         for _ in range(25):
             for x, y, ids in self.batches:
-                ima.step(self.network, x, y[0], ids, loss=lambda output, y=y: self.loss_of(output, y))
+                ima.step(
+                    self.network,
+                    x,
+                    y[0],
+                    ids,
+                    loss=partial(self.loss_of, y),
+                )
             summaries.append(ima.end_epoch())
         dice, summary = self.clean_dice(), summaries[-1]
         share = statistics.mean(summary.crossed_share for summary in summaries[-10:])
@@ -200,7 +207,7 @@ class Contest:
         """nnU-Net's iterations."""
         for x, y, _ in self.batches:
             self.optimiser.zero_grad(set_to_none=True)
-            value = self.loss_of(self.forward(self.network, x), y)
+            value = self.loss_of(y, self.forward(self.network, x))
             self.backward(value)
             self.step()
             self.losses.append(value.detach())
@@ -213,7 +220,7 @@ class Contest:
             target = Target.from_raw(y[0], LABELS)
             problem = Problem(self.network, x, target, ThreatModel("l2"), precision="fp32")
             hit = pgd(problem, 0.1, steps=20, keep="last")
-            value = self.loss_of(self.forward(self.network, hit.adversarial), y)
+            value = self.loss_of(y, self.forward(self.network, hit.adversarial))
             self.backward(value)
             self.step()
             self.losses.append(value.detach())
@@ -229,7 +236,7 @@ class Contest:
             for x, y, ids in self.batches:
                 self.optimiser.zero_grad(set_to_none=True)
                 report = ima.step(
-                    self.network, x, y[0], ids, loss=lambda output, y=y: self.loss_of(output, y),
+                    self.network, x, y[0], ids, loss=partial(self.loss_of, y),
                     forward=self.forward, backward=self.backward,
                 )  # fmt: skip
                 self.step()
@@ -247,9 +254,9 @@ class Contest:
         for plain in (True, False):
             self.network.zero_grad(set_to_none=True)
             if plain:
-                self.loss_of(self.forward(self.network, x), y).backward()  # type: ignore[no-untyped-call]
+                self.loss_of(y, self.forward(self.network, x)).backward()  # type: ignore[no-untyped-call]
             else:
-                loss = lambda output: self.loss_of(output, y)  # noqa: E731
+                loss = partial(self.loss_of, y)
                 self.ima(IMASettings(beta=0.0)).step(self.network, x, y[0], ids, loss=loss, forward=self.forward)
             gradients.append([copy.deepcopy(p.grad) for p in self.network.parameters() if p.grad is not None])
         close = all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*gradients, strict=True))

@@ -33,7 +33,7 @@ import torch
 from benchmarks.shared.measuring import RESULTS, again, command_line
 from ima_seg.attacks import Problem, pgd
 from ima_seg.files import write_text
-from ima_seg.methods.settings import IMASettings
+from ima_seg.methods.ima_settings import IMASettings
 from ima_seg.nnunet.folder import load_model
 from ima_seg.ops import hard_dice
 from ima_seg.types import Labels, Target, ThreatModel
@@ -112,9 +112,9 @@ def seeded_trainer(options: argparse.Namespace, seed: int, pretrained: Path | No
 
 
 def validation_slices(
-    dataset: str, configuration: Any, skip: int, cases: int
+    dataset: str, configuration: Any, skip: int, cases: int, fold: int = 0, part: str = "val"
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Slices with foreground of ``cases`` validation cases of fold 0 after ``skip``, padded or cropped to the patch.
+    """Slices with foreground of ``cases`` validation cases after ``skip``, padded or cropped to the patch.
 
     Returns:
         Images (N, C, H, W), references (N, 1, H, W), and the case of each slice.
@@ -124,7 +124,7 @@ def validation_slices(
     from ima_seg.nnunet.plans import preprocessed_folder
 
     folder = preprocessed_folder(dataset)
-    names = json.loads((folder / "splits_final.json").read_text())[0]["val"][skip : skip + cases]
+    names = json.loads((folder / "splits_final.json").read_text())[fold][part][skip : skip + cases]
     data = folder / configuration.data_identifier
     images, references, owners = [], [], []
     for name in names:

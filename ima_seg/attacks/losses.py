@@ -200,3 +200,28 @@ def js(decisions: Decisions, progress: float) -> torch.Tensor:
     log_probability = -decisions.ce
     probability = log_probability.exp()
     return math.log(2) + (probability * log_probability - (1 + probability) * torch.log1p(probability)) / 2
+
+
+def divergence(logits: torch.Tensor, target: Target, progress: float = 0.0, *, clean: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of the predictions p of ``clean`` and q of ``logits``, mean over voxels (B,), in nats.
+
+    Regions, or labels of an image: of their yes and no, mean over voxels and regions. Ignored voxels do not count.
+
+    Args:
+        logits: (B, K, *S), of a classifier (B, K).
+        target: tells regions from classes, and which voxels are ignored.
+        progress: not used.
+        clean: of the same shape.
+    """
+    flat, reference = (part.float().reshape(*part.shape[:2], -1) for part in (logits, clean))
+    if target.labels.regions:
+        p = reference.sigmoid()
+        each = p * (F.logsigmoid(reference) - F.logsigmoid(flat))
+        each = each + (1 - p) * (F.logsigmoid(-reference) - F.logsigmoid(-flat))
+    else:
+        log_p = reference.log_softmax(1)
+        each = (log_p.exp() * (log_p - flat.log_softmax(1))).sum(1, keepdim=True)
+    if target.valid is None:
+        return each.mean((1, 2))
+    counted = target.valid.expand_as(each)
+    return each.masked_fill(~counted, 0.0).sum((1, 2)) / counted.sum((1, 2)).clamp_min(1)

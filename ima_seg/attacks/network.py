@@ -38,6 +38,25 @@ def full_resolution(output: Any) -> torch.Tensor:
     return output
 
 
+def mode_matters(model: Network) -> bool:
+    """Whether a network answers otherwise in training than in evaluation mode: batch norm, dropout, dropped paths."""
+    if not isinstance(model, nn.Module):
+        return True  # who knows
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        or getattr(module, "track_running_stats", False)
+        or ("drop" in type(module).__name__.lower() and any(_rates(module)))
+        or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
+        for module in model.modules()
+    )
+
+
+def _rates(module: nn.Module) -> list[float]:
+    """How much a module drops, under whatever name; 1 where it does not say."""
+    names = ("p", "drop_prob", "drop_rate", "drop_path_rate")
+    return [float(getattr(module, name) or 0) for name in names if hasattr(module, name)] or [1.0]
+
+
 class Scale(nn.Module):
     """(B, C, *S) in standard deviations (SD) of each channel -> network units.
 

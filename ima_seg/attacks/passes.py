@@ -91,7 +91,7 @@ def begin(problem: Problem, delta: torch.Tensor, scale: torch.Tensor, progress: 
             # Captured passes hold the progress in a tensor.
             loss = problem.goal.loss(output.pop(), problem.target, progress)  # type: ignore[arg-type]
             (gradient,) = torch.autograd.grad((loss * scale).sum(), leaf)
-        return loss.detach(), problem.supported(problem.threat.perturbable(gradient))
+        return loss.detach(), problem.through(problem.threat.perturbable(gradient), delta)
 
     return Pass(output[0].detach(), compute)
 

@@ -110,12 +110,12 @@ class Problem:
         return torch.where(eps < SMALLEST, 0.0, eps)
 
     def apply(self, delta: torch.Tensor) -> torch.Tensor:
-        """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels; a new tensor."""
+        """``x`` with ``delta`` (B, image channels, *S) added to its perturbable channels, within bounds; new."""
         image = self.image
         if image.shape == self.x.shape and delta.dtype == image.dtype:
-            return image + delta
+            return self.threat.within(image, image + delta)
         perturbed = self.x.clone()
-        self.threat.perturbable(perturbed).add_(delta)
+        self.threat.perturbable(perturbed).copy_(self.threat.within(image, (image + delta).to(image.dtype)))
         return perturbed
 
     def difference(self, perturbed: torch.Tensor) -> torch.Tensor:
@@ -126,6 +126,14 @@ class Problem:
     def supported(self, delta: torch.Tensor) -> torch.Tensor:
         """``delta`` (B, image channels, *S), zero outside the support."""
         return delta if self.support is None else torch.where(self.support, delta, 0.0)
+
+    def through(self, gradient: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """What of a gradient at ``x + delta`` reaches ``delta``; zero outside the support and beyond bounds."""
+        gradient = self.supported(gradient)
+        if not self.threat.bounded:
+            return gradient
+        wanted = self.image + delta
+        return torch.where(self.threat.within(self.image, wanted) == wanted, gradient, 0.0)
 
     def zero(self) -> torch.Tensor:
         """The perturbation of the clean batch (B, image channels, *S).

@@ -24,6 +24,7 @@ def add_parsers(commands: Any) -> None:
     plans.add_argument("--max-features", type=int, help="at most so many feature maps")
     plans.add_argument("--batch-size", type=int)
     plans.add_argument("--patch-size", type=int, nargs="+")
+    plans.add_argument("--activation", help="of the network, such as SiLU, which makes trainings more robust")
     plans.add_argument("--set", dest="ima", nargs="+", default=[], metavar="KEY=VALUE", help="IMA settings to store")
     plans.set_defaults(run=_plans)
 
@@ -55,7 +56,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _plans(arguments: argparse.Namespace) -> None:
     from ima_seg.nnunet.plans import parse_assignments, write_plans
 
-    names = ("configurations", "features", "max_features", "batch_size", "patch_size")
+    names = ("configurations", "features", "max_features", "batch_size", "patch_size", "activation")
     changes = {name: getattr(arguments, name) for name in names}
     path = write_plans(
         arguments.dataset, arguments.plans, arguments.output, ima=parse_assignments(arguments.ima), **changes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,62 +10,19 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
-from ima_seg.attacks.network import Scale, Scaled, inner_module
+from ima_seg.attacks import UNTARGETED, Goal, Problem
+from ima_seg.attacks.losses import divergence
+from ima_seg.attacks.network import Scale, Scaled, frozen, full_resolution, inner_module
 from ima_seg.errors import UserError
 from ima_seg.files import write_csv
+from ima_seg.methods.calls import Calls, Loss, Rows, check_loss, plain_backward
 from ima_seg.methods.settings import TrainingSettings
 from ima_seg.types import Classes, Labels, Network, PassCount, Target, ThreatModel
 
 S = TypeVar("S", bound=TrainingSettings)
 R = TypeVar("R", bound="MethodReport")
-
-
-def map_heads(output: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """``function`` of a network's output, or of each of its heads, as a list."""
-    return [function(head) for head in output] if isinstance(output, (list, tuple)) else function(output)
-
-
-def _backward(loss: torch.Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Calls:
-    """How a training computes; see :meth:`Method.step`.
-
-    ``network`` is what attacks call, ``forward`` and ``update`` are never None.
-    """
-
-    model: nn.Module
-    network: Network
-    loss: Callable[[Any], torch.Tensor]
-    forward: Callable[[nn.Module, torch.Tensor], Any]
-    backward: Callable[[torch.Tensor], None]
-    update: Callable[[], object]
-    generator: torch.Generator | None
-
-    def exchanging(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
-        """Of several ranks, gradients of a backward pass inside are exchanged only if ``wanted``."""
-        if isinstance(self.model, DistributedDataParallel) and not wanted:
-            return self.model.no_sync()
-        return contextlib.nullcontext()
-
-    def accumulate(self, terms: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
-        """Accumulate the gradient of the weighted sum of the losses of some batches; returns the sum, 0-dim.
-
-        One after the other, so that the memory is that of one. Of several ranks, gradients are exchanged in the last.
-        """
-        wanted = [(batch, weight) for batch, weight in terms if weight > 0]
-        total = torch.zeros((), device=wanted[0][0].device)
-        for index, (batch, weight) in enumerate(wanted):
-            with self.exchanging(index == len(wanted) - 1):
-                value = self.loss(self.forward(self.model, batch)) * weight
-                self.backward(value)
-            total = total + value.detach()
-        return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +57,13 @@ class Method(ABC, Generic[S, R]):
         image_channels: the first this many input channels may be perturbed; None means all.
         channel_sd: network units per standard deviation (SD) of each image channel of the network's input, where the
             normalisation does not make it 1. Sizes are in SDs.
+        bounds, masked: what else may not be perturbed, see :class:`ima_seg.ThreatModel`.
+        teacher: a trained network of the same outputs, to whose predictions of clean samples training is held (see
+            ``teacher_weight`` of the settings). It stays as it is.
 
     Raises:
-        UserError: ``labels`` of classifiers, for a method that is for segmentations.
+        UserError: settings that name a teacher, but none is given; ``labels`` of classifiers, for a method that is for
+            segmentations.
     """
 
     #: Network units per standard deviation (SD) of each image channel of the network's input: what sizes are in units
@@ -131,7 +91,14 @@ class Method(ABC, Generic[S, R]):
         epochs: int = 1,
         image_channels: int | None = None,
         channel_sd: Sequence[float] | None = None,
+        bounds: Sequence[tuple[float, float] | None] = (),
+        masked: Sequence[int] = (),
+        teacher: nn.Module | None = None,
     ) -> None:
+        if teacher is None and settings.teacher is not None:
+            raise UserError(
+                f"{self.name}: the settings name the teacher {settings.teacher!r}; give its network as teacher as well"
+            )
         if isinstance(labels, Classes) and not self.classifies:
             raise UserError(f"{self.name} is for segmentations; train a classifier by another method, such as PGDAT")
         if settings.unit == "l2" and patch_voxels is None:
@@ -139,8 +106,9 @@ class Method(ABC, Generic[S, R]):
                 f"{self.name}: unit 'l2' is of a whole patch; give patch_voxels, its image channels x voxels, as well"
             )
         self.settings, self.labels, self.epochs, self.channel_sd = settings, labels, epochs, channel_sd
+        self.teacher = teacher
         self._scaled: Scaled | None = None
-        self.threat = ThreatModel(settings.norm, image_channels)
+        self.threat = ThreatModel(settings.norm, image_channels, tuple(bounds), tuple(masked))
         #: Turns a size of the settings into one per voxel in SDs.
         self.per_voxel = settings.per_voxel(patch_voxels or 1)
         #: Share of the training that is over, in [0, 1].
@@ -158,9 +126,9 @@ class Method(ABC, Generic[S, R]):
         y: torch.Tensor,
         case_ids: Sequence[str],
         *,
-        loss: Callable[[Any], torch.Tensor],
+        loss: Loss,
         update: Callable[[], object] | None = None,
-        backward: Callable[[torch.Tensor], None] = _backward,
+        backward: Callable[[torch.Tensor], None] = plain_backward,
         forward: Callable[[nn.Module, torch.Tensor], Any] | None = None,
         victim: Network | None = None,
         generator: torch.Generator | None = None,
@@ -174,7 +142,9 @@ class Method(ABC, Generic[S, R]):
             y: reference at full resolution, (B, 1, *S) or (B, *S) labels, or regions (B, K[+1], *S). Of a classifier
                 classes (B,) or (B, 1), or labels (B, K) of 0 and 1.
             case_ids: B ids; repeats are visits of their own.
-            loss: training loss of the network's whole output, for this batch.
+            loss: ``(output, rows) -> `` training loss, 0-dim, of the network's whole output for the samples ``rows`` of
+                this batch: all of it, ``slice(None)``, or indices (n,). As a rule
+                ``lambda output, rows: criterion(output, y[rows])``.
             update: steps the optimiser and clears the gradients; needed by a method that makes several updates from a
                 batch, which calls it between them.
             backward: how to backpropagate a loss (a gradient scaler scales here).
@@ -184,7 +154,7 @@ class Method(ABC, Generic[S, R]):
             generator: source of randomness.
 
         Raises:
-            UserError: not one id for each sample; no ``update`` for a method that needs it.
+            UserError: not one id for each sample; no ``update`` for a method that needs it; a loss without rows.
 
         The caller clears gradients before and makes the last update afterwards.
         """
@@ -195,6 +165,7 @@ class Method(ABC, Generic[S, R]):
                 f"{self.name} makes {self.updates_per_batch} updates from each batch; give update, which steps the "
                 "optimiser and clears the gradients"
             )
+        check_loss(loss)
         calls = Calls(
             model=model,
             network=inner_module(model) if victim is None else victim,
@@ -206,9 +177,30 @@ class Method(ABC, Generic[S, R]):
         )
         target, x = Target.from_raw(y, self.labels), x.detach()
         if self.channel_sd is None:
-            return self._step(calls, x, target, case_ids)
+            return self._taught_step(calls, x, target, case_ids)
         calls, scale = self._in_sd(calls, x)
-        return self._step(calls, x / scale.factor, target, case_ids).rescaled(scale)
+        return self._taught_step(calls, x / scale.factor, target, case_ids).rescaled(scale)
+
+    def _taught_step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> R:
+        """The step, with every loss held to the teacher's predictions of the clean samples, if there is one."""
+        if self.teacher is None:
+            return self._step(calls, x, target, case_ids)
+        with frozen(self.teacher), torch.no_grad():
+            expected = full_resolution(calls.forward(self.teacher, x))
+
+        def loss(output: Any, rows: Rows) -> torch.Tensor:
+            apart = divergence(full_resolution(output), target[rows], clean=expected[rows]).mean()
+            return calls.loss(output, rows) + self.settings.teacher_weight * apart
+
+        report = self._step(replace(calls, loss=loss), x, target, case_ids)
+        return replace(report, passes=report.passes + PassCount(forwards=len(x)))
+
+    def problem(self, calls: Calls, x: torch.Tensor, target: Target, goal: Goal = UNTARGETED) -> Problem:
+        """What an attack is given: the network, samples (n, C, *S) in SDs, and what may be done to them."""
+        return Problem(
+            calls.network, x, target, self.threat, goal, support=self.threat.support(x),
+            precision=self.settings.precision, generator=calls.generator,
+        )  # fmt: skip
 
     def _in_sd(self, calls: Calls, x: torch.Tensor) -> tuple[Calls, Scale]:
         """``calls`` whose networks take batches like ``x`` in SDs, and what makes network units of those."""

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
 from ima_seg.attacks.network import frozen, full_resolution, inner_module
-from ima_seg.methods.base import Calls, MethodReport
+from ima_seg.methods.base import MethodReport
+from ima_seg.methods.calls import EVERY, Calls
 from ima_seg.methods.fixed import FixedBudget, PGDATSettings
 from ima_seg.types import Classes, Labels, PassCount, Target
 
@@ -68,21 +69,22 @@ class TemporalEnsembling(FixedBudget[TemporalEnsemblingSettings]):
         mean = self._follow(inner_module(calls.model))
         with frozen(mean), torch.no_grad():
             expected = probabilities(full_resolution(calls.forward(mean.module, x)), self.labels)
-        perturbed, passes = self.attacked(calls, x, target, settings.steps, settings.step_factor)
-        clean = calls.accumulate([(x, 1 - settings.beta)]) if settings.beta < 1 else 0.0
+        rows = calls.some(x, settings.share)
+        perturbed, passes = self.attacked(calls, x[rows], target[rows], settings.steps, settings.step_factor)
+        clean = calls.accumulate((x, EVERY, 1 - settings.beta)) if settings.beta < 1 else 0.0
         output = calls.forward(calls.model, perturbed)
-        distance = (probabilities(full_resolution(output), self.labels) - expected).square().sum(1)
-        if target.valid is None:
+        distance = (probabilities(full_resolution(output), self.labels) - expected[rows]).square().sum(1)
+        valid = target[rows].valid
+        if valid is None:
             held = distance.mean()
         else:
-            counted = target.valid[:, 0]
+            counted = valid[:, 0]
             held = distance.masked_fill(~counted, 0.0).sum() / counted.sum().clamp_min(1)
-        value = settings.beta * calls.loss(output) + self.weight * held
+        value = settings.beta * calls.loss(output, rows) + self.weight * held
         calls.backward(value)
-        count = len(x)
         return MethodReport(
-            loss=clean + value.detach(), passes=passes + PassCount(forwards=count),
-            training=count * (2 if settings.beta < 1 else 1), patches=count,
+            loss=clean + value.detach(), passes=passes + PassCount(forwards=len(x)),
+            training=len(perturbed) + (len(x) if settings.beta < 1 else 0), patches=len(x),
         )  # fmt: skip
 
     def _follow(self, network: Any) -> AveragedModel:

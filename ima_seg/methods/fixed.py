@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from typing_extensions import override
 
-from ima_seg.attacks import GOALS, UNTARGETED, Goal, Problem, pgd
-from ima_seg.methods.base import Calls, Method, MethodReport
+from ima_seg.attacks import GOALS, UNTARGETED, Goal, pgd
+from ima_seg.methods.base import Method, MethodReport
+from ima_seg.methods.calls import EVERY, Calls
 from ima_seg.methods.settings import TrainingSettings
 from ima_seg.ops import gradient_step, per_row
 from ima_seg.types import PassCount, Target
@@ -27,7 +29,8 @@ class FixedBudgetSettings(TrainingSettings):
         eps: size of the perturbation, in ``unit``; the default is an L2 of 4.7 on a slice of 56x40.
 
     Where a method has them: ``steps`` gradient steps, each ``step_factor * eps / steps`` long; ``beta``, the share of
-    the loss on perturbed samples in the whole loss, of which the rest is clean.
+    the loss on perturbed samples in the whole loss, of which the rest is clean; ``share``, how many of a batch's
+    samples are perturbed.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("eps",)
@@ -58,30 +61,55 @@ class FixedBudget(Method[F, MethodReport]):
         self, calls: Calls, x: torch.Tensor, target: Target, steps: int, step_factor: float, goal: Goal = UNTARGETED
     ) -> tuple[torch.Tensor, PassCount]:
         """The last point of PGD within the budget (B, C, *S), and the passes it took."""
-        problem = Problem(
-            calls.network, x, target, self.threat, goal, precision=self.settings.precision, generator=calls.generator
-        )
+        problem = self.problem(calls, x, target, goal)
         hit = pgd(problem, self.budget(x), steps=steps, step_factor=step_factor, keep="last")
         return hit.adversarial, hit.passes
 
 
-def mixed(calls: Calls, x: torch.Tensor, perturbed: torch.Tensor, passes: PassCount, beta: float) -> MethodReport:
-    """(1 - beta) loss(x) + beta loss(perturbed)."""
-    loss = calls.accumulate([(x, 1 - beta), (perturbed, beta)])
-    return MethodReport(loss=loss, passes=passes, training=len(x) * (2 if beta < 1 else 1), patches=len(x))
+class MixedSettings(FixedBudgetSettings):
+    """What the settings of methods have in common that mix a clean and a perturbed loss."""
+
+    beta: Share = 1.0
+    share: Share = 1.0
+
+    @model_validator(mode="after")
+    def _all_are_trained_on(self) -> MixedSettings:
+        if self.share < 1 and self.beta == 1:
+            raise ValueError(
+                f"share is {self.share:g} and beta 1, so that the samples which are not perturbed would not be trained "
+                "on at all; set beta below 1 as well"
+            )
+        return self
 
 
-class PGDATSettings(FixedBudgetSettings):
+M = TypeVar("M", bound=MixedSettings)
+
+
+class Mixed(FixedBudget[M]):
+    """(1 - beta) L(x) + beta L(x'), x' a share of the batch, perturbed."""
+
+    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
+        beta, rows = self.settings.beta, calls.some(x, self.settings.share)
+        perturbed, passes = self.perturbed(calls, x[rows], target[rows])
+        loss = calls.accumulate((x, EVERY, 1 - beta), (perturbed, rows, beta))
+        training = len(perturbed) + (len(x) if beta < 1 else 0)
+        return MethodReport(loss=loss, passes=passes, training=training, patches=len(x))
+
+    @abstractmethod
+    def perturbed(self, calls: Calls, x: torch.Tensor, target: Target) -> tuple[torch.Tensor, PassCount]:
+        """Samples (n, C, *S) perturbed, and the passes it took."""
+
+
+class PGDATSettings(MixedSettings):
     """Settings of :class:`PGDAT`."""
 
     section: ClassVar[str] = "pgdat"
 
     steps: Steps = 20
     step_factor: Positive = 4.0
-    beta: Share = 1.0
 
 
-class PGDAT(FixedBudget[PGDATSettings]):
+class PGDAT(Mixed[PGDATSettings]):
     """Adversarial training with PGD of a fixed budget ("SAT").
 
     Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018, arXiv 1706.06083:
@@ -92,21 +120,20 @@ class PGDAT(FixedBudget[PGDATSettings]):
 
     name, settings_class = "PGDAT", PGDATSettings
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
-        perturbed, passes = self.attacked(calls, x, target, self.settings.steps, self.settings.step_factor)
-        return mixed(calls, x, perturbed, passes, self.settings.beta)
+    @override
+    def perturbed(self, calls: Calls, x: torch.Tensor, target: Target) -> tuple[torch.Tensor, PassCount]:
+        return self.attacked(calls, x, target, self.settings.steps, self.settings.step_factor)
 
 
-class FGSMATSettings(FixedBudgetSettings):
+class FGSMATSettings(MixedSettings):
     """Settings of :class:`FGSMAT`."""
 
     section: ClassVar[str] = "fgsmat"
 
     step_factor: Positive = 1.25
-    beta: Share = 1.0
 
 
-class FGSMAT(FixedBudget[FGSMATSettings]):
+class FGSMAT(Mixed[FGSMATSettings]):
     """Adversarial training with one step from a random point.
 
     Wong, Rice & Kolter, "Fast is better than free: revisiting adversarial training", ICLR 2020, arXiv 2001.03994:
@@ -115,9 +142,9 @@ class FGSMAT(FixedBudget[FGSMATSettings]):
 
     name, settings_class = "FGSMAT", FGSMATSettings
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
-        perturbed, passes = self.attacked(calls, x, target, 1, self.settings.step_factor)
-        return mixed(calls, x, perturbed, passes, self.settings.beta)
+    @override
+    def perturbed(self, calls: Calls, x: torch.Tensor, target: Target) -> tuple[torch.Tensor, PassCount]:
+        return self.attacked(calls, x, target, 1, self.settings.step_factor)
 
 
 class SegPGDATSettings(FixedBudgetSettings):
@@ -144,7 +171,8 @@ class SegPGDAT(FixedBudget[SegPGDATSettings]):
         perturbed, passes = self.attacked(
             calls, x[rows], target[rows], self.settings.steps, self.settings.step_factor, GOALS["segpgd"]
         )
-        return mixed(calls, x, torch.cat([x[: len(x) // 2], perturbed]), passes, beta=1.0)
+        loss = calls.accumulate((torch.cat([x[: len(x) // 2], perturbed]), EVERY, 1.0))
+        return MethodReport(loss=loss, passes=passes, training=len(x), patches=len(x))
 
 
 class FreeATSettings(FixedBudgetSettings):
@@ -183,34 +211,31 @@ class FreeAT(FixedBudget[FreeATSettings]):
         delta = self._delta
         if delta is None or delta.shape != image.shape or delta.device != x.device:
             delta = torch.zeros_like(image, dtype=torch.float32)
-        eps, replays = self.budget(x), self.settings.replays
+        eps, replays, problem = self.budget(x), self.settings.replays, self.problem(calls, x, target)
+        delta = problem.supported(delta)
         total = torch.zeros((), device=x.device)
         for replay in range(replays):
             if replay:
                 calls.update()
-            leaf = x.clone()
-            self.threat.perturbable(leaf).add_(delta)
-            leaf.requires_grad_(True)
-            total = total + calls.accumulate([(leaf, 1.0)])
+            leaf = problem.apply(delta).requires_grad_(True)
+            total = total + calls.accumulate((leaf, EVERY, 1.0))
             assert leaf.grad is not None
+            gradient = problem.through(self.threat.perturbable(leaf.grad), delta)
             # The scale of a gradient scaler does not matter; where it has made the gradient infinite, d stays.
             delta, _ = gradient_step(
-                delta, self.threat.perturbable(leaf.grad), alpha=self.settings.step_factor * eps, eps=eps,
-                norm=self.settings.norm,
-            )  # fmt: skip
+                delta, gradient, alpha=self.settings.step_factor * eps, eps=eps, norm=self.settings.norm
+            )
         self._delta = delta
         return MethodReport(loss=total / replays, passes=PassCount(), training=len(x) * replays, patches=len(x))
 
 
-class NoiseSettings(FixedBudgetSettings):
+class NoiseSettings(MixedSettings):
     """Settings of :class:`NoiseAugmentation`."""
 
     section: ClassVar[str] = "noise"
 
-    beta: Share = 1.0
 
-
-class NoiseAugmentation(FixedBudget[NoiseSettings]):
+class NoiseAugmentation(Mixed[NoiseSettings]):
     """Training on white noise: (1 - beta) L(x) + beta L(x + n).
 
     l2: n is Gaussian with a standard deviation drawn uniformly from [0, eps] for each patch; linf: uniform in [-r, r],
@@ -220,13 +245,14 @@ class NoiseAugmentation(FixedBudget[NoiseSettings]):
 
     name, settings_class = "Noise", NoiseSettings
 
-    def _step(self, calls: Calls, x: torch.Tensor, target: Target, case_ids: Sequence[str]) -> MethodReport:
-        perturbed = x.clone()
-        image = self.threat.perturbable(perturbed)
+    @override
+    def perturbed(self, calls: Calls, x: torch.Tensor, target: Target) -> tuple[torch.Tensor, PassCount]:
+        problem = self.problem(calls, x, target)
+        image = problem.image
         draws: dict[str, Any] = {"device": x.device, "dtype": x.dtype, "generator": calls.generator}
         size = per_row(torch.rand(len(x), **draws) * self.eps, image)
         if self.settings.norm == "l2":
-            image += size * torch.randn(image.shape, **draws)
+            noise = size * torch.randn(image.shape, **draws)
         else:
-            image += size * (2 * torch.rand(image.shape, **draws) - 1)
-        return mixed(calls, x, perturbed, PassCount(), self.settings.beta)
+            noise = size * (2 * torch.rand(image.shape, **draws) - 1)
+        return problem.apply(problem.supported(noise)), PassCount()

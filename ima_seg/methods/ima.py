@@ -19,6 +19,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -26,15 +27,16 @@ from typing_extensions import override
 
 from ima_seg.attacks import BoundaryResult, GraphedPasses, Problem, boundary_search, pgd
 from ima_seg.attacks.boundary import start_radius
-from ima_seg.attacks.network import Scale, full_resolution
+from ima_seg.attacks.network import Scale, full_resolution, mode_matters
 from ima_seg.attacks.passes import as_attacked
 from ima_seg.attacks.quality import class_quality, hard_quality, loss_quality
 from ima_seg.attacks.rows import assign, chosen
 from ima_seg.errors import UserError
-from ima_seg.methods.base import Calls, MethodReport, map_heads
+from ima_seg.methods.base import MethodReport
+from ima_seg.methods.calls import EVERY, Calls, map_heads
+from ima_seg.methods.ima_settings import IMASettings
 from ima_seg.methods.ledger import MarginLedger
 from ima_seg.methods.margins import WithMargins
-from ima_seg.methods.settings import IMASettings
 from ima_seg.ops import gradient_step, hard_dice, per_row
 from ima_seg.types import Classes, Labels, PassCount, Target
 
@@ -50,9 +52,9 @@ class StepReport(MethodReport):
         loss: (1 - beta) * clean + beta * adversarial, 0-dim.
         clean_loss, adversarial_loss: 0-dim; equal where nothing was attacked. The adversarial one is that of the whole
             batch, which includes a classifier's wrong images, though they have no part in its gradient.
-        adversarial: the perturbed batch (B, C, *S), or None where nothing was attacked.
-        searched: (B,) bool, patches whose boundary was searched: with foreground, and not below the criterion's
-            threshold without perturbation.
+        adversarial: the batch (B, C, *S), some of it perturbed, or None where nothing was attacked.
+        searched: (B,) bool, patches whose boundary was searched: of the share, with foreground, and not below the
+            criterion's threshold without perturbation.
         crossed: (B,) bool.
         distance: (B,) size of the perturbation, per voxel in SDs.
         background: (B,) bool, patches without foreground; none for classifiers.
@@ -90,9 +92,10 @@ class IMA(WithMargins[StepReport]):
         patch_voxels: image channels x voxels of a training patch; not needed with sizes per voxel.
         epochs: length of the training; not needed with a ledger.
         image_channels: the first this many input channels may be perturbed; None means all.
-        channel_sd: see :class:`ima_seg.methods.base.Method`.
+        given: channel_sd, bounds, masked and teacher, see :class:`ima_seg.methods.base.Method`.
 
-    One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``; of a classifier only the images that are
+    One step computes ``(1 - beta) * loss(clean) + beta * loss(adversarial)``, the second for a ``share`` of the batch,
+    drawn at random, of which alone the boundary is searched; of a classifier only the images that are
     right without perturbation count in the second term, and the loss must be a mean over images. The gradient is
     accumulated in two backward passes, the clean one before the search begins: the clean activations are then gone when
     the search needs room, and the peak memory is that of a standard step.
@@ -107,23 +110,24 @@ class IMA(WithMargins[StepReport]):
         patch_voxels: int | None = None,
         epochs: int | None = None,
         image_channels: int | None = None,
-        channel_sd: Sequence[float] | None = None,
+        **given: Any,
     ) -> None:
         if isinstance(labels, Classes):
             settings.check_classes()
         # A ledger has its sizes per voxel.
         voxels = patch_voxels if ledger is None else patch_voxels or 1
         super().__init__(
-            settings, labels=labels, patch_voxels=voxels, epochs=epochs or 1, image_channels=image_channels,
-            channel_sd=channel_sd,
-        )  # fmt: skip
+            settings, labels=labels, patch_voxels=voxels, epochs=epochs or 1, image_channels=image_channels, **given
+        )
         if ledger is None:
             if epochs is None:
                 raise UserError(
                     "IMA without a ledger plans one for the length of the training; give epochs, or a ledger"
                 )
             delta, eps_max = settings.resolve_sizes(patch_voxels=voxels or 1, epochs=epochs)
-            ledger = MarginLedger(delta=delta, eps_max=eps_max, rule=settings.rule)
+            ledger = MarginLedger(
+                delta=delta, eps_max=eps_max, rule=settings.rule, crossing_share=settings.crossing_share
+            )
         self.ledger = ledger
         self._graphs = GraphedPasses() if settings.cuda_graphs == "on" else None
 
@@ -132,19 +136,22 @@ class IMA(WithMargins[StepReport]):
         # The clean backward pass yields the gradient of its input for the price of the first layer's.
         clean = x.detach().requires_grad_(settings.start != "random" and 0 < beta < 1)
         # The first backward only accumulates; ranks exchange gradients in the second.
+        rows = calls.some(x, settings.share)
         with calls.exchanging(beta == 0):
             output = calls.forward(calls.model, clean)
-            clean_loss = calls.loss(output)
+            clean_loss = calls.loss(output, EVERY)
             logits = full_resolution(output).detach()
-            if target.whole_image and calls.model.training and beta > 0:
-                # Batch norm and dropout: what is right in training may be wrong in evaluation mode, in which the search
-                # would find a boundary at no distance.
+            if calls.model.training and beta > 0 and mode_matters(calls.model):
+                # What is good in training may be bad in evaluation mode, in which the search would find a boundary at
+                # no distance.
                 logits = as_attacked(calls.network, x, settings.precision)
             quality, threshold, background = self._criterion(logits, target)
             below = ~background & (quality < threshold)
-            searched = ~background & ~below
-            nothing = torch.zeros_like(searched)
-            perturbed = background if settings.background_steps else nothing
+            nothing = torch.zeros_like(below)
+            drawn = nothing.clone()
+            drawn[rows] = True
+            searched = drawn & ~background & ~below
+            perturbed = drawn & background if settings.background_steps else nothing
             attacked = searched | perturbed
             attack = beta > 0 and (isinstance(calls.model, DistributedDataParallel) or bool(attacked.any()))
             del output, logits
@@ -157,28 +164,30 @@ class IMA(WithMargins[StepReport]):
 
         def of_attacked(head: torch.Tensor) -> torch.Tensor:
             """``head``, whose gradient comes from the attacked samples alone; all its values stay."""
-            return torch.where(per_row(attacked, head), head, head.detach())
+            return torch.where(per_row(attacked[rows], head), head, head.detach())
 
         if attack:
             eps = self.ledger.get(case_ids, x.device)
-            problem = Problem(
-                calls.network, x, target, self.threat, precision=settings.precision, generator=calls.generator
-            )
+            problem = self.problem(calls, x, target)
             start = None if clean.grad is None else self._free_step(problem, clean.grad, eps)
             with self._graphs or contextlib.nullcontext():
                 found = self._perturb(problem, eps, found, quality, threshold, searched, perturbed, start)
-            self.ledger.record(case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite)
-            output = calls.forward(calls.model, found.adversarial)
-            adversarial_loss = calls.loss(map_heads(output, of_attacked) if target.whole_image else output)
+            output = calls.forward(calls.model, found.adversarial[rows])
+            adversarial_loss = calls.loss(map_heads(output, of_attacked) if target.whole_image else output, rows)
             calls.backward(adversarial_loss * beta)
             adversarial_loss = adversarial_loss.detach()
             loss = (1 - beta) * clean_loss + beta * adversarial_loss
-        searched = searched if attack else nothing
+        if beta > 0:
+            self.ledger.record(
+                case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite, below=below,
+                background=background,
+            )  # fmt: skip
+        searched, count = searched if attack else nothing, int(drawn.sum()) if attack else 0
         return StepReport(
             loss=loss, clean_loss=clean_loss, adversarial_loss=adversarial_loss,
             adversarial=found.adversarial if attack else None, searched=searched, crossed=found.crossed,
             distance=found.distance, background=background, below=below, nonfinite=searched & ~found.finite,
-            stalled=found.stalled, passes=found.passes, training=len(x) * (2 if attack else 1), patches=len(x),
+            stalled=found.stalled, passes=found.passes, training=len(x) + count, patches=len(x),
         )  # fmt: skip
 
     def _criterion(self, logits: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -242,7 +251,6 @@ class IMA(WithMargins[StepReport]):
         """
         random = problem.random(start_radius(eps, self.ledger.delta))
         length = self.settings.step_factor * eps / self.settings.steps
-        step, size = gradient_step(
-            random, self.threat.perturbable(gradient), alpha=length, eps=eps, norm=self.threat.norm
-        )
+        gradient = problem.through(self.threat.perturbable(gradient), random)
+        step, size = gradient_step(random, gradient, alpha=length, eps=eps, norm=self.threat.norm)
         return torch.where(per_row(torch.isfinite(size) & (size > 0), step), step, random)

@@ -1,9 +1,12 @@
-"""The margin ledger: what each training case is known to tolerate.
+"""The margin ledger: how far each training case is perturbed.
 
-A *margin* is the size of the largest perturbation a case is believed to tolerate, per voxel in network units (see
-:mod:`ima_seg.types`). It belongs to the case; a *visit* is one patch of it in one batch. Margins move only at the end
-of an epoch, so the copies of a case in a batch, and all its visits in an epoch, are searched with the same margin and
-weigh the same, in whatever order and on whatever rank they came.
+A *training margin* is the size within which a case's boundary is searched, per voxel in network units (see
+:mod:`ima_seg.types`). It is no measurement of what the case tolerates: a training search is short, and a margin is one
+number for patches that differ. What a case tolerates is measured by :func:`ima_seg.attacks.minimal_norm`.
+
+A margin belongs to the case; a *visit* is one patch of it in one batch. Margins move only at the end of an epoch, so
+the copies of a case in a batch, and all its visits in an epoch, are searched with the same margin and weigh the same,
+in whatever order and on whatever rank they came.
 """
 
 from __future__ import annotations
@@ -11,61 +14,30 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 
 from ima_seg.errors import UserError
+from ima_seg.methods.ledger_records import CaseRecord, EpochSummary, Visit
 from ima_seg.methods.ledger_state import COLUMNS, STATE_VERSION, LedgerState
 from ima_seg.validation import validated
 
 T = TypeVar("T")
 
-Rule = Literal["paper", "majority", "mean", "grow"]
+Rule = Literal["quantile", "paper", "grow", "ame"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
+#: Share of a case's patches that cross when its margin is at rest.
+DEFAULT_CROSSING_SHARE = 0.8
+#: By so much AME shrinks its step for each step that a margin has grown.
+AME_DECAY = 0.9
 #: Margins whose median grows by a smaller share from ``patience`` epochs to the next are in equilibrium.
 EQUILIBRIUM_GROWTH = 0.05
-
-
-@dataclass
-class CaseRecord:
-    """One case: its margin and its visits over the whole training.
-
-    ``held`` visits found no adversarial sample within the margin; ``crossed`` ones did. ``expanding`` is whether the
-    margin grew when it last moved (at the cap it no longer does); ``seen`` is the last epoch with a visit that counted.
-    """
-
-    margin: float
-    visits: int = 0
-    crossed: int = 0
-    expanding: bool = True
-    seen: int = -1
-
-
-@dataclass(frozen=True)
-class EpochSummary:
-    """What an epoch did to the margins.
-
-    Attributes:
-        epoch: number of the epoch, from 0.
-        cases: known cases; ``cases_visited`` had a visit that counted in this epoch.
-        visits: visits that counted; ``crossed_share`` of them crossed (NaN without visits).
-        expanding_share: share of the known cases whose margin last grew (cases at the cap do not expand).
-        quantiles: margins at 5, 25, 50, 75 and 95 %.
-        equilibrium: whether margins have stopped growing.
-    """
-
-    epoch: int
-    cases: int
-    cases_visited: int
-    visits: int
-    crossed_share: float
-    expanding_share: float
-    quantiles: tuple[float, ...]
-    equilibrium: bool
+#: A median that loses this share in as many epochs is shrinking.
+SHRINKING = 0.25
 
 
 def gather(mine: T) -> list[T]:
@@ -86,16 +58,19 @@ class MarginLedger:
     Args:
         delta: expansion step and first margin of every case, per voxel in network units.
         eps_max: cap on margins, same unit.
-        rule: how a case's visits of an epoch move its margin E (then clamped to [0, eps_max]):
+        rule: how a case's visits of an epoch move its margin E, which is then clamped to [0, eps_max]. h is the share
+            of them that held, d the mean distance of those that crossed:
 
-            - ``"paper"``: E + delta if any visit held, else (E + mean distance) / 2;
-            - ``"majority"``: E + delta if at least half of the visits held, else (E + mean distance) / 2, of those that
-              crossed;
-            - ``"mean"``: the mean over visits of E + delta (held) and (E + distance) / 2 (crossed);
-            - ``"grow"``: E + delta if any visit held, else E.
-
-            With one visit per epoch the first three agree. With n visits that cross with probability p each,
-            ``"paper"`` contracts only with probability p^n.
+            - ``"quantile"``: E + delta (q h - (1 - q) (1 - h)) / max(q, 1 - q), q = ``crossing_share``. At rest a share
+              q of the visits crosses: E is the q-quantile of the boundary distances of the case's patches, whatever
+              delta, the number of epochs and that of visits (Robbins & Monro 1951);
+            - ``"paper"``: E + delta if h > 0, else (E + d) / 2. With n visits that cross with probability p each, it
+              contracts only with probability p^n;
+            - ``"grow"``: E + delta if h > 0, else E;
+            - ``"ame"``: h (E + 0.9^floor(E / delta) delta) + (1 - h) d, after Adaptive Margin Evolution (Ma et al.,
+              Neurocomputing 551:126524, 2023), whose samples have one visit an epoch. (Their code shrinks the step by
+              the gradient's size as well.)
+        crossing_share: q, above 0 and below 1.
         patience: equilibrium is reported when the median margin, averaged over this many epochs, is less than 5 % above
             its average over as many epochs before. Epochs count from the one in which half of the cases have had a
             visit that counted: before, margins stand still because the network is not good enough to be attacked.
@@ -106,7 +81,10 @@ class MarginLedger:
     Cases without a visit that counted keep their margin.
     """
 
-    def __init__(self, *, delta: float, eps_max: float, rule: Rule = "mean", patience: int = 5) -> None:
+    def __init__(
+        self, *, delta: float, eps_max: float, rule: Rule = "quantile",
+        crossing_share: float = DEFAULT_CROSSING_SHARE, patience: int = 5,
+    ) -> None:  # fmt: skip
         for name, value in (("delta", delta), ("eps_max", eps_max)):
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value!r}; it must be a positive number (per voxel, network units)")
@@ -114,7 +92,10 @@ class MarginLedger:
             raise UserError(f"delta is {delta:g}, more than eps_max {eps_max:g}; use a smaller step or a larger cap")
         if rule not in RULES:
             raise UserError(f"margin rule is {rule!r}; the rules there are: {', '.join(map(repr, RULES))}")
+        if not 0 < crossing_share < 1:
+            raise UserError(f"crossing_share is {crossing_share!r}; it must be above 0 and below 1")
         self.delta, self.eps_max, self.rule, self.patience = delta, eps_max, rule, patience
+        self.crossing_share = crossing_share
         self.cases: dict[str, CaseRecord] = {}
         self.epoch = 0
         self._medians: list[float] = []
@@ -134,7 +115,14 @@ class MarginLedger:
         return torch.tensor([self.cases[str(c)].margin for c in case_ids], dtype=torch.float32, device=device)
 
     def record(
-        self, case_ids: Sequence[str], *, crossed: torch.Tensor, distance: torch.Tensor, counts: torch.Tensor
+        self,
+        case_ids: Sequence[str],
+        *,
+        crossed: torch.Tensor,
+        distance: torch.Tensor,
+        counts: torch.Tensor,
+        below: torch.Tensor | None = None,
+        background: torch.Tensor | None = None,
     ) -> None:
         """Note a batch of visits; nothing moves before :meth:`step`.
 
@@ -144,11 +132,17 @@ class MarginLedger:
             distance: (B,) size of the perturbation where it crossed; unused elsewhere.
             counts: (B,) bool, False for visits that say nothing about the margin (no foreground in the patch, clean
                 patch already below the threshold, no finite gradient).
+            below: (B,) bool, visits that do not count because the clean patch had crossed already; default: not known.
+            background: (B,) bool, those that do not for lack of foreground; default: not known.
 
         The tensors are kept on their device and read at the end of the epoch, so that no iteration waits for them.
         """
         ids = [str(c) for c in case_ids]
-        noted = {"crossed": crossed, "distance": distance.float(), "counts": counts}
+        never = torch.zeros_like(counts)
+        noted = {
+            "crossed": crossed, "distance": distance.float(), "counts": counts,
+            "below": never if below is None else below, "background": never if background is None else background,
+        }  # fmt: skip
         for name, value in noted.items():
             if value.shape != (len(ids),):
                 raise UserError(
@@ -159,12 +153,13 @@ class MarginLedger:
 
     # --- end of an epoch -------------------------------------------------------------------------------------------
 
-    def _drain(self) -> list[tuple[str, float | None]]:
-        """The visits that count, read from the device: case, and the distance where one crossed."""
-        visits = []
-        for ids, *noted in self._pending:
-            rows = zip(ids, *(values.tolist() for values in noted), strict=True)
-            visits += [(case, size if crossed else None) for case, crossed, size, counted in rows if counted]
+    def _drain(self) -> list[Visit]:
+        """The visits, read from the device."""
+        visits = [
+            Visit(*row)
+            for ids, *noted in self._pending
+            for row in zip(ids, *(values.tolist() for values in noted), strict=True)
+        ]
         self._pending.clear()
         return visits
 
@@ -175,29 +170,35 @@ class MarginLedger:
         sums them exactly (``math.fsum``), so all ranks hold the same margins, equal to those of a single process that
         made all the visits.
         """
-        visits = []
-        for cases, part in gather((list(self.cases), self._drain())):
-            self.register(cases)
-            visits += part
         by_case: defaultdict[str, list[float | None]] = defaultdict(list)
-        for case, size in visits:
-            by_case[case].append(size)
+        for cases, visits in gather((list(self.cases), self._drain())):
+            self.register(cases)
+            for visit in visits:
+                record = self.cases[visit.case]
+                record.below += visit.below
+                record.background += visit.background
+                if visit.counts:
+                    by_case[visit.case].append(visit.distance if visit.crossed else None)
         for case, sizes in by_case.items():
             self._move(self.cases[case], sizes)
-        return self._summarise(len(by_case), [size is not None for _, size in visits])
+        return self._summarise(len(by_case), [size is not None for sizes in by_case.values() for size in sizes])
 
     def _move(self, record: CaseRecord, sizes: Sequence[float | None]) -> None:
         """Move a margin by its visits of an epoch, None where one held, else its distance."""
         distances = [size for size in sizes if size is not None]
-        held = len(sizes) - len(distances)
-        expanded = record.margin + self.delta
-        contracted = (record.margin + math.fsum(distances) / len(distances)) / 2 if distances else expanded
-        if self.rule == "mean":
-            moved = (held * expanded + len(distances) * contracted) / len(sizes)
-        elif held >= len(sizes) / 2 if self.rule == "majority" else held:
-            moved = expanded
+        held = 1 - len(distances) / len(sizes)
+        mean = math.fsum(distances) / len(distances) if distances else record.margin
+        margin, delta, q = record.margin, self.delta, self.crossing_share
+        if self.rule == "quantile":
+            moved = margin + delta * (q * held - (1 - q) * (1 - held)) / max(q, 1 - q)
+        elif self.rule == "ame":
+            # Steps of a tenth less each; the floor must not fall by the rounding of a margin that is a multiple.
+            grown = margin + delta * AME_DECAY ** math.floor(margin / delta + 1e-9)
+            moved = held * grown + (1 - held) * mean
+        elif held > 0:
+            moved = margin + delta
         else:
-            moved = record.margin if self.rule == "grow" else contracted
+            moved = margin if self.rule == "grow" else (margin + mean) / 2
         moved = min(max(moved, 0.0), self.eps_max)
         record.expanding = moved > record.margin
         record.margin = moved
@@ -221,6 +222,9 @@ class MarginLedger:
             expanding_share=sum(r.expanding for r in self.cases.values()) / max(len(self.cases), 1),
             quantiles=tuple(quantiles),
             equilibrium=len(recent) == 2 * n and sum(recent[n:]) < (1 + EQUILIBRIUM_GROWTH) * sum(recent[:n]),
+            shrinking=len(self._medians) > n and self._medians[-1] < (1 - SHRINKING) * self._medians[-1 - n],
+            at_cap_share=sum(r.margin >= self.eps_max for r in self.cases.values()) / max(len(self.cases), 1),
+            never_searched=sum(r.visits == 0 for r in self.cases.values()),
         )
         self.epoch += 1
         return summary
@@ -234,6 +238,7 @@ class MarginLedger:
             "delta": self.delta,
             "eps_max": self.eps_max,
             "rule": self.rule,
+            "crossing_share": self.crossing_share,
             "epoch": self.epoch,
             "medians": list(self._medians),
             "cases": list(self.cases),

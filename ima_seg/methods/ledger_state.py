@@ -9,14 +9,18 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeFloat, NonNegativeInt, model_validator
 
 #: Layout version of :meth:`MarginLedger.state_dict`, and the fields of a record there.
-STATE_VERSION = 1
+STATE_VERSION = 2
+#: Of which version 1 lacked the last two.
 COLUMNS: Mapping[str, torch.dtype] = {
     "margin": torch.float64,
     "visits": torch.int64,
     "crossed": torch.int64,
     "expanding": torch.bool,
     "seen": torch.int64,
+    "below": torch.int64,
+    "background": torch.int64,
 }
+_NEW = ("below", "background")
 
 
 def _listed(column: Any) -> Any:
@@ -40,13 +44,17 @@ class LedgerState(BaseModel):
     crossed: Column[NonNegativeInt]
     expanding: Column[bool]
     seen: Column[int]
+    below: Column[NonNegativeInt]
+    background: Column[NonNegativeInt]
 
     @model_validator(mode="before")
     @classmethod
     def _is_of_this_version(cls, state: Any) -> Any:
         version = state.get("version") if isinstance(state, Mapping) else None
+        if version == 1 and isinstance(state.get("cases"), list):
+            return {**state, **{name: [0] * len(state["cases"]) for name in _NEW}}
         if version != STATE_VERSION:
-            raise ValueError(f"it is of version {version!r}, this ima-seg reads version {STATE_VERSION}")
+            raise ValueError(f"it is of version {version!r}, this ima-seg reads versions 1 and {STATE_VERSION}")
         return state
 
     @model_validator(mode="after")

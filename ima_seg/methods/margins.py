@@ -12,13 +12,18 @@ from typing_extensions import override
 from ima_seg.errors import UserError
 from ima_seg.files import write_csv
 from ima_seg.methods.base import Method, R
-from ima_seg.methods.ledger import EpochSummary, MarginLedger
+from ima_seg.methods.ima_settings import IMASettings
+from ima_seg.methods.ledger import MarginLedger
+from ima_seg.methods.ledger_records import EpochSummary
 from ima_seg.methods.plots import plot_progress
-from ima_seg.methods.settings import IMASettings
 from ima_seg.types import Norm
 
 MARGINS_FILE = "ima_margins.csv"
 PROGRESS_FILE = "ima_progress.png"
+#: Of patches with foreground, so many that cannot be searched are warned of.
+FEW_SEARCHED = 0.25
+#: Other warnings come this often in a training.
+REMINDERS = 10
 
 
 class WithMargins(Method[IMASettings, R]):
@@ -75,7 +80,8 @@ class WithMargins(Method[IMASettings, R]):
     def columns(self, totals: Mapping[str, float]) -> dict[str, Any]:
         summary, patches = self.end_epoch(), max(totals["patches"], 1)
         names = ("margin_q05", "margin_q25", "margin_q50", "margin_q75", "margin_q95")
-        kept = ("expanding_share", "crossed_share", "equilibrium", "cases_visited", "visits")
+        kept = ("expanding_share", "crossed_share", "equilibrium", "shrinking", "at_cap_share", "never_searched",
+                "cases_visited", "visits")  # fmt: skip
         return {
             "epoch": summary.epoch,
             **dict(zip(names, summary.quantiles, strict=True)),
@@ -92,9 +98,9 @@ class WithMargins(Method[IMASettings, R]):
         row = history[-1]
         visits = f"crossed {row['crossed_share']:.0%} of {row['visits']} visits" if row["visits"] else "none visited"
         found = [
-            f"IMA margins: median {row['margin_q50']:.4f} (5-95 %: {row['margin_q05']:.4f}-{row['margin_q95']:.4f}) SD "
-            f"per voxel, expanding {row['expanding_share']:.0%} of {len(self.ledger.cases)} cases, {visits}, "
-            f"{row['passes_per_sample']:.1f} search passes per patch"
+            f"IMA training margins: median {row['margin_q50']:.4f} (5-95 %: {row['margin_q05']:.4f}-"
+            f"{row['margin_q95']:.4f}) SD per voxel, expanding {row['expanding_share']:.0%} of "
+            f"{len(self.ledger.cases)} cases, {visits}, {row['passes_per_sample']:.1f} search passes per patch"
         ]
         if row["equilibrium"] and not any(earlier["equilibrium"] for earlier in history[:-1]):
             found.append("IMA equilibrium: the median margin has stopped growing")
@@ -102,24 +108,45 @@ class WithMargins(Method[IMASettings, R]):
 
     @override
     def warnings(self, row: Mapping[str, Any]) -> list[str]:
-        foreground, tau = 1 - row["background_share"], self.settings.tau
-        failing, remedy = {
-            "dice": (f"a Dice below tau = {tau:g}", "lower tau if it stays so"),
-            "relative": ("a Dice of 0", "the network has not learnt enough to be attacked"),
-            "loss": (f"a loss above tau = {tau:g}", "raise tau if it stays so"),
-        }[self.settings.criterion]
+        foreground, epoch = 1 - row["background_share"], row["epoch"]
         found = []
         if foreground == 0:
             found.append("no patch of this epoch had foreground, so no margin could be searched")
-        elif row["epoch"] >= 0.2 * self.epochs and row["below_tau_share"] > 0.5 * foreground:
+        # In the first epoch a network from scratch knows nothing yet.
+        elif epoch >= 1 and row["below_tau_share"] > FEW_SEARCHED * foreground:
+            failing, remedy = self._failing()
             found.append(
                 f"{row['below_tau_share'] / foreground:.0%} of the patches with foreground have {failing} "
-                "without any perturbation and are trained without one; " + remedy
+                "without any perturbation and are trained without one, as by standard training; " + remedy
+            )
+        if epoch == 1 or (epoch > 1 and (epoch + 1) % max(self.epochs // REMINDERS, 1) == 0):
+            found += never_searched(self.ledger)
+            if row["at_cap_share"] > 0.5:
+                found.append(
+                    f"{row['at_cap_share']:.0%} of the margins are at the cap of {self.ledger.eps_max:.4g} SD per "
+                    "voxel, so that they no longer tell the cases apart; raise eps_max to let them grow"
+                )
+        if row["shrinking"]:
+            found.append(
+                f"the median margin has lost a quarter in {self.ledger.patience} epochs, to {row['margin_q50']:.4g}: "
+                "the network bears less than before; a lower learning rate or a smaller delta may help"
             )
         for name, what in (("nonfinite_gradients", "NaN or infinite gradients"), ("zero_gradients", "zero gradients")):
             if row[name]:
                 found.append(f"{row[name]} patches with {what} in this epoch")
         return found
+
+    def _failing(self) -> tuple[str, str]:
+        """What patches are that have crossed without perturbation, and what helps."""
+        tau = self.settings.tau
+        return {
+            "dice": (f"a Dice below tau = {tau:g}", "lower tau, or take the criterion 'relative'"),
+            "relative": (
+                "a Dice of 0",
+                "the network has not learnt enough to be attacked: start from a standard model",
+            ),
+            "loss": (f"a loss above tau = {tau:g}", "raise tau"),
+        }[self.settings.criterion]
 
     @override
     def write_files(
@@ -132,6 +159,18 @@ class WithMargins(Method[IMASettings, R]):
         plot_progress(folder / PROGRESS_FILE, history, self.ledger, norm=norm)
 
 
+def never_searched(ledger: MarginLedger) -> list[str]:
+    """Which cases have been drawn but never searched so far, and why, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for case, record in sorted(ledger.cases.items()):
+        if record.obstacle and (record.below or record.background):
+            reasons.setdefault(record.obstacle, []).append(case)
+    return [
+        f"{len(cases)} cases have never been searched, for {why}: {', '.join(cases[:5])}{', ...' * (len(cases) > 5)}"
+        for why, cases in reasons.items()
+    ]
+
+
 def margin_rows(ledger: MarginLedger, *, norm: Norm, voxels: int, native: Mapping[str, float]) -> list[dict[str, Any]]:
     """Rows of ``ima_margins.csv``.
 
@@ -142,18 +181,19 @@ def margin_rows(ledger: MarginLedger, *, norm: Norm, voxels: int, native: Mappin
         native: native intensity units (HU, scanner units) per network unit of each channel, where they are the same for
             all cases; each adds a column.
     """
-    size = "margin_rms" if norm == "l2" else "margin_linf"
+    size = "training_margin_rms" if norm == "l2" else "training_margin_linf"
     rows = []
     for record in ledger.table():
         row = {"case": record["case"], size: record["margin"]}
         if norm == "l2":
-            row["margin_l2"] = record["margin"] * math.sqrt(voxels)
-        row |= {f"margin_{column}": record["margin"] * scale for column, scale in native.items()}
+            row["training_margin_l2"] = record["margin"] * math.sqrt(voxels)
+        row |= {f"training_margin_{column}": record["margin"] * scale for column, scale in native.items()}
         row |= {
             "visits": record["visits"],
             "crossed_share": record["crossed"] / record["visits"] if record["visits"] else float("nan"),
             "expanding": record["expanding"],
             "last_epoch": record["seen"],
+            "never_searched_because": ledger.cases[record["case"]].obstacle,
         }
         rows.append(row)
     return rows

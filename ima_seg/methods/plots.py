@@ -55,7 +55,7 @@ def _figure(history: Sequence[Mapping[str, Any]], ledger: MarginLedger, norm: No
     draw(course, "margin_q50", "median", color="C0")
     course.axhline(delta, color="grey", linestyle=":", label=f"first margin, step δ = {delta:.3g}")
     course.axhline(eps_max, color="black", linestyle="--", linewidth=0.8, label=f"cap ε_max = {eps_max:.3g}")
-    course.set(title="Margins over epochs", xlabel="epoch", ylabel=f"margin, {unit}", ylim=(0, None))
+    course.set(title="Training margins over epochs", xlabel="epoch", ylabel=f"margin, {unit}", ylim=(0, None))
 
     histogram.hist(margins, bins=30, color="C0")
     histogram.axvline(delta, color="grey", linestyle=":")

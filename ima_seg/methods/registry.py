@@ -10,7 +10,8 @@ from ima_seg.methods.base import Method
 from ima_seg.methods.ensembling import TemporalEnsembling
 from ima_seg.methods.fixed import FGSMAT, PGDAT, FreeAT, NoiseAugmentation, SegPGDAT
 from ima_seg.methods.ima import IMA
-from ima_seg.methods.settings import AMAT, TrainingSettings
+from ima_seg.methods.ima_settings import AMAT, AME
+from ima_seg.methods.settings import TrainingSettings
 from ima_seg.methods.trades import TRADES
 
 #: A method of one's own is added under the section of its settings.
@@ -19,7 +20,7 @@ METHODS: dict[str, type[Method[Any, Any]]] = {
     for kind in (IMA, PGDAT, FGSMAT, SegPGDAT, FreeAT, TRADES, TemporalEnsembling, NoiseAugmentation)
 }
 #: Further names: settings of one of these methods that make another.
-PRESETS: Mapping[str, TrainingSettings] = {"amat": AMAT}
+PRESETS: Mapping[str, TrainingSettings] = {"amat": AMAT, "ame": AME}
 
 
 def preset(name: str) -> TrainingSettings:

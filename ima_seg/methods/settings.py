@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ima_seg.attacks.boundary import Refine, SearchSettings
 from ima_seg.attacks.network import Precision
 from ima_seg.errors import UserError
-from ima_seg.methods.ledger import Rule
 from ima_seg.types import Norm
 
 if sys.version_info >= (3, 11):
@@ -26,15 +24,11 @@ else:
 
 #: Names the settings file.
 ENVIRONMENT_VARIABLE = "IMA_CONFIG"
-#: Cap on margins unless set: the paper's largest, L2 15 on a 56x40 slice, is 0.317 SD per voxel.
-DEFAULT_EPS_MAX = 0.3
 
 #: What trainings did before a setting existed.
 BEFORE: Mapping[str, Any] = {"start": "random", "criterion": "dice"}
 #: Settings that there were, and the value of each that did nothing.
 REMOVED: Mapping[str, Any] = {"steady_interval": 1}
-
-Auto = Literal["auto"]
 
 S = TypeVar("S", bound="TrainingSettings")
 
@@ -47,6 +41,11 @@ class TrainingSettings(BaseModel):
         unit: of sizes. ``"voxel"``: per voxel in SDs of the network's input, RMS for l2 and largest absolute value for
             linf. ``"l2"``: L2 norm of the perturbation of a whole training patch.
         precision: arithmetic of the attack; ``"auto"`` is bfloat16 where the device computes in it natively.
+        ema: decay per iteration of an exponential moving average of the weights, with which nnU-Net's trainers
+            validate, predict and export; 0 for none.
+        teacher: of nnU-Net's trainers, the folder of a trained model (``TRAINER__PLANS__CONFIGURATION``) with the same
+            fold: a frozen network to whose predictions of clean patches training is held.
+        teacher_weight: of that, the mean over voxels of KL(teacher, network), in nats, beside the training loss.
         epochs, iterations_per_epoch, val_iterations_per_epoch, save_every: replace nnU-Net's own where given.
     """
 
@@ -60,6 +59,9 @@ class TrainingSettings(BaseModel):
     norm: Norm = "l2"
     unit: Literal["voxel", "l2"] = "voxel"
     precision: Precision = "auto"
+    ema: float = Field(0.0, ge=0, lt=1)
+    teacher: str | None = Field(None, min_length=1)
+    teacher_weight: float = Field(1.0, gt=0)
     epochs: int | None = Field(None, ge=1)
     iterations_per_epoch: int | None = Field(None, ge=1)
     val_iterations_per_epoch: int | None = Field(None, ge=1)
@@ -119,111 +121,6 @@ class TrainingSettings(BaseModel):
         return {name: value for name, value in attributes.items() if value is not None}
 
 
-class IMASettings(TrainingSettings):
-    """Settings of IMA training.
-
-    Attributes:
-        eps_max: cap on margins; ``"auto"``: 0.3 standard deviations per voxel. Only a cap: a case stops expanding at
-            its own boundary.
-        delta: expansion step and first margin; ``"auto"``: the cap in as many steps as a third of the epochs, but 10
-            to 50. Boundaries in 3D are nearer per voxel than in 2D, and a first margin beyond them trains on noise
-            that is too large.
-        criterion: what tells whether a patch has crossed: ``"dice"``, its hard foreground Dice is below ``tau``;
-            ``"relative"``, it is below ``tau`` times that of the clean patch; ``"loss"``, its Dice + CE is above
-            ``tau``, counted from its least, which is 0 where all is right. Patches that have crossed without
-            perturbation are not searched; with ``"relative"`` those are the patches whose clean Dice is 0. Of a
-            classifier none of these: an image has crossed when its predicted class changes, or any of its labels.
-        tau: the threshold; above 0, and below 1 for a Dice. The lower, the larger the margins: more robust, less Dice
-            on clean images. The paper takes 0.6.
-        beta: weight of the adversarial loss; 0 is standard training.
-        steps: gradient steps K of the search, at most.
-        step_factor: alpha; a step is ``step_factor * margin / steps`` long.
-        start: where the search begins. ``"random"``: at a random point. ``"mixed"``: one step from there along the
-            input gradient of the clean training loss, which the clean backward pass yields at the cost of the first
-            layer's. It is the gradient of another loss (whole batch, all heads), so only the start: the search climbs
-            each patch's own. Patches without a usable gradient, and all where ``beta`` is 1, start at random.
-        refine, refine_steps, refine_tolerance: how a crossing is placed on the boundary (see ``SearchSettings``). The
-            two forwards of the default leave it a little beyond, which cost no robustness.
-        background_steps: gradient steps on patches without foreground, which have no boundary to find; 0 leaves them
-            clean. They climb their own loss from a random point.
-        rule: how visits move margins (see ``MarginLedger``).
-        cuda_graphs: ``"on"`` captures the network passes of the search as CUDA graphs, one for each size of the batch
-            (:class:`ima_seg.attacks.GraphedPasses`): faster where launches take longer than kernels.
-    """
-
-    section: ClassVar[str] = "ima"
-    sizes: ClassVar[tuple[str, ...]] = ("eps_max", "delta")
-
-    eps_max: Auto | float = "auto"
-    delta: Auto | float = "auto"
-    criterion: Literal["dice", "relative", "loss"] = "dice"
-    tau: float = 0.45
-    beta: float = Field(0.5, ge=0, le=1)
-    steps: int = Field(5, ge=1, le=1000)
-    step_factor: float = Field(4.0, gt=0)
-    start: Literal["random", "mixed"] = "random"
-    refine: Refine = "root"
-    refine_steps: int = Field(2, ge=0, le=100)
-    refine_tolerance: float = Field(0.1, ge=0, lt=1)
-    background_steps: int = Field(1, ge=0, le=1000)
-    rule: Rule = "mean"
-    cuda_graphs: Literal["off", "on"] = "off"
-
-    @field_validator("start", mode="before")
-    @classmethod
-    def _start_exists(cls, start: Any) -> Any:
-        if start == "gradient":
-            raise ValueError("it was removed, for it gained nothing; use 'random' or 'mixed'")
-        return start
-
-    @field_validator("tau")
-    @classmethod
-    def _threshold(cls, tau: float, info: ValidationInfo) -> float:
-        if info.data.get("criterion") != "loss" and not 0 < tau < 1:
-            raise ValueError("as the threshold of a Dice it must be above 0 and below 1")
-        if tau <= 0:
-            raise ValueError("as the threshold of a loss it must be above 0")
-        return tau
-
-    @model_validator(mode="after")
-    def _consistent(self) -> IMASettings:
-        cap = DEFAULT_EPS_MAX if self.eps_max == "auto" and self.unit == "voxel" else self.eps_max
-        if cap != "auto" and self.delta != "auto" and self.delta > cap:
-            raise ValueError(f"delta {self.delta:g} is more than eps_max {cap:g}; use a smaller step or a larger cap")
-        return self
-
-    def check_classes(self) -> None:
-        """Refuse settings that are not for classifiers.
-
-        Raises:
-            UserError: ``criterion`` or ``tau``, which say when a segmentation has crossed, differ from their defaults;
-                ``beta`` is 1.
-        """
-        if self.beta == 1:
-            raise UserError("beta is 1, which leaves images that are classified wrongly without a loss; use less")
-        for name in ("criterion", "tau"):
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
-                raise UserError(
-                    f"{name} is {value!r}, which is for segmentations; an image has crossed when its predicted class "
-                    f"changes, so leave {name} out"
-                )
-
-    def resolve_sizes(self, *, patch_voxels: int, epochs: int) -> tuple[float, float]:
-        """``(delta, eps_max)`` per voxel in SDs, for patches of so many values and this many epochs."""
-        per_voxel = self.per_voxel(patch_voxels)
-        eps_max = DEFAULT_EPS_MAX if self.eps_max == "auto" else self.eps_max * per_voxel
-        delta = eps_max / min(max(epochs / 3, 10), 50) if self.delta == "auto" else self.delta * per_voxel
-        if delta > eps_max:
-            raise UserError(f"delta {delta:g} is more than eps_max {eps_max:g} (per voxel); use a smaller step")
-        return delta, eps_max
-
-    def search(self, *, delta: float, multiple_of: int) -> SearchSettings:
-        """The settings of the boundary search; ``delta`` per voxel."""
-        shared = self.model_dump(include={"steps", "step_factor", "refine", "refine_steps", "refine_tolerance"})
-        return SearchSettings(**shared, start_slack=delta, multiple_of=multiple_of)
-
-
 def _explain(item: Any, source: str, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in item["loc"] if part not in ("literal['auto']", "float"))
     if item["type"] == "extra_forbidden" and key in REMOVED:
@@ -236,7 +133,7 @@ def _explain(item: Any, source: str, model: type[BaseModel]) -> str:
     return f"{source}: {key} = {item['input']!r}: {message}" if key else f"{source}: {message}"
 
 
-def read_settings_file(path: str | os.PathLike[str], section: str = IMASettings.section) -> dict[str, Any]:
+def read_settings_file(path: str | os.PathLike[str], section: str = "ima") -> dict[str, Any]:
     """The raw settings of a ``.toml``, ``.yaml`` or ``.yml`` file, at its top level or in a section ``section``.
 
     Raises:
@@ -292,9 +189,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     ignored = {"save_every", "val_iterations_per_epoch", "precision", "cuda_graphs"}
     names = [n for n in {**old, **new} if n not in ignored and old.get(n) != new.get(n)]
     return ", ".join(f"{n}: {old.get(n)} there, {new.get(n)} now" for n in names)
-
-
-#: About half of the default's search (``benchmarks/robustness/search_settings.py``).
-FAST = IMASettings(steps=2, start="mixed", refine_steps=1)
-#: AMAT: the margin is defined by a loss, and never moved back.
-AMAT = IMASettings(criterion="loss", tau=0.5, rule="grow")

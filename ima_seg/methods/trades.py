@@ -7,13 +7,14 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from ima_seg.attacks import Goal
+from ima_seg.attacks.losses import divergence
 from ima_seg.attacks.network import full_resolution
 from ima_seg.attacks.passes import as_attacked
-from ima_seg.methods.base import Calls, MethodReport, map_heads
+from ima_seg.methods.base import MethodReport
+from ima_seg.methods.calls import EVERY, Calls, map_heads
 from ima_seg.methods.fixed import FixedBudget, FixedBudgetSettings, Positive, Steps
 from ima_seg.types import PassCount, Target
 
@@ -30,31 +31,6 @@ class TRADESSettings(FixedBudgetSettings):
     steps: Steps = 10
     step_factor: Positive = 2.5
     weight: float = Field(6.0, ge=0)
-
-
-def divergence(logits: torch.Tensor, target: Target, progress: float = 0.0, *, clean: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of the predictions p of ``clean`` and q of ``logits``, mean over voxels (B,), in nats.
-
-    Regions, or labels of an image: of their yes and no, mean over voxels and regions. Ignored voxels do not count.
-
-    Args:
-        logits: (B, K, *S), of a classifier (B, K).
-        target: tells regions from classes, and which voxels are ignored.
-        progress: not used.
-        clean: of the same shape.
-    """
-    flat, reference = (part.float().reshape(*part.shape[:2], -1) for part in (logits, clean))
-    if target.labels.regions:
-        p = reference.sigmoid()
-        each = p * (F.logsigmoid(reference) - F.logsigmoid(flat))
-        each = each + (1 - p) * (F.logsigmoid(-reference) - F.logsigmoid(-flat))
-    else:
-        log_p = reference.log_softmax(1)
-        each = (log_p.exp() * (log_p - flat.log_softmax(1))).sum(1, keepdim=True)
-    if target.valid is None:
-        return each.mean((1, 2))
-    counted = target.valid.expand_as(each)
-    return each.masked_fill(~counted, 0.0).sum((1, 2)) / counted.sum((1, 2)).clamp_min(1)
 
 
 class TRADES(FixedBudget[TRADESSettings]):
@@ -77,7 +53,7 @@ class TRADES(FixedBudget[TRADESSettings]):
         output = calls.forward(calls.model, torch.cat([x, perturbed]))
         heads = full_resolution(output)
         moved = divergence(heads[count:], target, clean=heads[:count]).mean()
-        value = calls.loss(map_heads(output, lambda head: head[:count])) + settings.weight * moved
+        value = calls.loss(map_heads(output, lambda head: head[:count]), EVERY) + settings.weight * moved
         calls.backward(value)
         passes += PassCount(forwards=count)
         return MethodReport(loss=value.detach(), passes=passes, training=2 * count, patches=count)

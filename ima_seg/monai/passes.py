@@ -15,7 +15,7 @@ from torch import nn
 
 from ima_seg.attacks.network import full_resolution
 from ima_seg.errors import UserError
-from ima_seg.methods.base import map_heads
+from ima_seg.methods.calls import Rows, map_heads
 from ima_seg.monai.network import own_inputs
 
 
@@ -58,12 +58,12 @@ class Passes:
         self._stacked = isinstance(prediction, torch.Tensor) and prediction.ndim == images.ndim + 1
         return list(prediction.unbind(1)) if self._stacked else prediction
 
-    def loss(self, heads: Any) -> torch.Tensor:
-        """The training loss of the rows of the batch in what :meth:`forward` returned."""
+    def loss(self, heads: Any, rows: Rows) -> torch.Tensor:
+        """The training loss of what :meth:`forward` returned for these rows of the batch."""
         function = self.engine.loss_function
         stacked = self._stacked and not isinstance(function, DeepSupervisionLoss)
         with self._autocast():
-            value = self._scalar(function(torch.stack(heads, 1) if stacked else heads, self.targets))
+            value = self._scalar(function(torch.stack(heads, 1) if stacked else heads, self.targets[rows]))
             if not self._first:
                 return value
             self._first = False

@@ -35,6 +35,7 @@ _MONAI_NAMES = {
     "iterations_per_epoch": "the trainer's epoch_length",
     "val_iterations_per_epoch": "the evaluator's epoch_length",
     "save_every": "save_interval of CheckpointSaver",
+    "ema": "ignite.handlers.EMAHandler(network, momentum=1 - ema) among the train_handlers",
 }
 
 
@@ -59,12 +60,16 @@ def make_method(
     labels = values.pop("labels")
     if isinstance(labels, Mapping | int):
         labels = Labels(**labels) if isinstance(labels, Mapping) else Labels(labels)
-    more = {key: values.pop(key, None) for key in ("image_channels", "patch_voxels", "channel_sd")}
+    patch_voxels = values.pop("patch_voxels", None)
+    names = ("image_channels", "channel_sd", "bounds", "masked", "teacher")
+    more = {key: values.pop(key) for key in names if key in values}
+    if isinstance(more.get("teacher"), str):
+        raise UserError(f"{name}: teacher is {more['teacher']!r}; give the trained network itself")
     for setting in values.keys() & _MONAI_NAMES.keys():
         raise UserError(f"{name}: {setting} is a setting of nnU-Net's trainers; here it is {_MONAI_NAMES[setting]}")
     base = registry.preset(name)
     settings = type(base).parse(values, source=name, base=base)
-    return registry.make_method(settings, labels=labels, epochs=epochs, **more)
+    return registry.make_method(settings, labels=labels, patch_voxels=patch_voxels, epochs=epochs, **more)
 
 
 class AdversarialSupervisedTrainer(SupervisedTrainer):
@@ -78,7 +83,9 @@ class AdversarialSupervisedTrainer(SupervisedTrainer):
               or the number of output channels, of which 0 is background;
             - ``image_channels``: the first this many input channels may be perturbed (default: all);
             - ``patch_voxels``: image channels x voxels of a patch, needed with ``unit = "l2"``;
-            - ``channel_sd``: standard deviation (SD) of each image channel, in whose units sizes are (default: 1).
+            - ``channel_sd``: standard deviation (SD) of each image channel, in whose units sizes are (default: 1);
+            - ``bounds``, ``masked``: what is not perturbed, see :class:`ima_seg.ThreatModel`;
+            - ``teacher``: a trained network to whose predictions of clean images training is held.
         case_key: key of the batch, or of the images' metadata, that holds the case ids, which IMA needs. Default: the
             file that the images' metadata name, as ``LoadImaged`` notes it; the id is its folder and name.
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from ima_seg.errors import UserError
 from ima_seg.files import replacing
-from ima_seg.methods.ledger import MarginLedger, Rule
+from ima_seg.methods.ledger import MarginLedger
 from ima_seg.types import Norm
 from ima_seg.validation import validated
 from ima_seg.weights import load_tensors, strip_prefixes
@@ -22,6 +22,9 @@ from ima_seg.weights import load_tensors, strip_prefixes
 KEY = "ima"
 #: The same of the methods that IMA is compared with.
 METHOD_KEY = "ima_method"
+
+#: The last weights of a training whose ``network_weights`` are an average of them.
+TRAINED_KEY = "ima_trained_weights"
 
 
 def _allowed_globals() -> list[Any]:
@@ -47,7 +50,8 @@ class _LedgerSettings(BaseModel):
     norm: Norm
     delta: float
     eps_max: float
-    rule: Rule
+    #: Also one of an earlier version, whose margins are read but not gone on with.
+    rule: str
     channel_sd: list[PositiveFloat] | None = None
 
 
@@ -85,6 +89,7 @@ class _Checkpoint(BaseModel):
     inference_allowed_mirroring_axes: list[NonNegativeInt] | None = None
     ima: _IMAState | None = None
     ima_method: _MethodState | None = None
+    ima_trained_weights: dict[str, torch.Tensor] | None = None
 
 
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -158,8 +163,8 @@ def checkpoint_files(model_folder: str | Path) -> list[Path]:
 
 
 def restore_ledger(state: Mapping[str, Any]) -> MarginLedger:
-    """The ledger in our state of a checkpoint, its :data:`KEY`."""
+    """The ledger in our state of a checkpoint, its :data:`KEY`, to be looked at."""
     settings = state["settings"]
-    ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"], rule=settings["rule"])
+    ledger = MarginLedger(delta=settings["delta"], eps_max=settings["eps_max"])
     ledger.load_state_dict(state["ledger"])
     return ledger

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ima_seg.errors import UserError
 from ima_seg.methods.registry import make_method
 from ima_seg.methods.settings import TrainingSettings
 from ima_seg.nnunet.dataset import channel_names
 from ima_seg.nnunet.intensity import shared_native_scale
-from ima_seg.nnunet.normalisation import shared_sd
+from ima_seg.nnunet.normalisation import clipping, shared_sd
 from ima_seg.nnunet.training import Training
 from ima_seg.types import Labels
 from ima_seg.versions import check_version
@@ -38,21 +39,36 @@ def check_nnunet_version() -> str:
     return check_version("nnunetv2", SUPPORTED_NNUNET, title="nnU-Net")
 
 
-def make_training(trainer: Any, settings: TrainingSettings) -> Training:
-    """The training that fits a freshly constructed nnU-Net trainer."""
+def trainer_labels(trainer: Any) -> Labels:
+    """How the outputs of a trainer's network are read."""
     labels = trainer.label_manager
+    return Labels(outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label)
+
+
+def make_training(trainer: Any, settings: TrainingSettings, teacher: nn.Module | None = None) -> Training:
+    """The training that fits a freshly constructed nnU-Net trainer."""
     channels = len(channel_names(trainer.dataset_json))
-    voxels = channels * math.prod(trainer.configuration_manager.patch_size)
+    configuration = trainer.configuration_manager
+    voxels = channels * math.prod(configuration.patch_size)
     method = make_method(
         settings,
-        labels=Labels(
-            outputs=labels.num_segmentation_heads, regions=labels.has_regions, ignore_label=labels.ignore_label
-        ),
+        labels=trainer_labels(trainer),
         patch_voxels=voxels,
         epochs=trainer.num_epochs,
         image_channels=channels,  # those that a cascade appends are never perturbed
+        bounds=_bounds(trainer),
+        # nnU-Net's augmentation keeps the outside of these at 0.
+        masked=[index for index, masked in enumerate(configuration.use_mask_for_norm) if masked],
+        teacher=teacher,
     )
     return Training(method, voxels=voxels, native={}, log=trainer.print_to_log_file)
+
+
+def _bounds(trainer: Any) -> list[tuple[float, float] | None]:
+    """Of each channel, between which values its normalisation clips, in network units."""
+    properties = trainer.plans_manager.foreground_intensity_properties_per_channel
+    schemes = trainer.configuration_manager.normalization_schemes
+    return [clipping(scheme, properties.get(str(index), {})) for index, scheme in enumerate(schemes)]
 
 
 def set_unit(trainer: Any, cases: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from ima_seg.files import building_folder
 from ima_seg.nnunet.checkpoint import (
     KEY,
     METHOD_KEY,
+    TRAINED_KEY,
     checkpoint_files,
     read_checkpoint,
     require_model_folder,
@@ -28,7 +29,7 @@ def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = 
     """Write a copy of ``model_folder`` whose checkpoints name ``nnUNetTrainer``.
 
     Inference needs the trainer only for the network architecture, which IMA leaves as it is; weights are copied as they
-    are. The margin ledger (case ids of the training set) is left out.
+    are, averaged ones where the training averages them. The margin ledger (case ids of the training set) is left out.
 
     Args:
         model_folder: ``TRAINER__PLANS__CONFIGURATION`` in nnUNet_results, with ``fold_*`` inside.
@@ -56,7 +57,7 @@ def export_model(model_folder: str | Path, output: str | Path, *, trust: bool = 
             _check_architecture(str(checkpoint["trainer_name"]), file)
             # What cannot be loaded, stock nnU-Net cannot either.
             load_model(source, folds=[file.parent.name.removeprefix("fold_")], checkpoint=file.name, trust=trust)
-            kept = {key: value for key, value in checkpoint.items() if key not in (KEY, METHOD_KEY)}
+            kept = {key: value for key, value in checkpoint.items() if key not in (KEY, METHOD_KEY, TRAINED_KEY)}
             write_checkpoint(folder / file.relative_to(source), {**kept, "trainer_name": STOCK_TRAINER})
     return target
 
@@ -68,10 +69,10 @@ def _check_architecture(trainer_name: str, file: Path) -> None:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     trainer = trainer_class(trainer_name)
-    # Looked up as nnU-Net does, for the trainers stand above this module.
-    if trainer is None or trainer.__module__.partition(".")[0] != "nnunet_trainers":
+    if trainer is None:
         raise UserError(
-            f"{file} was trained by {trainer_name}, which is not a trainer of ima-seg; nothing was exported"
+            f"{file} was trained by {trainer_name}, which nnU-Net does not find here; set nnUNet_extTrainer to its "
+            "folder. Nothing was exported"
         )
     if trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture:
         raise UserError(f"{file}: {trainer_name} builds a network of its own, which stock nnU-Net cannot; not exported")

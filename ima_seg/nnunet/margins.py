@@ -1,4 +1,4 @@
-"""``ima-seg margins``: the margins of a trained model, printed and plotted."""
+"""``ima-seg margins``: the training margins of a model, printed and plotted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from ima_seg.errors import UserError, plain
 from ima_seg.files import write_csv
 from ima_seg.methods.ledger import MarginLedger
-from ima_seg.methods.margins import PROGRESS_FILE, margin_rows
+from ima_seg.methods.margins import FEW_SEARCHED, PROGRESS_FILE, margin_rows, never_searched
 from ima_seg.methods.plots import plot_progress
 from ima_seg.nnunet.checkpoint import KEY, read_checkpoint, require_model_folder, restore_ledger
 from ima_seg.nnunet.dataset import channel_names
@@ -45,6 +45,7 @@ class _Epoch(BaseModel):
     expanding_share: float
     crossed_share: float
     below_tau_share: float
+    background_share: float
     clean_loss: float
     adversarial_loss: float
     passes_per_sample: float
@@ -140,7 +141,7 @@ def show_margins(
                 channel_sd=sd,
             )  # fmt: skip
             size = fold.ledger.cases[row["case"]].margin
-            row.update({f"margin_{column}": size * scale for column, scale in scales.items()})
+            row.update({f"training_margin_{column}": size * scale for column, scale in scales.items()})
     rows.sort(key=lambda row: fold.ledger.cases[row["case"]].margin)
     table = Table(title=f"{escape(plain(fold.folder))}  ({fold.checkpoint}, after {fold.ledger.epoch} epochs)")
     names = [name for name in (rows[0] if rows else ()) if name != "last_epoch"]
@@ -160,8 +161,17 @@ def show_margins(
     folder = output or fold.folder
     plot = folder / PROGRESS_FILE
     plot_progress(plot, fold.history, fold.ledger, norm=fold.settings["norm"])
+    for line in never_searched(fold.ledger):
+        console.print(line, soft_wrap=True)
     if fold.history:
         last = fold.history[-1]
+        foreground = 1 - last["background_share"]
+        if last["below_tau_share"] > FEW_SEARCHED * foreground > 0:
+            console.print(
+                f"{last['below_tau_share'] / foreground:.0%} of the last epoch's patches with foreground had crossed "
+                "without perturbation and were trained without one",
+                soft_wrap=True,
+            )
         state = "yes" if last["equilibrium"] else "no"
         console.print(
             f"median {last['margin_q50']:.4g} SD per voxel, {last['expanding_share']:.0%} of cases expanding, "
@@ -171,6 +181,11 @@ def show_margins(
         write_csv(folder / "ima_margins_native.csv", rows)
         console.print(f"wrote {folder / 'ima_margins_native.csv'}", soft_wrap=True)
     console.print(f"plot: {plot}", soft_wrap=True)
+    console.print(
+        "Training margins bound the search of a training; what a case tolerates is measured by ima-seg evaluate "
+        "--attack minimal",
+        soft_wrap=True,
+    )
 
 
 def _short(value: Any) -> str:

@@ -64,6 +64,19 @@ def shared_sd(scheme: str, properties: Mapping[str, float]) -> float | None:
     return sd if sd > _LEAST_STD else 1.0
 
 
+def clipping(scheme: str, properties: Mapping[str, float]) -> tuple[float, float] | None:
+    """Between which network values a channel is clipped; ``None`` where it is not.
+
+    ``properties`` are those of the channel's foreground in the plans.
+    """
+    if scheme != "CTNormalization":
+        return None
+    shift, scale = float(properties["mean"]), max(float(properties["std"]), _LEAST_STD)
+    return (float(properties["percentile_00_5"]) - shift) / scale, (
+        float(properties["percentile_99_5"]) - shift
+    ) / scale
+
+
 def before_clipping(channel: FloatArray, scale: ChannelScale) -> FloatArray:
     """A ``channel`` of original intensities in network units, whose :func:`~ima_seg.cases.raw.padding` lies near.
 
@@ -103,8 +116,7 @@ def channel_scales(
         elif scheme == "CTNormalization":
             ct = properties[str(index)]
             shift, scale = float(ct["mean"]), max(float(ct["std"]), _LEAST_STD)
-            low, high = ((float(ct[name]) - shift) / scale for name in ("percentile_00_5", "percentile_99_5"))
-            found = ChannelScale(scheme, shift, scale, bounds=(low, high))
+            found = ChannelScale(scheme, shift, scale, bounds=clipping(scheme, ct))
         elif scheme == "RescaleTo01Normalization":
             least, std = float(values.min()), float(values.std())
             found = ChannelScale(scheme, least, std, sd=std / max(float(values.max()) - least, _LEAST_STD))

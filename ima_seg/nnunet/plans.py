@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from ima_seg.data.naming import folders_with_id
 from ima_seg.errors import UserError
 from ima_seg.files import write_text
-from ima_seg.methods.settings import IMASettings
+from ima_seg.methods.ima_settings import IMASettings
 from ima_seg.nnunet.description import read_plans
 from ima_seg.validation import validated
 
@@ -35,6 +35,15 @@ class _Configuration(BaseModel):
     """What is changed of a configuration."""
 
     architecture: _Architecture
+
+
+#: Of torch.nn, with their arguments in plans.
+ACTIVATIONS: Mapping[str, Mapping[str, Any]] = {
+    "LeakyReLU": {"inplace": True},
+    "SiLU": {},
+    "GELU": {},
+    "Softplus": {},
+}
 
 
 def preprocessed_folder(dataset: str) -> Path:
@@ -71,6 +80,7 @@ def vary_plans(
     max_features: int | None = None,
     batch_size: int | None = None,
     patch_size: Sequence[int] | None = None,
+    activation: str | None = None,
     ima: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A copy of ``plans`` under ``name``, with changes that need no new preprocessing.
@@ -83,6 +93,8 @@ def vary_plans(
         max_features: at most so many feature maps.
         batch_size: patches per batch.
         patch_size: voxels per axis; each must be divisible by the network's total stride.
+        activation: of :data:`ACTIVATIONS`. The names of the weights stay what they are, and nnU-Net, without this
+            package, predicts with the plans.
         ima: settings of IMA training, stored in the section ``ima``.
 
     Raises:
@@ -99,7 +111,7 @@ def vary_plans(
             raise UserError(f"configuration {configuration!r} is not in the plans; there are: {', '.join(known)}")
         values = varied["configurations"][configuration]
         network = None
-        if features or max_features or patch_size is not None:
+        if features or max_features or activation or patch_size is not None:
             source, remedy = f"plans: configuration {configuration}", "only networks of stages can be changed"
             network = validated(_Configuration, values, source=source, remedy=remedy).architecture.arch_kwargs
         if network and (features or max_features):
@@ -107,6 +119,8 @@ def vary_plans(
             first, most = features or before[0], max_features or max(before)
             varied_features = [min(first * 2**n, most) for n in range(network.n_stages)]
             values["architecture"]["arch_kwargs"]["features_per_stage"] = varied_features
+        if activation:
+            _activate(values["architecture"], activation, configuration)
         if batch_size is not None:
             values["batch_size"] = batch_size
         if network and patch_size is not None:
@@ -120,6 +134,18 @@ def vary_plans(
         varied["ima"] = {**(varied.get("ima") or {}), **ima}
         IMASettings.parse(varied["ima"], source="--set")
     return varied
+
+
+def _activate(architecture: dict[str, Any], activation: str, configuration: str) -> None:
+    """Exchange the activation of a network's description."""
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation is {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+    kwargs = architecture["arch_kwargs"]
+    if "nonlin" not in kwargs:
+        raise UserError(
+            f"plans: the network of configuration {configuration} takes no activation (arch_kwargs has no nonlin)"
+        )
+    kwargs["nonlin"], kwargs["nonlin_kwargs"] = f"torch.nn.{activation}", dict(ACTIVATIONS[activation])
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
