@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from ima_seg.attacks.network import allow_recompiles, full_resolution
+from ima_seg.attacks.network import allow_recompiles, full_resolution, resolve_precision
 from ima_seg.errors import UserError, show_plainly
 from ima_seg.files import replacing
 from ima_seg.methods.average import AveragedWeights, bare
@@ -106,6 +106,8 @@ class AdversarialMixin(_Trainer):
             )
         cases = self.do_split()[0]
         compat.require_foreground(self, cases)
+        if self.adversarial_settings.training_precision == "bf16":
+            resolve_precision("bf16", self.device)
         compat.set_unit(self, cases)
         self.training.enter_cases(cases)
         if self.local_rank == 0:
@@ -140,11 +142,17 @@ class AdversarialMixin(_Trainer):
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self.grad_scaler
 
+        bf16 = self.adversarial_settings.training_precision == "bf16"
+
         def amp() -> contextlib.AbstractContextManager[Any]:
             cuda = self.device.type == "cuda"
-            return torch.autocast("cuda") if cuda else contextlib.nullcontext()
+            return torch.autocast("cuda") if cuda and not bf16 else contextlib.nullcontext()
 
         def forward(network: torch.nn.Module, x: torch.Tensor) -> Any:
+            if bf16:
+                with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                    output = network(x)
+                return map_heads(output, lambda head: head.float())
             with amp():
                 return network(x)
 

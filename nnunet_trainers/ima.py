@@ -105,7 +105,9 @@ def paper_settings(*, eps_max_l2: float, delta_l2: float, patch_values: int) -> 
     return IMASettings(
         eps_max=eps_max_l2 / math.sqrt(patch_values),
         delta=delta_l2 / math.sqrt(patch_values),
+        criterion="dice",
         tau=0.6,
+        share=1.0,
         beta=0.5,
         steps=20,
         step_factor=4.0,

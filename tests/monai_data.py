@@ -8,7 +8,16 @@ from ima_seg.monai import IMASupervisedTrainer
 from tests.models import TinyUNet
 
 #: Searches from the first iteration on, for no network is below this Dice.
-IMA = {"labels": 2, "tau": 0.001, "steps": 2, "delta": 0.05, "eps_max": 0.3, "precision": "fp32"}
+IMA = {
+    "labels": 2,
+    "criterion": "dice",
+    "tau": 0.001,
+    "share": 1.0,
+    "steps": 2,
+    "delta": 0.05,
+    "eps_max": 0.3,
+    "precision": "fp32",
+}
 
 
 def items(count=4, dims=2, shape=None, files=True, one_hot=False):

@@ -68,6 +68,8 @@ def make_trainer(name="nnUNetTrainerIMA", *, dataset="Dataset981_Mr", configurat
 def settings_file(folder, **values):
     """A settings file with ``values`` on top of a very short training."""
     short = {"epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1, "save_every": 1, "steps": 2}
+    if "tau" in values:
+        short["criterion"] = "dice"
     lines = [f"{key} = {json.dumps(value)}" for key, value in {**short, **values}.items()]
     path = Path(folder) / "ima.toml"
     path.write_text("\n".join(lines) + "\n")

@@ -33,7 +33,9 @@ from ima_seg.ops import perturbation_size
 from tests.models import Linear
 from tests.test_graphs import Replayed
 
-SETTINGS = IMASettings(eps_max=2.0, delta=0.1, steps=10, refine_steps=8, refine_tolerance=0.01, precision="fp32")
+SETTINGS = IMASettings(
+    eps_max=2.0, delta=0.1, steps=10, start="random", refine_steps=8, refine_tolerance=0.01, share=1.0, precision="fp32"
+)
 SHAPE = (1, 6, 5)
 norms = pytest.mark.parametrize("norm", ["l2", "linf"])
 

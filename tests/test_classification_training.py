@@ -112,7 +112,7 @@ def test_what_is_right_is_asked_of_the_network_that_is_searched():
     ("values", "message"),
     [
         ({"criterion": "loss", "tau": 0.5}, "criterion is 'loss', which is for segmentations"),
-        ({"tau": 0.7}, "tau is 0.7"),
+        ({"criterion": "relative", "tau": 0.7}, "tau is 0.7"),
         ({"beta": 1}, "beta is 1"),
     ],
 )
@@ -136,7 +136,7 @@ def test_networks_of_monai_take_a_step(dims):
         network.train()
     y[0] = (y[0] + 1) % 3
     ima = IMA.from_settings(
-        IMASettings(steps=2, precision="fp32", start="mixed"), labels=Classes(3), patch_voxels=x[0].numel(), epochs=10,
+        IMASettings(steps=2, precision="fp32", share=1.0), labels=Classes(3), patch_voxels=x[0].numel(), epochs=10,
         image_channels=1,
     )  # fmt: skip
     state = {name: value.clone() for name, value in network.state_dict().items() if "running" not in name}

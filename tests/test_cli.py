@@ -93,9 +93,9 @@ def test_margins_are_printed_and_plotted(model, nnunet, tmp_path, capsys):
 def test_plans_variants(nnunet, capsys):
     folder = nnunet / "preprocessed" / "Dataset981_Mr"
     assert main(["plans", "981", "-o", "small", "-c", "3d_fullres", "--features", "4", "--patch-size", "16", "24", "24",
-                 "--set", "tau=0.7", "norm=linf"]) == 0  # fmt: skip
+                 "--set", "criterion=dice", "tau=0.7", "norm=linf"]) == 0  # fmt: skip
     plans = json.loads((folder / "small.json").read_text())
-    assert plans["plans_name"] == "small" and plans["ima"] == {"tau": 0.7, "norm": "linf"}
+    assert plans["plans_name"] == "small" and plans["ima"] == {"criterion": "dice", "tau": 0.7, "norm": "linf"}
     assert plans["configurations"]["3d_fullres"]["patch_size"] == [16, 24, 24]
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][:2] == [4, 8]
     assert plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"][0] == 32
@@ -116,7 +116,9 @@ def test_plans_variants(nnunet, capsys):
 
 def test_plans_settings_reach_the_trainer(nnunet, tmp_path, monkeypatch):
     folder = nnunet / "preprocessed" / "Dataset981_Mr"
-    varied = vary_plans(json.loads((folder / "tiny.json").read_text()), "with_ima", ima={"tau": 0.77, "epochs": 3})
+    varied = vary_plans(
+        json.loads((folder / "tiny.json").read_text()), "with_ima", ima={"criterion": "dice", "tau": 0.77, "epochs": 3}
+    )
     (folder / "with_ima.json").write_text(json.dumps(varied))
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     trainer = make_trainer(plans="with_ima")

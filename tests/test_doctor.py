@@ -258,7 +258,7 @@ def test_read_only_folders(folders: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [finding.state for finding in doctor._folders()] == ["note", "wrong", "wrong"]
 
 
-@pytest.mark.parametrize(("text", "state"), [("tau = 0.5\n", "ok"), ("taau = 0.5\n", "wrong"), ("tau = = \n", "wrong")])
+@pytest.mark.parametrize(("text", "state"), [("steps = 5\n", "ok"), ("taau = 0.5\n", "wrong"), ("tau = = \n", "wrong")])
 def test_settings_file(text: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "ima.toml"
     file.write_text(text)

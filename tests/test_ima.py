@@ -11,7 +11,10 @@ from ima_seg.ops import perturbation_size
 from tests.models import TinyUNet, leave
 from tests.test_boundary import trained_unet
 
-SETTINGS = IMASettings(eps_max=1.0, delta=0.2, steps=5, precision="fp32")
+SETTINGS = IMASettings(
+    eps_max=1.0, delta=0.2, steps=5, refine_steps=2, start="random", criterion="dice", tau=0.45, share=1.0,
+    precision="fp32",
+)  # fmt: skip
 
 
 def make_ima(settings=SETTINGS, labels=None, **options):
@@ -89,7 +92,7 @@ def test_nothing_to_attack_costs_a_standard_step():
 def test_margins_grow_to_the_boundary_and_differ_between_cases(norm, dims):
     network, x, target = trained_unet(dims)
     y = target.onehot[:, 1].view(6, 1, *(16,) * dims).long()
-    settings = IMASettings(norm=norm, eps_max=3.0, delta=0.1, steps=10, precision="fp32", rule="paper")
+    settings = SETTINGS.model_copy(update={"norm": norm, "eps_max": 3.0, "delta": 0.1, "steps": 10, "rule": "paper"})
     ima = make_ima(settings)
     for epoch in range(80):  # an L-infinity margin moves by rare whole steps, when that is depends on the starts
         ima.step(network, x, y, list("abcdef"), loss=cross_entropy(y))
@@ -109,7 +112,9 @@ def test_regions_ignore_label_channels_and_deep_supervision_go_through():
     x = torch.randn(2, 4, 8, 8, 8)
     y = torch.zeros(2, 3, 8, 8, 8)
     y[:, 0, 2:6], y[:, 1, 3:5], y[:, 2, 7:] = 1, 1, 1
-    ima = make_ima(IMASettings(tau=0.01, steps=3, precision="fp32"), labels, image_channels=2)
+    ima = make_ima(
+        IMASettings(criterion="dice", tau=0.01, share=1.0, steps=3, precision="fp32"), labels, image_channels=2
+    )
     bce = torch.nn.BCEWithLogitsLoss()
     report = ima.step(network, x, y, ["a", "b"], loss=lambda out, rows: bce(out[0], y[rows, :2]))
     assert report.searched.all()

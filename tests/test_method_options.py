@@ -237,7 +237,8 @@ def test_rules_that_are_gone_are_refused_by_name(rule):
 
 
 @pytest.mark.parametrize("values", [{"crossing_share": 0.0}, {"crossing_share": 1.0}, {"share": 0.0}, {"ema": 1.0},
-                                    {"teacher_weight": 0.0}, {"teacher": ""}])  # fmt: skip
+                                    {"teacher_weight": 0.0}, {"teacher": ""},
+                                    {"training_precision": "fp16"}])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(values):
     (name,) = values
     with pytest.raises(UserError, match=f"here: {name} = "):

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from ignite.engine import Events
+from ignite.handlers import EMAHandler
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents, PrepareBatchExtraInput
@@ -283,6 +285,8 @@ def test_a_loss_per_sample_is_averaged_with_an_explanation(caplog):
         (PGDAT(PGDATSettings(), labels=Labels(2)), "how to read the outputs"),
         ({"labels": 2, "tua": 0.6}, "did you mean 'tau'"),
         ({"labels": 2, "epochs": 3}, "the trainer's max_epochs"),
+        ({"labels": 2, "ema": 0.99}, r"ignite\.handlers\.EMAHandler\(network, momentum=1 - ema\)"),
+        ({"labels": 2, "teacher": "standard"}, "teacher is 'standard'; give the trained network itself"),
         ({"labels": 2, "unit": "l2", "eps_max": 15, "delta": 2}, "patch_voxels"),
         ({"labels": 1}, "classes need 2 or more"),
     ],
@@ -300,6 +304,26 @@ def test_settings_describe_what_is_trained():
     assert make_method(ima, epochs=3) is ima
     # Sizes that are not given follow from the length of the training.
     assert make_method({"labels": 2}, epochs=60, name="ima").ledger.delta == pytest.approx(0.3 / 20)
+
+
+def test_ignites_average_follows_the_steps_and_a_teacher_stays_as_it_is():
+    torch.manual_seed(0)
+    network, teacher = TinyUNet(2, outputs=2), TinyUNet(2, outputs=2)
+    before = copy.deepcopy(teacher.state_dict())
+    average = EMAHandler(network, momentum=0.5)
+    seen = []
+    trainer = make_trainer(network, ima={**IMA, "teacher": teacher}, train_data_loader=loader(items(4, 2), 2))
+    average.attach(trainer, name="momentum", event=Events.ITERATION_COMPLETED)
+    weight = network.last[1].weight
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: seen.append(weight.detach().clone()))
+    start = weight.detach().clone()
+    trainer.run()
+    expected = start
+    for weight in seen:
+        expected = 0.5 * expected + 0.5 * weight
+    torch.testing.assert_close(average.ema_model.last[1].weight, expected)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert not torch.equal(start, seen[-1])
 
 
 def test_an_own_iteration_is_refused():

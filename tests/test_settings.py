@@ -21,7 +21,7 @@ def no_environment(monkeypatch):
         ({"eps_max": -0.1}, "eps_max is -0.1; it must be positive"),
         ({"eps_max": "large"}, "eps_max = 'large'"),
         ({"norm": "l1"}, r"norm = 'l1'.*'l2' or 'linf'"),
-        ({"tau": 1.5}, "tau = 1.5"),
+        ({"criterion": "dice", "tau": 1.5}, "tau = 1.5"),
         ({"steps": 0}, "steps = 0"),
         ({"steps": 2.5}, "steps = 2.5"),
         ({"beta": float("nan")}, "beta = nan"),
@@ -68,10 +68,21 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     assert name in str(caught.value)
 
 
+def test_a_threshold_says_what_it_is_of():
+    """It used to be a Dice where nothing was said, and is a share now: neither is guessed."""
+    with pytest.raises(
+        UserError, match=r"file: tau is 0\.6, but not of what.*criterion = 'relative', 'dice'"
+    ):
+        IMASettings.parse({"tau": 0.6}, source="file")
+    assert IMASettings.parse({"tau": 0.6, "criterion": "dice"}, source="file").tau == 0.6
+    paper = IMASettings(criterion="dice", tau=0.6)
+    assert IMASettings.parse({"tau": 0.7}, source="file", base=paper).criterion == "dice"
+
+
 def test_precedence_is_file_then_plans_then_preset(tmp_path, monkeypatch):
-    (tmp_path / "a.toml").write_text("tau = 0.7\n")
+    (tmp_path / "a.toml").write_text('criterion = "dice"\ntau = 0.7\n')
     monkeypatch.setenv("IMA_CONFIG", str(tmp_path / "a.toml"))
-    preset = IMASettings(tau=0.5, steps=20, epochs=50)
+    preset = IMASettings(criterion="dice", tau=0.5, steps=20, epochs=50)
     settings = load_settings(base=preset, plans={"ima": {"tau": 0.55, "steps": 7}})
     assert (settings.tau, settings.steps, settings.epochs) == (0.7, 7, 50)
     with pytest.raises(UserError, match="plans, section 'ima': unknown setting 'foo'"):
@@ -93,15 +104,26 @@ def test_sizes_do_not_outlive_their_unit():
     base = IMASettings(eps_max=0.3, delta=0.04)
     changed = IMASettings.parse({"unit": "l2", "eps_max": 10}, source="x", base=base)
     assert (changed.eps_max, changed.delta) == (10, "auto")
-    assert IMASettings.parse({"tau": 0.5}, source="x", base=base).delta == 0.04
+    assert IMASettings.parse({"steps": 7}, source="x", base=base).delta == 0.04
 
 
 def test_removed_settings_make_a_difference_only_where_they_did_something():
-    now = IMASettings().model_dump()
+    now = IMASettings(start="random", criterion="dice", share=1.0).model_dump()
     old = {name: value for name, value in now.items() if name not in ("start", "criterion")}
     assert not differences({**old, "steady_interval": 1}, now)
     assert differences({**old, "steady_interval": 4}, now) == "steady_interval: 4 there, None now"
     assert differences({**now, "start": "gradient"}, now) == "start: gradient there, random now"
+
+
+def test_trainings_of_a_version_with_other_settings_go_on_only_with_what_they_were():
+    new = {"share": 0.5, "crossing_share": 0.7, "ema": 0.99, "teacher": "standard", "teacher_weight": 2.0}
+    base = {"criterion": "dice", "start": "random", "rule": "paper"}
+    now = IMASettings(**base).model_dump()
+    old = {name: value for name, value in now.items() if name not in new}
+    assert not differences(old, {**now, "share": 1.0, "ema": 0.0})
+    for name, value in new.items():
+        assert f"{value} now" in differences(old, {**now, "share": 1.0, "ema": 0.0, name: value})
+    assert "rule: mean there, paper now" in differences({**old, "rule": "mean"}, now)
 
 
 def test_paper_presets_follow_from_the_recipes():

@@ -36,7 +36,7 @@ def test_every_method_perturbs_what_evaluation_does_and_nothing_else(name, norm,
     network, x, y, inside = batch(dims)
     preset = methods.registry.preset(name)
     sizes = {"delta": 0.5, "eps_max": 0.9} if isinstance(preset, methods.IMASettings) else {"eps": 0.5}
-    more = {"criterion": "loss", "tau": 100.0} if isinstance(preset, methods.IMASettings) else {}
+    more = {"criterion": "loss", "tau": 100.0, "share": 1.0} if isinstance(preset, methods.IMASettings) else {}
     settings = preset.model_copy(update={"norm": norm, "precision": "fp32", **sizes, **more})
     method = methods.make_method(settings, labels=Labels(2), patch_voxels=2 * 12**dims, epochs=4, **GIVEN)
     seen = []

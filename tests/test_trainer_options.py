@@ -56,6 +56,7 @@ def test_the_average_is_the_recursion_written_out_and_is_what_is_saved(results):
 def test_validation_has_the_average_and_training_goes_on_with_its_own_weights(results):
     trainer = make_trainer(configuration="2d")
     trainer.on_train_start()
+    trainer.on_epoch_start()
     trainer.on_train_epoch_start()
     outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
     trainer.on_train_epoch_end(outputs)

@@ -216,7 +216,8 @@ def test_any_method_trains_alike_in_either_unit(name):
         network = TinyUNet(2).eval()
         x, y = torch.randn(4, 1, 12, 12), torch.randint(0, 3, (4, 1, 12, 12))
         base = methods.registry.preset(name)
-        settings = type(base).model_validate({"precision": "fp32"} | ({"tau": 0.01} if name == "ima" else {}))
+        ima = {"criterion": "dice", "tau": 0.01, "share": 1.0, "start": "random"} if name == "ima" else {}
+        settings = type(base).model_validate({"precision": "fp32", **ima})
         method = methods.registry.make_method(settings, labels=Labels(3), patch_voxels=144, epochs=10, **options)
         report = method.step(
             network, x * factor, y, list("abcd"), loss=lambda z, rows: F.cross_entropy(z, y[rows, 0]),

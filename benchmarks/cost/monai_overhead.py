@@ -35,7 +35,17 @@ CASES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 ITERATIONS = 4
 BAR = 1.05
 #: Rates of 0: margins and networks are the same in every round, and so is the work.
-SETTINGS = {"labels": 3, "tau": 1e-4, "steps": 5, "precision": "fp32", "delta": 1e-4, "eps_max": 1e-4}
+SETTINGS = {
+    "labels": 3,
+    "criterion": "dice",
+    "tau": 1e-4,
+    "share": 1.0,
+    "start": "random",
+    "steps": 5,
+    "precision": "fp32",
+    "delta": 1e-4,
+    "eps_max": 1e-4,
+}
 
 
 def batches(batch: int, patch: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -88,7 +88,9 @@ def one_step(name: str, kind: str, device: torch.device) -> float:
     """Memory in MiB that steps of ``kind`` (``standard``, ``ima``) need at their peak, beyond network and batch."""
     network, x, y = make(name, device)
     optimiser = torch.optim.SGD(network.parameters(), 1e-3)
-    settings = IMASettings(beta=0.0 if kind == "standard" else 0.5, tau=0.01, precision="fp32", steps=3)
+    settings = IMASettings(
+        beta=0.0 if kind == "standard" else 0.5, criterion="dice", tau=0.01, share=1.0, precision="fp32", steps=3
+    )
     ima = IMA.from_settings(settings, labels=Labels(3), patch_voxels=x[0].numel(), epochs=10)
 
     def loss(output: Any, rows: Any) -> torch.Tensor:

@@ -45,9 +45,18 @@ from ima_seg.ops import hard_dice
 
 LABELS = Labels(3)
 #: Bars: an IMA iteration may take so many standard ones.
-BARS = {"IMA, default": 6.0, "IMA, fast": 3.0}
+BARS = {"IMA, default": 2.5, "IMA, fast": 2.0}
 SIZES = {"delta": 0.02, "eps_max": 0.3}
-PAPER = IMASettings(steps=20, start="random", refine="bisection", refine_tolerance=0.0, precision="fp32", **SIZES)
+PAPER = IMASettings(
+    steps=20,
+    start="random",
+    refine="bisection",
+    refine_steps=10,
+    refine_tolerance=0.0,
+    share=1.0,
+    precision="fp32",
+    **SIZES,
+)
 
 
 @dataclass(frozen=True)

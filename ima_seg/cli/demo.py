@@ -84,9 +84,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     stage(4, f"nnUNetTrainerIMA from its weights: {EPOCHS} epochs of {IMA} iterations")
     settings = output / "ima.toml"
-    # tau: in so short a training the lesion is not found yet, and counts with Dice 0 beside the organ's.
     lengths = f"epochs = {EPOCHS}\niterations_per_epoch = {IMA}\nval_iterations_per_epoch = {VALIDATION}\n"
-    write_text(settings, f"{lengths}tau = 0.3\n")
+    write_text(settings, lengths)
     os.environ["IMA_CONFIG"] = str(settings)
     _call("nnUNetv2_train", str(DATASET_ID), CONFIGURATION, "0", "-tr", "nnUNetTrainerIMA", "-p", PLANS,
           "-device", device, "-pretrained_weights", str(standard / "checkpoint_final.pth"))  # fmt: skip

@@ -182,7 +182,7 @@ class IMA(WithMargins[StepReport]):
                 case_ids, crossed=found.crossed, distance=found.distance, counts=searched & found.finite, below=below,
                 background=background,
             )  # fmt: skip
-        searched, count = searched if attack else nothing, int(drawn.sum()) if attack else 0
+        searched, count = searched if attack else nothing, len(found.adversarial[rows]) if attack else 0
         return StepReport(
             loss=loss, clean_loss=clean_loss, adversarial_loss=adversarial_loss,
             adversarial=found.adversarial if attack else None, searched=searched, crossed=found.crossed,

@@ -26,7 +26,10 @@ else:
 ENVIRONMENT_VARIABLE = "IMA_CONFIG"
 
 #: What trainings did before a setting existed.
-BEFORE: Mapping[str, Any] = {"start": "random", "criterion": "dice"}
+BEFORE: Mapping[str, Any] = {
+    "start": "random", "criterion": "dice", "share": 1.0, "crossing_share": 0.8, "ema": 0.0, "teacher": None,
+    "teacher_weight": 1.0, "training_precision": "nnunet",
+}  # fmt: skip
 #: Settings that there were, and the value of each that did nothing.
 REMOVED: Mapping[str, Any] = {"steady_interval": 1}
 
@@ -41,6 +44,9 @@ class TrainingSettings(BaseModel):
         unit: of sizes. ``"voxel"``: per voxel in SDs of the network's input, RMS for l2 and largest absolute value for
             linf. ``"l2"``: L2 norm of the perturbation of a whole training patch.
         precision: arithmetic of the attack; ``"auto"`` is bfloat16 where the device computes in it natively.
+        training_precision: of nnU-Net's trainers, arithmetic of the training passes: ``"nnunet"`` is nnU-Net's own
+            (float32 on CPUs, automatic mixed precision on CUDA); ``"bf16"`` is bfloat16 wherever autocast sees fit,
+            with the loss in float32. On CPUs that compute in it natively it halves their time.
         ema: decay per iteration of an exponential moving average of the weights, with which nnU-Net's trainers
             validate, predict and export; 0 for none.
         teacher: of nnU-Net's trainers, the folder of a trained model (``TRAINER__PLANS__CONFIGURATION``) with the same
@@ -59,6 +65,7 @@ class TrainingSettings(BaseModel):
     norm: Norm = "l2"
     unit: Literal["voxel", "l2"] = "voxel"
     precision: Precision = "auto"
+    training_precision: Literal["nnunet", "bf16"] = "nnunet"
     ema: float = Field(0.0, ge=0, lt=1)
     teacher: str | None = Field(None, min_length=1)
     teacher_weight: float = Field(1.0, gt=0)
