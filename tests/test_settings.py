@@ -70,9 +70,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 def test_a_threshold_says_what_it_is_of():
     """It used to be a Dice where nothing was said, and is a share now: neither is guessed."""
-    with pytest.raises(
-        UserError, match=r"file: tau is 0\.6, but not of what.*criterion = 'relative', 'dice'"
-    ):
+    with pytest.raises(UserError, match=r"file: tau is 0\.6, but not of what.*criterion = 'relative', 'dice'"):
         IMASettings.parse({"tau": 0.6}, source="file")
     assert IMASettings.parse({"tau": 0.6, "criterion": "dice"}, source="file").tau == 0.6
     paper = IMASettings(criterion="dice", tau=0.6)

@@ -109,6 +109,7 @@ def epoch(trainer):
 
 
 def test_other_settings_neither_overwrite_nor_continue_a_training(results):
+    settings_file(results, tau=0.45)
     trainer = make_trainer()
     trainer.run_training()
     before = (Path(trainer.output_folder) / "checkpoint_final.pth").read_bytes()
@@ -121,7 +122,7 @@ def test_other_settings_neither_overwrite_nor_continue_a_training(results):
     with pytest.raises(UserError, match=r"was trained with other IMA settings .*tau: 0.45 there, 0.7 now"):
         make_trainer(go_on=True).run_training()
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").read_bytes() == before
-    settings_file(results)
+    settings_file(results, tau=0.45)
     make_trainer().on_train_start()  # the same settings again: as with any trainer of nnU-Net
 
 

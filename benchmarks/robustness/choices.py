@@ -5,7 +5,8 @@
 The validation fold has no part in choices: the training cases of fold 0 are split once more, 40 of them apart, as a
 further fold of the data set (``splits_final.json``). A standard model of each activation is trained first, 1,600
 iterations of 32 slices; every variant then goes on from it for 600, by nnU-Net's own trainer with its augmentation, in
-``W/VARIANT-SEED`` as nnUNet_results. What is there is taken as it is, so that the same command resumes.
+``W/VARIANT-SEED`` as nnUNet_results. What is there is taken as it is, so that the same command resumes. Settings that
+are not said are today's defaults.
 
 Networks meet PGD of 20 steps in float32 (L2 0 to 15 per slice) on slices with foreground of the cases set apart. The
 first 20 serve to choose; ``--skip 20`` takes the others. Reported are the Dice per slice, over the pooled voxels of a
@@ -33,8 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.robustness.search_settings import validation_slices
 from benchmarks.shared.measuring import RESULTS, again, provenance, table
+from benchmarks.shared.training import seeded_trainer, validation_slices
 from ima_seg.attacks import Problem, pgd
 from ima_seg.files import write_text
 from ima_seg.nnunet.checkpoint import TRAINED_KEY, read_checkpoint
@@ -47,31 +48,38 @@ LEVELS_L2 = (0.0, 1.0, 5.0, 10.0, 15.0)
 RESAMPLES = 2000
 #: The fold that the training cases of fold 0 make, and how many of them are set apart.
 FOLD, APART = 5, 40
-#: All trainings share these.
-SHORT = {"epochs": 15, "iterations_per_epoch": 40, "val_iterations_per_epoch": 1, "save_every": 1000, "ema": 0.99}
+#: All trainings share these, unless a variant says otherwise.
+SHORT = {"epochs": 15, "iterations_per_epoch": 40, "val_iterations_per_epoch": 1, "save_every": 1000, "ema": 0.99,
+         "training_precision": "bf16"}  # fmt: skip
 STANDARD = {"beta": 0.0, "epochs": 40, "iterations_per_epoch": 40, "val_iterations_per_epoch": 1, "save_every": 10}
 PER_VOXEL = 1 / math.sqrt(56 * 40)
-Variant = tuple[str, str, dict[str, Any]]
+#: Stands for the standard model's folder in a variant's settings.
+TEACHER = "TEACHER"
+#: The default of 0.1.0, before margins rested at a quantile. Only code of that version can train it.
+BEFORE, COMMIT = "before", "d3d7830"
 
 
-def _noise(level: float, activation: str = "SiLU", **more: Any) -> Variant:
-    """Fixed noise, half of the loss clean."""
-    return "PGDAT", activation, {"eps": round(level * PER_VOXEL, 4), "beta": 0.5, "steps": 5, **more}
+def _noise(**more: Any) -> dict[str, Any]:
+    """Fixed noise of L2 15, half of the loss clean."""
+    return {"eps": round(15 * PER_VOXEL, 4), "beta": 0.5, "steps": 5, **more}
 
 
-def _ima(activation: str = "SiLU", **settings: Any) -> Variant:
-    return "IMA", activation, {"criterion": "dice", "tau": 0.45, "share": 0.5, "crossing_share": 0.8, **settings}
-
-
-#: Name -> method, activation, settings beside :data:`SHORT`. ``TEACHER`` stands for the standard model's folder.
-VARIANTS: dict[str, Variant] = {
-    "q80h": _ima(),
-    "q90h": _ima(crossing_share=0.9),
-    "q80h-rel50": _ima(criterion="relative", tau=0.5),
-    "q80h-teach": _ima(teacher="TEACHER"),
-    "q80h-m3": _ima(steps=3, start="mixed", refine_steps=1),
-    "pgd15": _noise(15),
-    "pgd10": _noise(10),
+_DICE = {"criterion": "dice", "tau": 0.45}
+_FP32 = {"training_precision": "nnunet"}
+_FIVE = {"steps": 5, "start": "random", "refine_steps": 2}
+#: Name -> method, activation, settings beside :data:`SHORT`.
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ima": ("IMA", "SiLU", {}),
+    "ima-dice": ("IMA", "SiLU", _DICE),
+    "ima-q90": ("IMA", "SiLU", {"crossing_share": 0.9}),
+    "ima-teacher": ("IMA", "SiLU", {"teacher": TEACHER}),
+    "ima-fast": ("IMA", "SiLU", {"steps": 2}),
+    "ima-fp32-K5": ("IMA", "SiLU", {**_FP32, **_FIVE}),
+    "ima-fp32-K5-dice": ("IMA", "SiLU", {**_FP32, **_FIVE, **_DICE}),
+    "ima-fp32-dice": ("IMA", "SiLU", {**_FP32, **_DICE}),
+    "noise-15": ("PGDAT", "SiLU", _noise()),
+    "noise-15-fp32": ("PGDAT", "SiLU", _noise(**_FP32)),
+    BEFORE: ("IMA", "LeakyReLU", {}),
 }
 
 
@@ -101,7 +109,7 @@ def settings_of(name: str, options: argparse.Namespace) -> tuple[str, str, dict[
         return "nnUNetTrainerIMA", name.removeprefix("standard-"), STANDARD
     method, activation, values = VARIANTS[name]
     values = {**SHORT, **values}
-    if values.get("teacher") == "TEACHER":
+    if values.get("teacher") == TEACHER:
         values["teacher"] = str(train(f"standard-{activation}", 0, options).parents[1])
     return f"nnUNetTrainer{method}", activation, values
 
@@ -112,6 +120,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
     trainer, activation, values = settings_of(name, options)
     pattern = f"*/{trainer}__{plans_of(activation)}__2d/fold_{FOLD}/checkpoint_final.pth"
     done = list(folder.glob(pattern))
+    if not done and name == BEFORE:
+        sys.exit(f"train {folder} with the code of {COMMIT}, from the same standard model and with the same lengths")
     if not done:
         start = "" if name.startswith("standard-") else str(train(f"standard-{activation}", 0, options))
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,19 +135,6 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
             subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
         done = list(folder.glob(pattern))
     return done[0]
-
-
-def train_here(dataset: str, trainer_name: str, activation: str, seed: int, start: str) -> None:
-    """Train in this process, whose environment names settings and folders."""
-    from nnunetv2.run.run_training import get_trainer_from_args
-
-    for seeded in (random.seed, np.random.seed, torch.manual_seed):
-        seeded(seed)
-    trainer = get_trainer_from_args(dataset, "2d", FOLD, trainer_name, plans_of(activation), device=torch.device("cpu"))
-    trainer.initialize()
-    if start:
-        trainer.network.load_state_dict(read_checkpoint(start)["network_weights"])
-    trainer.run_training()
 
 
 def attacked(checkpoint: Path, which: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -244,13 +241,18 @@ def main() -> None:
     parser.add_argument("--reference", help="what the others are compared with")
     parser.add_argument("--cases", type=int, default=20, help="of those set apart")
     parser.add_argument("--skip", type=int, default=0, help="so many of them first")
+    parser.add_argument("--last", action="store_true", help="attack the weights that are no average, too")
     parser.add_argument("--stride", type=int, default=1, help="attack every so many-th slice")
     parser.add_argument("--output", type=Path, default=RESULTS / "choices.json")
     parser.add_argument("--train", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
         trainer, activation, seed, *start = options.train
-        train_here(options.dataset, trainer, activation, int(seed), start[0] if start else "")
+        # In this process, whose environment names settings and folders.
+        seeded_trainer(
+            options.dataset, plans=plans_of(activation), seed=int(seed), name=trainer, fold=FOLD,
+            pretrained=Path(start[0]) if start and start[0] else None,
+        ).run_training()  # fmt: skip
         return
     inner_split(options.dataset)
     for activation in sorted({VARIANTS[name][1] for name in options.variants}):
@@ -260,7 +262,7 @@ def main() -> None:
     found: dict[str, Scores] = {}
     for name in options.variants:
         checkpoints = [train(name, seed, options) for seed in options.seeds]
-        for which in ("average", "last"):
+        for which in ("average",) if name == BEFORE else ("average", "last")[: 1 + options.last]:
             key = name if which == "average" else f"{name}, last"
             found[key] = scores([attacked(each, which, options) for each in checkpoints])
             results[key] = {"seeds": len(checkpoints), "measures": interval(found[key])}

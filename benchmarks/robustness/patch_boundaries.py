@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.robustness.search_settings import validation_slices
 from benchmarks.shared.measuring import RESULTS, command_line, provenance
+from benchmarks.shared.training import validation_slices
 from ima_seg.attacks import Problem, minimal_norm
 from ima_seg.files import replacing, write_text
 from ima_seg.nnunet.folder import load_model

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.robustness.search_settings import robust_dice, seeded_trainer, training_parser, validation_slices
 from benchmarks.shared.measuring import RESULTS, again, command_line, provenance, table
+from benchmarks.shared.training import robust_dice, seeded_trainer, training_parser, validation_slices
 from ima_seg.files import write_text
 from ima_seg.types import Labels
 
@@ -32,7 +32,10 @@ STARTS = ("pretrained", "scratch")
 
 def train_here(options: argparse.Namespace) -> None:
     """Train in this process, whose environment names settings and folders, and attack on the way."""
-    trainer = seeded_trainer(options, 0, options.pretrained if options.start == "pretrained" else None)
+    trainer = seeded_trainer(
+        options.dataset, plans=options.plans, seed=0, device=options.device,
+        pretrained=options.pretrained if options.start == "pretrained" else None,
+    )  # fmt: skip
     x, y, owners = validation_slices(options.dataset, trainer.configuration_manager, 0, options.cases)
     x, y = x.to(trainer.device), y.to(trainer.device)
     points: list[dict[str, Any]] = []
