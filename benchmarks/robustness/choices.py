@@ -34,10 +34,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.shared.measuring import RESULTS, again, provenance, table
+from benchmarks.shared.measuring import RESULTS, again, command_line, provenance, table
 from benchmarks.shared.training import seeded_trainer, validation_slices
 from ima_seg.attacks import Problem, pgd
 from ima_seg.files import write_text
+from ima_seg.methods.ima_settings import IMASettings
 from ima_seg.nnunet.checkpoint import TRAINED_KEY, read_checkpoint
 from ima_seg.nnunet.folder import load_model
 from ima_seg.nnunet.plans import preprocessed_folder, write_plans
@@ -227,7 +228,8 @@ def course(checkpoint: Path) -> dict[str, float]:
     state = read_checkpoint(checkpoint)
     history = (state.get("ima") or state["ima_method"])["history"]
     found = {key: sum(row[key] for row in history) / len(history) for key in ("passes_per_sample", "seconds")}
-    found["median_margin"] = history[-1].get("margin_q50", math.nan)
+    if "margin_q50" in history[-1]:
+        found["median_margin"] = history[-1]["margin_q50"]
     return {key: round(float(value), 3) for key, value in found.items()}
 
 
@@ -266,16 +268,17 @@ def main() -> None:
             key = name if which == "average" else f"{name}, last"
             found[key] = scores([attacked(each, which, options) for each in checkpoints])
             results[key] = {"seeds": len(checkpoints), "measures": interval(found[key])}
-            results[key] |= {k: round(float(np.mean([c[k] for c in map(course, checkpoints)])), 3)
-                             for k in ("median_margin", "passes_per_sample", "seconds")}  # fmt: skip
+            courses = [course(each) for each in checkpoints]
+            results[key] |= {k: round(float(np.mean([each[k] for each in courses])), 3) for k in courses[0]}
             if options.reference in found and key != options.reference:
                 results[key]["difference"] = interval(found[key] - found[options.reference])
         print(shown(results), flush=True)
     document = {
         "what": "Dice under PGD-20, L2 of a slice, of trainings on part of the training cases; 95 % intervals",
         "measures": MEASURES, "cases": options.cases, "skipped": options.skip, "stride": options.stride,
-        "variants": {name: settings_of(name, options)[2] for name in options.variants}, "reference": options.reference,
-        "results": results, **provenance(__file__, torch.device("cpu")),
+        "shared": SHORT, "variants": {name: VARIANTS[name] for name in options.variants}, "before": COMMIT,
+        "default": IMASettings().model_dump(), "reference": options.reference, "results": results,
+        **provenance(__file__, torch.device("cpu")), "command": command_line(__file__),
     }  # fmt: skip
     write_text(options.output, json.dumps(document, indent=2) + "\n")
     write_text(options.output.with_suffix(".md"), shown(results) + "\n")
