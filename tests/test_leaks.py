@@ -29,7 +29,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def state(*cases):
-    ledger = MarginLedger(delta=0.1, eps_max=0.3, rule="mean")
+    ledger = MarginLedger(delta=0.1, eps_max=0.3)
     ledger.get(cases)
     chosen = {"norm": "l2", "delta": 0.1, "eps_max": 0.3, "rule": "mean"}
     return {"settings": chosen, "ledger": ledger.state_dict(), "voxels": 8, "history": []}

@@ -50,7 +50,10 @@ METHODS: dict[str, Method] = {
     "amat": Method("nnUNetTrainerAMAT"),
     OURS: Method("nnUNetTrainerIMA"),
     # The threshold is what trades clean Dice for robust Dice; 0.6 is the paper's.
-    **{f"ima-tau-{percent}": Method("nnUNetTrainerIMA", {"tau": percent / 100}) for percent in (30, 60)},
+    **{
+        f"ima-tau-{percent}": Method("nnUNetTrainerIMA", {"criterion": "dice", "tau": percent / 100})
+        for percent in (30, 60)
+    },
     "ima-fast": Method("nnUNetTrainerIMA_fast"),
 }
 
