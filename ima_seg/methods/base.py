@@ -57,7 +57,8 @@ class Method(ABC, Generic[S, R]):
         image_channels: the first this many input channels may be perturbed; None means all.
         channel_sd: network units per standard deviation (SD) of each image channel of the network's input, where the
             normalisation does not make it 1. Sizes are in SDs.
-        bounds, masked: what else may not be perturbed, see :class:`ima_seg.ThreatModel`.
+        bounds: of each image channel, between which perturbed voxels stay, see :class:`ima_seg.ThreatModel`.
+        masked: channels whose outside, where all are 0, is not perturbed, see there.
         teacher: a trained network of the same outputs, to whose predictions of clean samples training is held (see
             ``teacher_weight`` of the settings). It stays as it is.
 
